@@ -1,0 +1,1 @@
+"""hitless: zero-disruption upgrades of running eBPF daemons."""

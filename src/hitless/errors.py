@@ -1,0 +1,91 @@
+"""Every exception that hitless raises, as one tree.
+
+Catch :class:`HitlessError` for all of them, a branch for a kind of trouble. Each error carries its facts in
+``facts`` (plain values, ready for JSON) and a stable ``code``; its message says what went wrong, where, why,
+and what to do next.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "BundleError",
+    "BusyError",
+    "HitlessError",
+    "InterruptedUpgradeError",
+    "KernelError",
+    "LayoutError",
+    "LossNotAllowedError",
+    "NodeError",
+    "UnsupportedError",
+    "VerifyError",
+]
+
+
+class HitlessError(Exception):
+    """Base of all errors of hitless.
+
+    ``code`` is a stable lower-case word for tools; ``facts`` holds what the message was made of.
+    """
+
+    code: ClassVar[str] = "error"
+
+    def __init__(self, message: str, **facts: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.facts = facts
+
+
+class LayoutError(HitlessError):
+    """An object, BTF blob, snapshot or value cannot be read or has no meaning: bad bytes, not bad luck."""
+
+    code = "layout"
+
+
+class BundleError(HitlessError):
+    """The manifest or the files of a bundle are wrong; says the file and, where known, the line."""
+
+    code = "bundle"
+
+
+class NodeError(HitlessError):
+    """What is live under the pin root is not what hitless can work on: foreign pins, no bpffs, a missing hook."""
+
+    code = "node"
+
+
+class BusyError(NodeError):
+    """Another process holds the lock of the pin root; ``facts["pid"]`` is the holder where it could be found."""
+
+    code = "busy"
+
+
+class InterruptedUpgradeError(NodeError):
+    """An earlier upgrade was killed after it began to switch hooks, and cannot be finished from here."""
+
+    code = "interrupted"
+
+
+class LossNotAllowedError(HitlessError):
+    """The plan would lose state that nobody allowed to be lost; ``facts["maps"]`` names each map."""
+
+    code = "loss"
+
+
+class UnsupportedError(HitlessError):
+    """A feature that this hitless or this kernel does not have; ``facts["feature"]`` names it."""
+
+    code = "unsupported"
+
+
+class KernelError(HitlessError):
+    """A system call failed; ``facts`` has ``call``, ``errno`` and the object it was about."""
+
+    code = "kernel"
+
+
+class VerifyError(HitlessError):
+    """The new generation is not what it must be, found before commit; the old one was put back."""
+
+    code = "verify"

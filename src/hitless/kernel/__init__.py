@@ -1,0 +1,1 @@
+"""Everything that touches the kernel, and nothing that decides."""

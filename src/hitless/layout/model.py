@@ -1,0 +1,150 @@
+"""What a release says about its maps and programs, as frozen values.
+
+A :data:`Type` is a finite tree: typedefs, qualifiers and BTF ids are resolved away when it is read, and a pointer
+holds only the name of what it points to, so recursive C types end there. Two types that are the same bytes with
+the same meaning may still differ in names; comparing them is the business of :mod:`hitless.layout.diff`.
+
+Units: ``size`` is in bytes, ``offset`` and ``bits`` of a field are in bits, as in BTF.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+__all__ = [
+    "Array",
+    "Enum",
+    "Field",
+    "Float",
+    "Int",
+    "MapSpec",
+    "ObjectSpec",
+    "Opaque",
+    "Pointer",
+    "ProgramSpec",
+    "Record",
+    "Type",
+]
+
+
+class Int(msgspec.Struct, frozen=True, tag="int"):
+    """An integer of ``size`` bytes; ``name`` is as spelled in C (``__u32``), ``char`` and ``bool`` by encoding."""
+
+    name: str
+    size: int
+    signed: bool
+    encoding: str = ""  # "", "char" or "bool"
+
+
+class Float(msgspec.Struct, frozen=True, tag="float"):
+    """A floating-point number of ``size`` bytes."""
+
+    name: str
+    size: int
+
+
+class Enum(msgspec.Struct, frozen=True, tag="enum"):
+    """An enumeration stored in ``size`` bytes, with its (name, value) pairs in source order."""
+
+    name: str
+    size: int
+    signed: bool
+    values: tuple[tuple[str, int], ...]
+
+
+class Pointer(msgspec.Struct, frozen=True, tag="pointer"):
+    """A pointer; ``target`` names what it points to and is never followed."""
+
+    target: str
+    size: int = 8
+
+
+class Array(msgspec.Struct, frozen=True, tag="array"):
+    """``count`` elements one after the other; a flexible array has ``count`` 0."""
+
+    element: Type
+    count: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of all elements."""
+        return self.element.size * self.count
+
+    @property
+    def name(self) -> str:
+        """C spelling, e.g. ``__u8[16]``."""
+        return f"{self.element.name}[{self.count}]"
+
+
+class Field(msgspec.Struct, frozen=True):
+    """A member of a struct or union. ``name`` is empty for an anonymous member.
+
+    ``offset`` is from the start of the enclosing record, in bits; ``bits`` is the width of a bitfield, 0 if the
+    member is none. ``tags`` are its declaration tags (``btf_decl_tag``) in source order.
+    """
+
+    name: str
+    type: Type
+    offset: int
+    bits: int = 0
+    tags: tuple[str, ...] = ()
+
+
+class Record(msgspec.Struct, frozen=True, tag="record"):
+    """A struct, or a union if ``union``; ``name`` is its tag or typedef name, empty if it has none."""
+
+    name: str
+    size: int
+    fields: tuple[Field, ...]
+    union: bool = False
+
+
+class Opaque(msgspec.Struct, frozen=True, tag="opaque"):
+    """Bytes that have a size but no meaning known to us; equal to nothing, not even to itself in a comparison."""
+
+    name: str
+    size: int
+
+
+Type = Int | Float | Enum | Pointer | Array | Record | Opaque
+
+
+class MapSpec(msgspec.Struct, frozen=True):
+    """One map as its object, snapshot or the live kernel defines it.
+
+    ``type`` is the kernel's name in lower case (``hash``, ``lru_hash``, ``percpu_array``...). ``key`` and ``value``
+    are None when only sizes are known. ``flags`` are the BPF_F_* map flags. ``inner`` is the spec of inner maps.
+    """
+
+    name: str
+    type: str
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int = 0
+    key: Type | None = None
+    value: Type | None = None
+    pinned_by_name: bool = False
+    inner: MapSpec | None = None
+
+
+class ProgramSpec(msgspec.Struct, frozen=True):
+    """One program: its function name, its ELF section, and what libbpf makes of that section's name.
+
+    ``type`` and ``attach_type`` are the kernel's names in lower case (``cgroup_sock_addr``,
+    ``cgroup_inet4_connect``), empty when the section name is not one that libbpf knows.
+    """
+
+    name: str
+    section: str
+    type: str = ""
+    attach_type: str = ""
+
+
+class ObjectSpec(msgspec.Struct, frozen=True):
+    """Everything read from one object file. Global data appear as maps named ``.rodata``, ``.data``, ``.bss``..."""
+
+    name: str
+    maps: tuple[MapSpec, ...]
+    programs: tuple[ProgramSpec, ...]
+    license: str = ""
