@@ -110,6 +110,7 @@ static __always_inline int choose(const struct service *from, struct endpoint *b
 		if (left < one->weight) {
 			__builtin_memcpy(backend->addr, one->addr, sizeof(backend->addr));
 			backend->port = one->port;
+			backend->proto = IPPROTO_TCP;
 			return 1;
 		}
 		left -= one->weight;
@@ -155,11 +156,13 @@ static __always_inline int route(struct bpf_sock_addr *ctx, const struct endpoin
 SEC("cgroup/connect4")
 int mesh_connect4(struct bpf_sock_addr *ctx)
 {
-	struct endpoint to = { .addr[10] = 0xff, .addr[11] = 0xff, .port = ctx->user_port, .proto = IPPROTO_TCP };
-	struct endpoint backend = { .proto = IPPROTO_TCP };
+	struct endpoint to = { .port = ctx->user_port, .proto = IPPROTO_TCP };
+	struct endpoint backend = {};
 	__u32 address = ctx->user_ip4;
 	int verdict;
 
+	to.addr[10] = 0xff;
+	to.addr[11] = 0xff;
 	__builtin_memcpy(&to.addr[12], &address, sizeof(address));
 	verdict = route(ctx, &to, &backend);
 	if (backend.port) {
@@ -174,7 +177,7 @@ SEC("cgroup/connect6")
 int mesh_connect6(struct bpf_sock_addr *ctx)
 {
 	struct endpoint to = { .port = ctx->user_port, .proto = IPPROTO_TCP };
-	struct endpoint backend = { .proto = IPPROTO_TCP };
+	struct endpoint backend = {};
 	__u32 address[4] = { ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3] };
 	int verdict;
 
