@@ -1,0 +1,65 @@
+"""What every test of the house shares: labs, no skipping in CI, and a look at what was left in the kernel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+
+import pytest
+
+from meshd.demo.lab import Lab, leftovers, sweep
+
+_before = pytest.StashKey[frozenset[str]]()
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    """A lab of the test's own."""
+    with Lab() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def module_lab() -> Iterator[Lab]:
+    """A lab that the tests of one module share."""
+    with Lab() as made:
+        yield made
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and os.environ.get("CI") == "true" and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped under CI=true, where every test must run: {report.longrepr}"
+    return report
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if os.geteuid() == 0:
+        sweep()
+    session.config.stash[_before] = frozenset(leftovers())
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail the session for a netns, mount, cgroup or directory that this session's labs left."""
+    alive_elsewhere = {path for path in leftovers() if _owner(path) != os.getpid() and _is_alive(_owner(path))}
+    before = session.config.stash[_before]
+    left = set(leftovers()) - before - alive_elsewhere
+    if left:
+        print("\nleft behind by this session:\n  " + "\n  ".join(sorted(left)))
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _owner(path: str) -> int:
+    return int(path.partition("hitless-lab-")[2].split("-")[0])
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
