@@ -355,7 +355,7 @@ def _extreme(asm: _Assembler, leaf: Leaf, record: _Record) -> None:
             asm.emit(_JEQ, _R0, _R3, done)
         else:
             asm.emit(_STORE[size], _R7, _R2, offset)
-            asm.emit(_JA, off=done)
-    asm.emit(_MOV_IMM, _R0, imm=-errno.EAGAIN)
-    asm.emit(_JA, off="exit")
+    if is_atomic(leaf):
+        asm.emit(_MOV_IMM, _R0, imm=-errno.EAGAIN)
+        asm.emit(_JA, off="exit")
     asm.label(done)
