@@ -1,8 +1,8 @@
 """Clients that notice everything: ``python -m meshd.demo.traffic short|held|denied TARGET...``.
 
 Each runs until SIGTERM or until its stdin is closed, and prints one JSON object a line: its totals so far, every
-quarter of a second, and a last one with ``"final": true``. A TARGET is ``ADDRESS,PORT,BACKEND+BACKEND+...``: the
-service to connect to, and the addresses that may answer for it.
+quarter of a second, and a last one with ``"final": true``. ``held`` first tells the cookies of its sockets. A TARGET
+is ``ADDRESS,PORT,BACKEND+BACKEND+...``: the service to connect to, and the addresses that may answer for it.
 """
 
 from __future__ import annotations
@@ -282,15 +282,15 @@ def held(targets: Sequence[Target], count: int, http: int, interval: float) -> N
     start = clock()
     due = deque((start + interval * n / len(connections), c) for n, c in enumerate(connections))
     report_at = start
+    _say({"kind": "held", "cookies": [c.cookie for c in connections]})
 
     def facts(final: bool) -> dict[str, object]:
-        told: dict[str, object] = {
+        return {
             "kind": "held", "connections": len(connections), "alive": sum(c.trouble is None for c in connections),
             "sent": sum(c.sent for c in connections), "received": sum(c.received for c in connections),
             "trouble": dict(Counter(c.trouble for c in connections if c.trouble)),
             "stalled": sum(c.stalls for c in connections), "final": final,
         }  # fmt: skip
-        return told if final else told | {"cookies": [c.cookie for c in connections]}
 
     def pump(wait: float) -> None:
         for key, _ in watch.select(wait):
