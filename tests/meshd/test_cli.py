@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -56,11 +54,3 @@ def test_every_command_has_help_with_an_example(command: list[str]) -> None:
     done = CliRunner().invoke(main, [*command, "--help"])
     assert done.exit_code == 0
     assert not command or "Example: meshd" in done.stdout
-
-
-def test_checking_a_file_loads_nothing_of_the_kernels_side(file: Path) -> None:
-    file.write_text(GOOD)
-    code = "import sys; from meshd.cli import main; main(['check', sys.argv[1]], standalone_mode=False); "
-    code += "print([name for name in sys.modules if name.startswith(('hitless.kernel', 'numpy'))])"
-    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
