@@ -192,6 +192,11 @@ class Leaf(msgspec.Struct, frozen=True):
     merge: Merge = "keep"
     kind: Literal["int", "bytes"] = "int"
 
+    @property
+    def atomic(self) -> bool:
+        """Whether one atomic instruction of BPF can merge it: an aligned integer of 4 or 8 bytes."""
+        return self.kind == "int" and self.size in (4, 8) and self.offset % self.size == 0
+
 
 def leaves(made: Type, rules: MapRules = MapRules()) -> tuple[Leaf, ...]:  # noqa: B008 - frozen
     """Every leaf of a value, in order, with its merge policy.

@@ -174,6 +174,7 @@ class Node:
         return BusyError(f"{self.root} is locked by another process; try again", path=str(self.root), pid=None)
 
     def refuse_foreign(self) -> None:
+        """Raise NodeError if there is anything under the root that hitless does not put there."""
         for path in _children(self.root):
             is_directory = path.is_dir() and not path.is_symlink()
             if not (path.is_symlink() if path.name in _PUBLIC else path.name in _DIRECTORIES and is_directory):

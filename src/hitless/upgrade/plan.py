@@ -96,8 +96,9 @@ def make_plan(
 ) -> Plan:
     """Decide what becomes of each map and hook when ``bundle`` is applied to what ``state`` shows.
 
-    ``cgroups`` has the kernel's id of each target of the bundle's hooks. ``allow_loss`` names maps that may lose what the plan says they lose. Raises BundleError or LayoutError for
-    rules that cannot apply, UnsupportedError for changes that this version cannot make.
+    ``cgroups`` has the kernel's id of each target of the bundle's hooks; ``allow_loss`` names maps that may lose
+    what the plan says they lose. Raises BundleError or LayoutError for rules that cannot apply, UnsupportedError
+    for changes that this version cannot make.
     """
     current = state.current
     _check_names(current, bundle, allow_loss)
