@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 
 import hitless
 from meshd.demo.lab import BACKENDS4, BACKENDS6, Lab
-from meshd.demo.mesh import Lines, MeshdProcess
+from meshd.demo.mesh import Lines
 
 PEER = str(Path(__file__).parent / "peer.py")
 PORT = 8080
@@ -28,7 +29,7 @@ class Mesh:
         self.lab = lab
         self.file = lab.scratch / "services.yaml"
         self.root = lab.bpffs / "mesh"
-        self.daemon: MeshdProcess | None = None
+        self.daemon: Meshd | None = None
         server = Lines(self.python("serve", A, B, A6))
         server.wait_for({"ready": (True,)}, 10)
 
@@ -48,11 +49,16 @@ class Mesh:
         new.write_text(text)
         new.rename(self.file)
 
-    def start(self, release: int, *options: str) -> dict[str, Any]:
+    def start(self, release: int, *allow_loss: str, options: Sequence[str] = ()) -> dict[str, Any]:
         """Start meshd and return the event that says the release is live."""
-        allow = [options[n + 1] for n, option in enumerate(options) if option == "--allow-loss"]
-        self.daemon = MeshdProcess(self.lab, str(release), self.file, allow)
-        return self.daemon.wait_until_ready()
+        event = self.try_start(release, *allow_loss, options=options)
+        assert event["event"] in ("ready", "upgraded"), event
+        return event
+
+    def try_start(self, release: int, *allow_loss: str, options: Sequence[str] = ()) -> dict[str, Any]:
+        """Start meshd and return the event that says how that went."""
+        self.daemon = Meshd(self, release, [*options, *(f"--allow-loss={name}" for name in allow_loss)])
+        return self.daemon.lines.wait_for({"event": ("ready", "upgraded", "error", "config-error")}, 30)
 
     def next_event(self, **wanted: object) -> dict[str, Any]:
         assert self.daemon is not None
@@ -83,6 +89,22 @@ class Mesh:
             for field, count in value.items():
                 sums[field] = sums.get(field, 0) + count
         return sums
+
+
+class Meshd:
+    """`meshd run` as a process in the lab but outside of the mesh."""
+
+    def __init__(self, mesh: Mesh, release: int, options: Sequence[str]) -> None:
+        lab = mesh.lab
+        args = ["--release", str(release), "--root", str(mesh.root), "--cgroup", str(lab.cgroup)]
+        args += ["--services", str(mesh.file), "--json", *options]
+        self.process = lab.popen([sys.executable, "-m", "meshd", "run", *args], stdout=subprocess.PIPE)
+        self.lines = Lines(self.process)
+
+    def stop(self) -> int:
+        """Send SIGTERM and return the exit code."""
+        self.process.terminate()
+        return self.process.wait(20)
 
 
 class Held:
@@ -122,3 +144,13 @@ def service(name: str, address: str, *backends: str | tuple[str, int], port: int
 def denied(service: str, cgroup: str = "denied", action: str = "deny") -> dict[str, Any]:
     """A policy of the file."""
     return {"action": action, "service": service, "source": {"cgroup": cgroup}}
+
+
+def until(condition: Callable[[], object], seconds: float = 5.0) -> bool:
+    """Whether ``condition`` came true within ``seconds``."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
