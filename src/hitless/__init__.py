@@ -1,1 +1,52 @@
-"""hitless: zero-disruption upgrades of running eBPF daemons."""
+"""hitless: zero-disruption upgrades of running eBPF daemons.
+
+    bundle = hitless.Bundle.load("release-2", {"cgroup": "/sys/fs/cgroup/mesh"})
+    node = hitless.Node("/sys/fs/bpf/mesh")
+    print(hitless.plan(node, bundle))
+    result = hitless.apply(node, bundle)
+    node.map("service")[{"addr": ..., "port": 80}] = {...}
+
+All errors are subclasses of :class:`HitlessError`.
+"""
+
+from hitless.errors import (
+    BundleError,
+    BusyError,
+    HitlessError,
+    InterruptedUpgradeError,
+    KernelError,
+    LayoutError,
+    LossNotAllowedError,
+    NodeError,
+    UnsupportedError,
+    VerifyError,
+)
+from hitless.upgrade.bundle import Bundle
+from hitless.upgrade.handle import MapHandle
+from hitless.upgrade.node import Node, NodeState
+from hitless.upgrade.plan import Plan
+from hitless.upgrade.transaction import Progress, Result, apply, plan, recover, unload
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "BusyError",
+    "HitlessError",
+    "InterruptedUpgradeError",
+    "KernelError",
+    "LayoutError",
+    "LossNotAllowedError",
+    "MapHandle",
+    "Node",
+    "NodeError",
+    "NodeState",
+    "Plan",
+    "Progress",
+    "Result",
+    "UnsupportedError",
+    "VerifyError",
+    "apply",
+    "plan",
+    "recover",
+    "unload",
+]

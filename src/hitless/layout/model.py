@@ -53,10 +53,18 @@ class Enum(msgspec.Struct, frozen=True, tag="enum"):
 
 
 class Pointer(msgspec.Struct, frozen=True, tag="pointer"):
-    """A pointer; ``target`` names what it points to and is never followed."""
+    """A pointer; ``target`` names what it points to and is never followed.
+
+    Type tags come first in ``target``, as in ``kptr struct task_struct``.
+    """
 
     target: str
     size: int = 8
+
+    @property
+    def name(self) -> str:
+        """C spelling, e.g. ``struct sock *``."""
+        return f"{self.target} *"
 
 
 class Array(msgspec.Struct, frozen=True, tag="array"):
@@ -114,6 +122,8 @@ class MapSpec(msgspec.Struct, frozen=True):
 
     ``type`` is the kernel's name in lower case (``hash``, ``lru_hash``, ``percpu_array``...). ``key`` and ``value``
     are None when only sizes are known. ``flags`` are the BPF_F_* map flags. ``inner`` is the spec of inner maps.
+    ``extra`` is ``map_extra``, whose meaning depends on the type. ``tags`` are the declaration tags of the map's
+    variable in C.
     """
 
     name: str
@@ -126,19 +136,23 @@ class MapSpec(msgspec.Struct, frozen=True):
     value: Type | None = None
     pinned_by_name: bool = False
     inner: MapSpec | None = None
+    extra: int = 0
+    tags: tuple[str, ...] = ()
 
 
 class ProgramSpec(msgspec.Struct, frozen=True):
     """One program: its function name, its ELF section, and what libbpf makes of that section's name.
 
     ``type`` and ``attach_type`` are the kernel's names in lower case (``cgroup_sock_addr``,
-    ``cgroup_inet4_connect``), empty when the section name is not one that libbpf knows.
+    ``cgroup_inet4_connect``), empty when the section name is not one that libbpf knows. ``autoload`` is false for a
+    section that begins with ``?``: libbpf leaves such a program out unless it is asked for.
     """
 
     name: str
     section: str
     type: str = ""
     attach_type: str = ""
+    autoload: bool = True
 
 
 class ObjectSpec(msgspec.Struct, frozen=True):

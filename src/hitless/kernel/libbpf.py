@@ -1,0 +1,129 @@
+"""libbpf and the few libc calls beside it: the one place where an errno becomes an exception."""
+
+from __future__ import annotations
+
+import errno as errno_names
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hitless.errors import KernelError, UnsupportedError
+from hitless.kernel._libbpf import ffi
+
+__all__ = ["Object", "check", "ffi", "lib", "libc", "messages", "options", "pinned_kind"]
+
+# The kernel's own not-supported errno, which no user-space header and not Python's errno table has.
+ENOTSUPP = 524
+
+_HINTS = {
+    errno_names.EPERM: "run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON",
+    errno_names.ENOSPC: "the kernel has no room for it",
+    errno_names.ENOMEM: "the kernel has no memory for it; see the memory limit of this cgroup",
+    errno_names.E2BIG: "the map is full; raise its max_entries",
+    ENOTSUPP: "this kernel does not support it",
+}
+
+
+@functools.cache
+def libc() -> Any:
+    """The C library that is already in this process."""
+    return ffi.dlopen(None)
+
+
+@functools.cache
+def lib() -> Any:
+    """The system's ``libbpf.so.1``. Raises UnsupportedError if there is none."""
+    try:
+        library = ffi.dlopen("libbpf.so.1")
+    except OSError as error:
+        raise UnsupportedError(
+            f"libbpf.so.1 cannot be loaded: {error}; install it (Debian: apt-get install libbpf1)", feature="libbpf"
+        ) from None
+    library.libbpf_set_print(_collect)
+    return library
+
+
+def check(result: int, call: str, what: object) -> int:
+    """Return ``result`` of libbpf's or libc's ``call`` on ``what``; raise KernelError if it is negative."""
+    if result >= 0:
+        return result
+    # libbpf returns -errno, libc -1; both set errno.
+    number = ffi.errno if result == -1 else -result
+    name = "ENOTSUPP" if number == ENOTSUPP else errno_names.errorcode.get(number, str(number))
+    text = "operation not supported by the kernel" if number == ENOTSUPP else os.strerror(number)
+    hint = f"; {_HINTS[number]}" if number in _HINTS else ""
+    raise KernelError(
+        f"{call} on {what}: {name} ({text}){hint}", call=call, errno=number, errno_name=name, object=str(what)
+    )
+
+
+def options(struct: str, **fields: object) -> Any:
+    """A zeroed libbpf options structure with its size and ``fields`` filled in."""
+    made = ffi.new(f"struct {struct} *")
+    made.sz = ffi.sizeof(f"struct {struct}")
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return made
+
+
+class Object:
+    """A kernel object (map, program, link) that this process holds by a file descriptor it owns."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        """Give the descriptor back; the object lives on while pins, links or programs hold it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def pin(self, path: Path) -> None:
+        """Pin at ``path`` on a bpffs. Raises KernelError (EEXIST if something is there)."""
+        check(lib().bpf_obj_pin(self.fd, os.fsencode(path)), "BPF_OBJ_PIN", path)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def pinned_kind(path: Path) -> tuple[int, str]:
+    """Open the pin at ``path``; return a new descriptor and what it is: ``map``, ``prog``, ``link`` or a name.
+
+    Raises KernelError, also when ``path`` is no pin.
+    """
+    fd = check(lib().bpf_obj_get(os.fsencode(path)), "BPF_OBJ_GET", path)
+    target = str(Path(f"/proc/self/fd/{fd}").readlink())
+    return fd, target.removeprefix("anon_inode:").strip("[]").replace("_", "-").removeprefix("bpf-")
+
+
+# What libbpf printed while someone listens, or None. libbpf has one global print function.
+_heard: list[str] | None = None
+
+
+@ffi.callback("int (int, const char *, void *)")  # type: ignore[untyped-decorator]
+def _collect(_level: int, template: Any, arguments: Any) -> int:
+    if _heard is not None:
+        buffer = ffi.new("char[]", 1 << 16)
+        libc().vsnprintf(buffer, len(buffer), template, arguments)
+        _heard.append(ffi.string(buffer).decode(errors="replace"))
+    return 0
+
+
+@contextmanager
+def messages() -> Iterator[list[str]]:
+    """Collect what libbpf prints (its warnings and the verifier's log) while the block runs."""
+    global _heard
+    previous, _heard = _heard, []
+    try:
+        yield _heard
+    finally:
+        _heard = previous

@@ -1,0 +1,118 @@
+"""bpf_links: made once, then updated in place by compare-and-swap, so that a hook is never without a program."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from hitless.errors import KernelError, NodeError, UnsupportedError
+from hitless.kernel.libbpf import Object, check, ffi, lib, options, pinned_kind
+from hitless.kernel.mounts import filesystem
+from hitless.kernel.programs import Program
+
+__all__ = ["Link", "LinkInfo", "cgroup_id"]
+
+_F_REPLACE = 1 << 2  # BPF_F_REPLACE
+
+
+class LinkInfo(msgspec.Struct, frozen=True):
+    """What the kernel says of a link. ``cgroup_id`` and ``attach_type`` are set for cgroup links only."""
+
+    id: int
+    type: str
+    program_id: int
+    cgroup_id: int = 0
+    attach_type: str = ""
+
+
+class Link(Object):
+    """One bpf_link, held by a descriptor."""
+
+    @property
+    def info(self) -> LinkInfo:
+        """The link's facts as they are now: its program changes."""
+        raw = ffi.new("struct bpf_link_info *")
+        length = ffi.new("__u32 *", ffi.sizeof("struct bpf_link_info"))
+        check(lib().bpf_obj_get_info_by_fd(self.fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", "link")
+        text = lib().libbpf_bpf_link_type_str(raw.type)
+        kind = ffi.string(text).decode() if text else f"type{raw.type}"
+        if kind != "cgroup":
+            return LinkInfo(id=raw.id, type=kind, program_id=raw.prog_id)
+        attach = lib().libbpf_bpf_attach_type_str(raw.cgroup.attach_type)
+        return LinkInfo(
+            id=raw.id,
+            type=kind,
+            program_id=raw.prog_id,
+            cgroup_id=raw.cgroup.cgroup_id,
+            attach_type=ffi.string(attach).decode() if attach else f"attach{raw.cgroup.attach_type}",
+        )
+
+    @classmethod
+    def open(cls, path: Path) -> Link:
+        """Open the link pinned at ``path``. Raises NodeError if something else is pinned there, KernelError."""
+        fd, kind = pinned_kind(path)
+        if kind != "link":
+            os.close(fd)
+            raise NodeError(f"{path} is a pinned {kind}, not a link; it is not from hitless", path=str(path))
+        return cls(fd)
+
+    @classmethod
+    def attach_cgroup(cls, program: Program, cgroup: Path, attach_type: str) -> Link:
+        """Attach ``program`` to the cgroup v2 directory ``cgroup``, beside whatever is attached there already."""
+        number = _attach_number(attach_type)
+        target = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fd = lib().bpf_link_create(program.fd, target, number, ffi.NULL)
+            return cls(check(fd, "BPF_LINK_CREATE", f"{attach_type} of {cgroup}"))
+        finally:
+            os.close(target)
+
+    def update(self, new: Program, old: Program) -> None:
+        """Let the hook run ``new`` from now on, if it runs ``old`` now (compare-and-swap).
+
+        The kernel checks attach types of cgroup links hardly (a connect4 link takes a connect6 program), so the
+        caller must have compared them. Raises NodeError if the hook runs something else, KernelError.
+        """
+        opts = options("bpf_link_update_opts", flags=_F_REPLACE, old_prog_fd=old.fd)
+        try:
+            check(lib().bpf_link_update(self.fd, new.fd, opts), "BPF_LINK_UPDATE", f"link {self.info.id}")
+        except KernelError as error:
+            if self.info.program_id not in (old.info.id, new.info.id):
+                raise NodeError(
+                    f"link {self.info.id} runs program {self.info.program_id}, not {old.info.id} as expected: "
+                    "someone else changed it meanwhile; look at who uses this pin root, then plan again",
+                    link=self.info.id,
+                    program=self.info.program_id,
+                    expected=old.info.id,
+                ) from error
+            raise
+
+    def detach(self) -> None:
+        """Take the program off its hook now, whoever still holds the link."""
+        check(lib().bpf_link_detach(self.fd), "BPF_LINK_DETACH", f"link {self.info.id}")
+
+
+def cgroup_id(path: Path) -> int:
+    """The kernel's id of the cgroup v2 directory ``path``. Raises NodeError if it is none, or a cgroup v1 one."""
+    if not path.is_dir():
+        raise NodeError(f"cgroup {path} is not a directory; make it, or correct the target", path=str(path))
+    kind = filesystem(path)
+    if kind != "cgroup2":
+        what = "a cgroup v1 directory" if kind == "cgroup" else f"on {kind}"
+        raise NodeError(
+            f"{path} is {what}, not a cgroup v2 directory: BPF attaches to cgroup v2 only; "
+            "see `mount -t cgroup2` for where it is mounted",
+            path=str(path),
+            filesystem=kind,
+        )
+    return path.stat().st_ino
+
+
+def _attach_number(name: str) -> int:
+    for number in range(64):
+        text = lib().libbpf_bpf_attach_type_str(number)
+        if text and ffi.string(text).decode() == name:
+            return number
+    raise UnsupportedError(f"attach type {name} is not known to this libbpf", feature=name)

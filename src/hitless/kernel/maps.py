@@ -1,0 +1,197 @@
+"""Maps of the running kernel: their facts, their entries one by one and in batches."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from hitless.errors import KernelError, NodeError
+from hitless.kernel.libbpf import Object, check, ffi, lib, options, pinned_kind
+from hitless.layout.btf import Btf
+from hitless.layout.model import MapSpec
+
+__all__ = ["ANY", "EXIST", "NOEXIST", "Map", "MapInfo", "Rows", "create_like"]
+
+ANY, NOEXIST, EXIST = 0, 1, 2
+
+Rows = npt.NDArray[np.uint8]
+"""Records of one size: shape (entries, bytes of a record), dtype uint8."""
+
+_BATCH = 4096
+_HASH, _ARRAY = 1, 2  # BPF_MAP_TYPE_HASH, BPF_MAP_TYPE_ARRAY
+
+
+class MapInfo(msgspec.Struct, frozen=True):
+    """What the kernel says of a map (``struct bpf_map_info``); sizes in bytes."""
+
+    id: int
+    type: str
+    name: str
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int
+    btf_id: int
+    key_type_id: int
+    value_type_id: int
+
+
+class Map(Object):
+    """One map, held by a descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        raw = ffi.new("struct bpf_map_info *")
+        length = ffi.new("__u32 *", ffi.sizeof("struct bpf_map_info"))
+        check(lib().bpf_obj_get_info_by_fd(fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", f"map descriptor {fd}")
+        kind = lib().libbpf_bpf_map_type_str(raw.type)
+        self.info = MapInfo(
+            id=raw.id,
+            type=ffi.string(kind).decode() if kind else f"type{raw.type}",
+            name=ffi.string(raw.name).decode(),
+            key_size=raw.key_size,
+            value_size=raw.value_size,
+            max_entries=raw.max_entries,
+            flags=raw.map_flags,
+            btf_id=raw.btf_id,
+            key_type_id=raw.btf_key_type_id,
+            value_type_id=raw.btf_value_type_id,
+        )
+
+    @classmethod
+    def open(cls, path: Path) -> Map:
+        """Open the map pinned at ``path``. Raises NodeError if something else is pinned there, KernelError."""
+        fd, kind = pinned_kind(path)
+        if kind != "map":
+            os.close(fd)
+            raise NodeError(f"{path} is a pinned {kind}, not a map; it is not from hitless", path=str(path), kind=kind)
+        return cls(fd)
+
+    def spec(self, name: str) -> MapSpec:
+        """This map as a MapSpec under ``name``; key and value are None where the kernel holds no BTF for them."""
+        info = self.info
+        types = Btf.parse(_btf_bytes(info.btf_id)) if info.btf_id else None
+        return MapSpec(
+            name=name,
+            type=info.type,
+            key_size=info.key_size,
+            value_size=info.value_size,
+            max_entries=info.max_entries,
+            flags=info.flags,
+            key=types.layout(info.key_type_id) if types and info.key_type_id else None,
+            value=types.layout(info.value_type_id) if types and info.value_type_id else None,
+        )
+
+    def lookup(self, key: bytes) -> bytes | None:
+        """The value at ``key``, or None."""
+        value = bytearray(self.info.value_size)
+        result = lib().bpf_map_lookup_elem(self.fd, ffi.from_buffer(key), ffi.from_buffer(value))
+        if result < 0 and ffi.errno == errno.ENOENT:
+            return None
+        check(result, "BPF_MAP_LOOKUP_ELEM", self.info.name)
+        return bytes(value)
+
+    def update(self, key: bytes, value: bytes, flags: int = ANY) -> None:
+        """Set ``key`` to ``value``. Raises KernelError (E2BIG when the map is full)."""
+        result = lib().bpf_map_update_elem(self.fd, ffi.from_buffer(key), ffi.from_buffer(value), flags)
+        check(result, "BPF_MAP_UPDATE_ELEM", self.info.name)
+
+    def delete(self, key: bytes) -> bool:
+        """Delete ``key``; False if it was not there."""
+        result = lib().bpf_map_delete_elem(self.fd, ffi.from_buffer(key))
+        if result < 0 and ffi.errno == errno.ENOENT:
+            return False
+        check(result, "BPF_MAP_DELETE_ELEM", self.info.name)
+        return True
+
+    def batches(self) -> Iterator[tuple[Rows, Rows]]:
+        """Keys and values of all entries, some thousand at a time, by BPF_MAP_LOOKUP_BATCH.
+
+        On a hash that is being written this misses no key that was there all the time (shared measurements in
+        the protocol document); with no writer it is exact. Only maps whose user-space value is ``value_size``
+        bytes (no per-CPU maps).
+        """
+        info = self.info
+        size = _BATCH
+        opts = options("bpf_map_batch_opts")
+        tokens = [ffi.new("char[]", max(info.key_size, 8)) for _ in range(2)]
+        position = ffi.NULL
+        count = ffi.new("__u32 *")
+        while True:
+            keys = np.empty((size, info.key_size), np.uint8)
+            values = np.empty((size, info.value_size), np.uint8)
+            count[0] = size
+            after = tokens[0] if position is not tokens[0] else tokens[1]
+            result = lib().bpf_map_lookup_batch(
+                self.fd, position, after, ffi.from_buffer(keys), ffi.from_buffer(values), count, opts
+            )
+            if result < 0 and ffi.errno == errno.ENOSPC:
+                size *= 2  # one bucket holds more entries than the buffer: nothing was returned, so ask for more
+                continue
+            last = result < 0 and ffi.errno == errno.ENOENT  # the end, with a valid last count
+            if not last:
+                check(result, "BPF_MAP_LOOKUP_BATCH", info.name)
+            if count[0]:
+                yield keys[: count[0]], values[: count[0]]
+            if last:
+                return
+            position = after
+
+    def entries(self) -> tuple[Rows, Rows]:
+        """All keys and values at once, as two arrays of rows."""
+        parts = list(self.batches())
+        if not parts:
+            return np.empty((0, self.info.key_size), np.uint8), np.empty((0, self.info.value_size), np.uint8)
+        return np.concatenate([keys for keys, _ in parts]), np.concatenate([values for _, values in parts])
+
+    def write(self, keys: Rows, values: Rows) -> None:
+        """Set many entries by BPF_MAP_UPDATE_BATCH. Raises KernelError with ``written``, how many went in before."""
+        if not len(keys):
+            return
+        keys, values = np.ascontiguousarray(keys), np.ascontiguousarray(values)
+        count = ffi.new("__u32 *", len(keys))
+        opts = options("bpf_map_batch_opts")
+        result = lib().bpf_map_update_batch(self.fd, ffi.from_buffer(keys), ffi.from_buffer(values), count, opts)
+        try:
+            check(result, "BPF_MAP_UPDATE_BATCH", self.info.name)
+        except KernelError as error:
+            error.facts["written"] = count[0]
+            raise
+
+
+def create_like(model: Map, name: str) -> Map:
+    """A new empty hash or array with the key, value and capacity of ``model``, without BTF.
+
+    It is preallocated, so that an update of a key it holds cannot fail, and no LRU, which would evict entries.
+    """
+    info = model.info
+    return create(_ARRAY if info.type == "array" else _HASH, name, info.key_size, info.value_size, info.max_entries)
+
+
+def create(kind: int, name: str, key_size: int, value_size: int, max_entries: int, opts: object = ffi.NULL) -> Map:
+    """A new map of the kernel's numeric type ``kind``; ``name`` is cut to the kernel's 15 characters."""
+    fd = lib().bpf_map_create(kind, name[:15].encode(), key_size, value_size, max_entries, opts)
+    return Map(check(fd, "BPF_MAP_CREATE", name))
+
+
+def _btf_bytes(btf_id: int) -> bytes:
+    fd = check(lib().bpf_btf_get_fd_by_id(btf_id), "BPF_BTF_GET_FD_BY_ID", f"BTF {btf_id}")
+    try:
+        info = ffi.new("struct bpf_btf_info *")
+        length = ffi.new("__u32 *", ffi.sizeof("struct bpf_btf_info"))
+        check(lib().bpf_obj_get_info_by_fd(fd, info, length), "BPF_OBJ_GET_INFO_BY_FD", f"BTF {btf_id}")
+        data = bytearray(info.btf_size)
+        again = ffi.new("struct bpf_btf_info *")
+        buffer = ffi.from_buffer(data)
+        again.btf, again.btf_size = int(ffi.cast("uintptr_t", buffer)), len(data)
+        length[0] = ffi.sizeof("struct bpf_btf_info")
+        check(lib().bpf_obj_get_info_by_fd(fd, again, length), "BPF_OBJ_GET_INFO_BY_FD", f"BTF {btf_id}")
+        return bytes(data)
+    finally:
+        os.close(fd)

@@ -1,0 +1,116 @@
+"""Programs: objects loaded through libbpf, and what the kernel says of a program."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from hitless.errors import KernelError, NodeError
+from hitless.kernel.libbpf import Object, check, ffi, lib, messages, options, pinned_kind
+from hitless.kernel.maps import Map
+
+__all__ = ["Loaded", "Program", "ProgramInfo", "load_object"]
+
+
+class ProgramInfo(msgspec.Struct, frozen=True):
+    """What the kernel says of a program; ``tag`` is its hash of the instructions, in hex."""
+
+    id: int
+    type: str
+    name: str
+    tag: str
+
+
+class Program(Object):
+    """One loaded program, held by a descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        raw = ffi.new("struct bpf_prog_info *")
+        length = ffi.new("__u32 *", ffi.sizeof("struct bpf_prog_info"))
+        check(lib().bpf_obj_get_info_by_fd(fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", f"program descriptor {fd}")
+        kind = lib().libbpf_bpf_prog_type_str(raw.type)
+        self.info = ProgramInfo(
+            id=raw.id,
+            type=ffi.string(kind).decode() if kind else f"type{raw.type}",
+            name=ffi.string(raw.name).decode(),
+            tag=bytes(raw.tag).hex(),
+        )
+
+    @classmethod
+    def open(cls, path: Path) -> Program:
+        """Open the program pinned at ``path``. Raises NodeError if something else is pinned there, KernelError."""
+        fd, kind = pinned_kind(path)
+        if kind != "prog":
+            os.close(fd)
+            raise NodeError(f"{path} is a pinned {kind}, not a program; it is not from hitless", path=str(path))
+        return cls(fd)
+
+    @classmethod
+    def by_id(cls, program_id: int) -> Program:
+        """Open the loaded program with the kernel's ``program_id``. Raises KernelError (ENOENT if it is gone)."""
+        return cls(check(lib().bpf_prog_get_fd_by_id(program_id), "BPF_PROG_GET_FD_BY_ID", f"program {program_id}"))
+
+
+class Loaded(msgspec.Struct):
+    """An object's maps and programs after the verifier accepted them, by their names in the object.
+
+    Global data maps (``.rodata`` and the like) are not among ``maps``: bpffs cannot hold a dot in a name, and
+    the programs hold them.
+    """
+
+    maps: dict[str, Map]
+    programs: dict[str, Program]
+
+
+def load_object(data: bytes, name: str, reuse: Mapping[str, Map]) -> Loaded:
+    """Load the ELF object ``data`` called ``name``; maps named in ``reuse`` are used, the others created.
+
+    Nothing is pinned or attached. Raises KernelError whose message ends in the verifier's last words and whose
+    fact ``log`` is all that libbpf and the verifier printed.
+    """
+    label = ffi.new("char[]", name.encode())
+    with messages() as heard:
+        buffer = ffi.from_buffer(data)
+        handle = lib().bpf_object__open_mem(buffer, len(data), options("bpf_object_open_opts", object_name=label))
+        if not handle:
+            _fail(-ffi.errno, "opening", name, heard)
+        try:
+            maps = {}
+            entry = lib().bpf_object__next_map(handle, ffi.NULL)
+            while entry:
+                if not lib().bpf_map__is_internal(entry):
+                    title = ffi.string(lib().bpf_map__name(entry)).decode()
+                    maps[title] = entry
+                    check(lib().bpf_map__set_pin_path(entry, ffi.NULL), "bpf_map__set_pin_path", title)
+                    if title in reuse:
+                        check(lib().bpf_map__reuse_fd(entry, reuse[title].fd), "bpf_map__reuse_fd", title)
+                entry = lib().bpf_object__next_map(handle, entry)
+            result = lib().bpf_object__load(handle)
+            if result < 0:
+                _fail(result, "loading", name, heard)
+            programs = {}
+            program = lib().bpf_object__next_program(handle, ffi.NULL)
+            while program:
+                title = ffi.string(lib().bpf_program__name(program)).decode()
+                programs[title] = Program(os.dup(lib().bpf_program__fd(program)))
+                program = lib().bpf_object__next_program(handle, program)
+            return Loaded({title: Map(os.dup(lib().bpf_map__fd(entry))) for title, entry in maps.items()}, programs)
+        finally:
+            lib().bpf_object__close(handle)
+
+
+def _fail(result: int, doing: str, name: str, heard: list[str]) -> None:
+    """Raise what ``check`` would, with the last lines of libbpf's output, which say why the verifier refused."""
+    lines = [line for text in heard for line in text.splitlines() if line.strip()]
+    try:
+        check(result, f"{doing} the object", name)
+    except KernelError as error:
+        refused = error.facts["errno"] in (errno.EACCES, errno.EINVAL)
+        why = "the verifier refused a program" if refused else "libbpf says"
+        tail = "\n  ".join(lines[-12:])
+        raise KernelError(f"{error.message}: {why}:\n  {tail}", **error.facts, log="\n".join(lines)) from None

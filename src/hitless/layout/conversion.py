@@ -1,0 +1,276 @@
+"""Conversions: what moves where, as a value that can be read, saved, turned round and applied to many records at once.
+
+A :class:`Conversion` makes no decisions. :mod:`hitless.layout.diff` decides; code that generates BPF instructions and
+:meth:`Conversion.apply` do the same moves.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from hitless.errors import LayoutError
+from hitless.layout.members import SPECIAL, is_bytes, join, members
+from hitless.layout.model import Array, Enum, Int, Record, Type
+from hitless.layout.rules import MapRules, Merge, parse_tags
+
+__all__ = ["Conversion", "Converted", "Cut", "Default", "Leaf", "Misfit", "Move", "Records", "Repeat", "leaves"]
+
+#: Records side by side: uint8, shape (number of records, bytes of one).
+Records = npt.NDArray[np.uint8]
+
+_FIRST = 10  # rows that a misfit names
+_MAX_LEAVES = 1_000_000
+
+
+class Repeat(msgspec.Struct, frozen=True):
+    """Do it ``count`` times, stepping so many bytes in the old and the new record each time."""
+
+    count: int
+    old_stride: int
+    new_stride: int
+
+
+class Move(msgspec.Struct, frozen=True):
+    """Carry a number, or bytes as they are, from the old record to the new one.
+
+    Offsets and sizes are in bytes. When sizes, signedness and ``bool`` agree, the bytes are copied. Otherwise both
+    sides are integers of 1, 2, 4 or 8 bytes: the number is read with the old signedness and written with the new
+    size; one that does not fit the new range is a misfit and becomes the nearest number that fits.
+    """
+
+    path: str
+    old_offset: int
+    old_size: int
+    new_offset: int
+    new_size: int
+    old_signed: bool = False
+    new_signed: bool = False
+    old_bool: bool = False
+    new_bool: bool = False
+    repeat: tuple[Repeat, ...] = ()
+
+    @property
+    def copies(self) -> bool:
+        """Whether the bytes are copied as they are."""
+        return self.old_size == self.new_size and self.bounds is None
+
+    @property
+    def bounds(self) -> tuple[int, int] | None:
+        """(lowest, highest) number that fits the new side, or None if every number of the old side does."""
+        low, high = _range(self.old_size, self.old_signed, self.old_bool)
+        new_low, new_high = _range(self.new_size, self.new_signed, self.new_bool)
+        if new_low <= low and high <= new_high:
+            return None
+        return max(low, new_low), min(high, new_high)
+
+    def reversed(self) -> Move:
+        """The move that goes back."""
+        return Move(
+            self.path, self.new_offset, self.new_size, self.old_offset, self.old_size,
+            self.new_signed, self.old_signed, self.new_bool, self.old_bool,
+            tuple(Repeat(r.count, r.new_stride, r.old_stride) for r in self.repeat),
+        )  # fmt: skip
+
+
+class Default(msgspec.Struct, frozen=True):
+    """Write these bytes where the old record has nothing to give."""
+
+    path: str
+    offset: int
+    data: bytes
+    repeat: tuple[Repeat, ...] = ()
+
+
+class Cut(msgspec.Struct, frozen=True):
+    """Old bytes that have no place in the new record; a record where they are not all zero is a misfit."""
+
+    path: str
+    offset: int
+    size: int
+    repeat: tuple[Repeat, ...] = ()
+
+
+class Misfit(msgspec.Struct, frozen=True):
+    """In ``count`` records the value at ``path`` did not fit; ``first`` are the row indices of the first ten."""
+
+    path: str
+    count: int
+    first: tuple[int, ...]
+
+
+class Converted:
+    """The outcome of :meth:`Conversion.apply`: new records in the order of the old, and what did not fit."""
+
+    __slots__ = ("misfits", "records")
+
+    def __init__(self, records: Records, misfits: tuple[Misfit, ...]) -> None:
+        self.records = records
+        self.misfits = misfits
+
+
+class Conversion(msgspec.Struct, frozen=True):
+    """How a record of ``old_size`` bytes becomes one of ``new_size`` bytes. Bytes that nothing writes are zero."""
+
+    old_size: int
+    new_size: int
+    moves: tuple[Move, ...]
+    defaults: tuple[Default, ...] = ()
+    cuts: tuple[Cut, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether every record converts without a possible misfit."""
+        return not self.cuts and all(move.bounds is None for move in self.moves)
+
+    def inverse(self) -> Conversion:
+        """The moves backwards: undoes this conversion for every value that fitted.
+
+        It knows nothing of the older release's defaults; a comparison in the other direction does.
+        """
+        return Conversion(self.new_size, self.old_size, tuple(move.reversed() for move in self.moves))
+
+    def apply(self, records: Records, onto: Records | None = None) -> Converted:
+        """Convert records; ``onto`` is a background whose bytes stay where no move and no default writes.
+
+        Raises :class:`LayoutError` if the arrays are not uint8 of the shapes (n, old_size) and (n, new_size).
+        """
+        _check(records, self.old_size, "records")
+        count = len(records)
+        if onto is None:
+            out = np.zeros((count, self.new_size), np.uint8)
+        else:
+            _check(onto, self.new_size, "onto")
+            if len(onto) != count:
+                raise LayoutError(f"onto has {len(onto)} records, records has {count}")
+            out = onto.copy(order="C")
+        if not count:
+            return Converted(out, ())
+        old = np.ascontiguousarray(records)
+        for default in self.defaults:
+            shape = [(r.count, r.new_stride) for r in default.repeat]
+            target = _view(out, default.offset, f"V{len(default.data)}", shape)
+            target[...] = np.frombuffer(default.data, target.dtype)[0]
+        misfits: list[Misfit] = []
+        for cut in self.cuts:
+            shape = [(r.count, r.old_stride) for r in cut.repeat] + [(cut.size, 1)]
+            lost = _view(old, cut.offset, "u1", shape) != 0
+            _note(misfits, cut.path, lost)
+        for move in self.moves:
+            old_shape = [(r.count, r.old_stride) for r in move.repeat]
+            new_shape = [(r.count, r.new_stride) for r in move.repeat]
+            if move.copies:
+                kind = f"<u{move.old_size}" if move.old_size in (1, 2, 4, 8) else f"V{move.old_size}"
+                _view(out, move.new_offset, kind, new_shape)[...] = _view(old, move.old_offset, kind, old_shape)
+                continue
+            source = _view(old, move.old_offset, f"<{'i' if move.old_signed else 'u'}{move.old_size}", old_shape)
+            target = _view(out, move.new_offset, f"<{'i' if move.new_signed else 'u'}{move.new_size}", new_shape)
+            bounds = move.bounds
+            if bounds is None:
+                target[...] = source
+                continue
+            outside = (source < bounds[0]) | (source > bounds[1])
+            _note(misfits, move.path, outside)
+            target[...] = source.clip(*bounds).astype(target.dtype)
+        return Converted(out, tuple(misfits))
+
+
+class Leaf(msgspec.Struct, frozen=True):
+    """The smallest part of a value that is merged as one. ``offset`` and ``size`` are in bytes.
+
+    ``kind`` is ``int`` or ``bytes``; only an ``int`` can be added up or compared.
+    """
+
+    path: str
+    offset: int
+    size: int
+    signed: bool = False
+    merge: Merge = "keep"
+    kind: Literal["int", "bytes"] = "int"
+
+
+def leaves(made: Type, rules: MapRules = MapRules()) -> tuple[Leaf, ...]:  # noqa: B008 - frozen
+    """Every leaf of a value, in order, with its merge policy.
+
+    A policy on a struct or array holds for all that is inside, unless that says otherwise; a rule wins over a tag.
+    Padding and what the kernel owns (locks, timers) is no leaf. Arrays are unrolled, save arrays of bytes.
+
+    Raises :class:`LayoutError` for a policy that the type cannot have: a sum of something that is no number.
+    """
+    out: list[Leaf] = []
+    _collect(made, "", 0, None, (), rules, out)
+    return tuple(out)
+
+
+def _collect(
+    made: Type, path: str, offset: int, inherited: Merge | None, tags: tuple[str, ...], rules: MapRules, out: list[Leaf]
+) -> None:
+    rule = rules.field(path) if path else None
+    merge = (rule.merge if rule else None) or parse_tags(tags, path or "value").merge or inherited
+    if len(out) > _MAX_LEAVES:
+        raise LayoutError(f"{path}: more than {_MAX_LEAVES} leaves", path=path)
+    if isinstance(made, Array) and not is_bytes(made):
+        for index in range(made.count if made.size else 0):
+            _collect(made.element, f"{path}[{index}]", offset + index * made.element.size, merge, (), rules, out)
+        return
+    if isinstance(made, Record) and not made.union:
+        if made.name in SPECIAL:
+            return
+        for member in members(made):
+            at = join(path, member.name)
+            if member.bits:
+                inside = [tag for field in _fields(member.type) for tag in field.tags]
+                own = parse_tags(tuple(inside), at).merge or merge or "keep"
+                out.append(_leaf(at, offset + member.offset, member.type, own))
+            else:
+                _collect(member.type, at, offset + member.offset, merge, member.tags, rules, out)
+        return
+    if made.size:
+        out.append(_leaf(path, offset, made, merge or "keep"))
+
+
+def _fields(made: Type) -> Any:
+    return made.fields if isinstance(made, Record) else ()
+
+
+def _leaf(path: str, offset: int, made: Type, merge: Merge) -> Leaf:
+    number = isinstance(made, Int | Enum) and made.size in (1, 2, 4, 8)
+    # Network byte order: neither its sum nor its maximum is what the processor would compute.
+    plain = number and not made.name.startswith(("__be", "__sum16", "__wsum"))
+    if not plain and merge in ("sum", "max", "min"):
+        raise LayoutError(
+            f"{path or 'value'}: merge={merge} needs an integer in the processor's byte order, but this is "
+            f"{made.name!r}",
+            path=path, merge=merge,
+        )  # fmt: skip
+    signed = made.signed if isinstance(made, Int | Enum) else False
+    return Leaf(path, offset, made.size, signed, merge, "int" if number else "bytes")
+
+
+def _range(size: int, signed: bool, boolean: bool) -> tuple[int, int]:
+    if boolean:
+        return 0, 1
+    bits = 8 * size
+    return (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+
+
+def _check(records: Records, size: int, what: str) -> None:
+    if records.dtype != np.uint8 or records.ndim != 2 or records.shape[1] != size:
+        raise LayoutError(f"{what}: want uint8 of shape (n, {size}), got {records.dtype} of shape {records.shape}")
+
+
+def _view(records: Records, offset: int, kind: str, shape: list[tuple[int, int]]) -> npt.NDArray[Any]:
+    # One element of each record (of each repetition), in place: a strided window, no copy.
+    dims = (len(records), *(count for count, _ in shape))
+    steps = (records.shape[1], *(stride for _, stride in shape))
+    return np.ndarray(dims, np.dtype(kind), records, offset, steps)
+
+
+def _note(misfits: list[Misfit], path: str, wrong: npt.NDArray[np.bool_]) -> None:
+    rows = np.flatnonzero(wrong.reshape(len(wrong), math.prod(wrong.shape[1:])).any(axis=1))
+    if len(rows):
+        misfits.append(Misfit(path, len(rows), tuple(int(row) for row in rows[:_FIRST])))

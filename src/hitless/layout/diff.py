@@ -1,0 +1,816 @@
+"""Comparing the maps of two releases: what changed, whether state survives it, and the conversion that carries it.
+
+Verdicts, from best to worst:
+
+- ``identical``: the same bytes mean the same thing; the live map can be kept.
+- ``lossless``: every old field has a place in the new layout.
+- ``lossy``: something is dropped, cut, or may not fit; every change that loses says what.
+- ``needs-converter``: the meaning changed, or the change is of a kind that is not supported yet; ``reason`` says which.
+- ``not-carried``: the entries cannot be read, or cannot be written to another map.
+- ``unknown``: a layout is not known on one side. Equal sizes prove nothing.
+- ``added``, ``removed``: the map is in one release only.
+
+What makes no change: names of typedefs, structs and enums, qualifiers, padding. What does: signedness, positions,
+sizes, element counts, enum values, union members. Fields match by name; a new name is followed only where a tag or a
+rule says so (a tag also when going back). A field that vanished where another of its type appeared is hinted at as a
+rename, never taken for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import msgspec
+
+from hitless.errors import LayoutError
+from hitless.layout.codec import encode
+from hitless.layout.conversion import Conversion, Cut, Default, Move, Repeat
+from hitless.layout.members import SPECIAL, Member, is_bytes, is_text, join, members
+from hitless.layout.model import Array, Enum, Float, Int, MapSpec, Opaque, Pointer, Record, Type
+from hitless.layout.rules import MapRules, parse_tags
+
+__all__ = ["CONVERTIBLE", "Change", "MapDiff", "Verdict", "diff_map", "diff_maps", "is_constant"]
+
+Verdict = Literal[
+    "identical", "lossless", "lossy", "needs-converter", "not-carried", "unknown", "added", "removed"
+]  # fmt: skip
+
+#: Types of maps whose entries this release can carry from one map to another.
+CONVERTIBLE = ("hash", "lru_hash", "array")
+
+# Maps without entries that have a meaning of their own, or whose values are not bytes: only sizes count there.
+_NO_KEY_TYPE = (
+    "array", "percpu_array", "prog_array", "perf_event_array", "stack_trace", "cgroup_array", "array_of_maps", "devmap",
+    "sockmap", "cpumap", "xskmap", "reuseport_sockarray", "queue", "stack", "ringbuf", "user_ringbuf", "bloom_filter",
+    "arena",
+)  # fmt: skip
+_NO_VALUE_TYPE = (
+    "prog_array", "perf_event_array", "stack_trace", "cgroup_array", "array_of_maps", "hash_of_maps", "sockmap",
+    "sockhash", "xskmap", "reuseport_sockarray", "ringbuf", "user_ringbuf", "arena",
+)  # fmt: skip
+_NOT_LISTED = ("ringbuf", "user_ringbuf", "stack_trace", "bloom_filter", "queue", "stack", "perf_event_array", "arena")
+
+
+class Change(msgspec.Struct, frozen=True):
+    """One thing that changed. ``path`` is the field's new path (its old one if removed), empty for the map itself.
+
+    ``loss`` says what is lost by carrying the entries over; ``reason`` why it cannot be done without a converter (or
+    at all); ``hint`` what the author may have meant. Keys' paths begin with ``key``.
+    """
+
+    path: str
+    kind: str
+    old: str | None = None
+    new: str | None = None
+    loss: str | None = None
+    reason: str | None = None
+    hint: str | None = None
+
+
+class MapDiff(msgspec.Struct, frozen=True):
+    """How a map differs between two releases. ``was`` is its old name if that differs.
+
+    ``key`` and ``value`` are None where the bytes stay as they are, and where there is nothing to convert.
+    """
+
+    name: str
+    was: str | None
+    verdict: Verdict
+    changes: tuple[Change, ...] = ()
+    key: Conversion | None = None
+    value: Conversion | None = None
+
+
+def is_constant(spec: MapSpec) -> bool:
+    """Whether the map holds constants that come with the release's object file (``.rodata``), never state."""
+    return spec.name == ".rodata" or spec.name.startswith(".rodata.")
+
+
+def diff_maps(
+    old: Sequence[MapSpec], new: Sequence[MapSpec], rules: Mapping[str, MapRules] | None = None
+) -> tuple[MapDiff, ...]:
+    """Compare all maps of two releases; ``rules`` are by the map's new name.
+
+    Maps match by the rule's ``was``, by ``hitless:was`` tags on either side, by name. Order: new maps as given, then
+    those that were removed. A ``was`` that names no old map is no error.
+    """
+    rules = rules or {}
+    before, after = _by_name(old, "old"), _by_name(new, "new")
+    matched = _match(
+        {name: _map_was(spec) for name, spec in before.items()},
+        {name: _map_was(spec) for name, spec in after.items()},
+        {name: rule.was for name, rule in rules.items() if rule.was and name in after},
+    )
+    out = []
+    for name, spec in after.items():
+        if name in matched:
+            out.append(diff_map(before[matched[name]], spec, rules.get(name, MapRules())))
+        else:
+            out.append(MapDiff(name, None, "added", (Change("", "added", None, spec.type),)))
+    taken = set(matched.values())
+    for name, spec in before.items():
+        if name not in taken:
+            loss = None if is_constant(spec) else "the map and its entries are dropped"
+            out.append(MapDiff(name, None, "removed", (Change("", "removed", spec.type, None, loss),)))
+    return tuple(out)
+
+
+def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDiff:  # noqa: B008 - frozen
+    """Compare one map of two releases, whatever its names are.
+
+    Raises :class:`LayoutError` for a rule that names a field which the new layout lacks or that cannot apply, for a
+    default that its field cannot hold, and for hitless tags that do not exist.
+    """
+    changes = _definition(old, new)
+    was = old.name if old.name != new.name else None
+    if was:
+        changes.insert(0, Change("", "renamed", old.name, new.name))
+    inner = _inner(old, new)
+    changes += inner
+    unknown = [change for change in inner if change.kind == "unknown"]
+    converted: dict[str, Conversion | None] = {"key": None, "value": None}
+    fields = _split_rules(new, rules)
+    sides = (
+        ("key", old.key, new.key, old.key_size, new.key_size, _NO_KEY_TYPE),
+        ("value", old.value, new.value, old.value_size, new.value_size, _NO_VALUE_TYPE),
+    )
+    for side, before, after, old_size, new_size, untyped in sides:
+        # The key of an array is its index, always u32, whether or not somebody wrote its type down.
+        free = old.type in untyped and new.type in untyped and (before is None or after is None)
+        if free:
+            if old_size != new_size:
+                changes.append(Change(side, "resized", f"{old_size} bytes", f"{new_size} bytes"))
+            continue
+        if before is None or after is None:
+            which = "either side" if before is after else "the old side" if before is None else "the new side"
+            change = Change(
+                side, "unknown", _opt(before), _opt(after),
+                reason=f"the {side}'s type is not known on {which}; equal sizes prove nothing",
+                hint=f"bind a type to it in the manifest ({side} = \"type_name\"), or declare it with __type()",
+            )  # fmt: skip
+            changes.append(change)
+            unknown.append(change)
+            continue
+        _check_size(new.name, side, before, old_size)
+        _check_size(new.name, side, after, new_size)
+        walk = _Walk(side, before, after, fields[side])
+        found, conversion = walk.run()
+        if side == "key":
+            found = [_for_key(change) for change in found]
+        changes += found
+        converted[side] = conversion if found else None
+    return _judge(old, new, was, changes, bool(unknown), converted)
+
+
+def _judge(
+    old: MapSpec,
+    new: MapSpec,
+    was: str | None,
+    changes: list[Change],
+    unknown: bool,
+    converted: dict[str, Conversion | None],
+) -> MapDiff:
+    real = [change for change in changes if not (change.path == "" and change.kind == "renamed")]
+    verdict: Verdict
+    if unknown:
+        verdict = "unknown"
+    elif not real:
+        # A new name alone moves the pin, not the entries.
+        verdict = "lossless" if was else "identical"
+    elif is_constant(new):
+        plain = tuple(msgspec.structs.replace(c, loss=None, reason=None) for c in changes)
+        return MapDiff(new.name, was, "lossless", plain)
+    elif old.type not in CONVERTIBLE or new.type not in CONVERTIBLE:
+        changes.append(_not_carried(old, new))
+        verdict = "not-carried"
+    elif any(change.reason for change in changes):
+        verdict = "needs-converter"
+    elif any(change.loss and not _maybe(change, old, new) for change in changes):
+        verdict = "lossy"
+    else:
+        verdict = "lossless"
+    keep = verdict in ("lossless", "lossy")
+    key, value = (converted["key"], converted["value"]) if keep else (None, None)
+    return MapDiff(new.name, was, verdict, tuple(changes), key, value)
+
+
+def _maybe(change: Change, old: MapSpec, new: MapSpec) -> bool:
+    # A smaller hash loses nothing unless it is too full, which only the live map can tell. An array is always full.
+    return change.kind == "max-entries" and "array" not in (old.type, new.type)
+
+
+def _not_carried(old: MapSpec, new: MapSpec) -> Change:
+    kind = old.type if old.type not in CONVERTIBLE else new.type
+    if kind in _NOT_LISTED:
+        why = f"the contents of a {kind} map cannot be listed"
+    else:
+        why = f"carrying entries of a {kind} map to another map is not supported yet"
+    return Change("", "not-carried", old.type, new.type, loss="all entries", reason=why)
+
+
+def _definition(old: MapSpec, new: MapSpec) -> list[Change]:
+    out = []
+    if old.type != new.type:
+        hint = "a full lru_hash evicts entries by itself" if new.type == "lru_hash" else None
+        out.append(Change("", "map-type", old.type, new.type, hint=hint))
+    if old.flags != new.flags:
+        out.append(Change("", "flags", f"{old.flags:#x}", f"{new.flags:#x}"))
+    if old.extra != new.extra:
+        out.append(Change("", "map-extra", f"{old.extra:#x}", f"{new.extra:#x}"))
+    if old.max_entries != new.max_entries:
+        loss = None
+        if new.max_entries < old.max_entries:
+            loss = f"only if entries fit: more than {new.max_entries} do not"
+            if new.type == "array":
+                loss = f"elements {new.max_entries} and above are dropped"
+            elif new.type == "lru_hash":
+                loss = f"only if entries fit: of more than {new.max_entries}, the least recently used are evicted"
+        out.append(Change("", "max-entries", str(old.max_entries), str(new.max_entries), loss))
+    return out
+
+
+def _inner(old: MapSpec, new: MapSpec) -> list[Change]:
+    if old.inner is None and new.inner is None:
+        return []
+    if old.inner is None or new.inner is None:
+        which = "old" if old.inner is None else "new"
+        return [Change("", "unknown", reason=f"the {which} side does not tell what its inner maps are")]
+    diff = diff_map(old.inner, msgspec.structs.replace(new.inner, name=old.inner.name))
+    if diff.verdict == "identical":
+        return []
+    return [Change("", "inner-" + change.kind, change.old, change.new, reason=change.reason) for change in diff.changes]
+
+
+def _for_key(change: Change) -> Change:
+    if change.loss is None or change.reason is not None:
+        return change
+    why = f"in a key two entries could become one: {change.loss}"
+    return msgspec.structs.replace(change, reason=why)
+
+
+def _check_size(name: str, side: str, made: Type, size: int) -> None:
+    if made.size != size:
+        why = f"its {side} has {size} bytes but the type {made.name!r} has {made.size}"
+        raise LayoutError(f"map {name!r}: {why}", map=name)
+
+
+def _opt(made: Type | None) -> str | None:
+    return made.name or "(anonymous)" if made is not None else None
+
+
+def _by_name(specs: Sequence[MapSpec], side: str) -> dict[str, MapSpec]:
+    out: dict[str, MapSpec] = {}
+    for spec in specs:
+        if out.setdefault(spec.name, spec) != spec:
+            raise LayoutError(f"map {spec.name!r} has two definitions on the {side} side", map=spec.name)
+    return out
+
+
+def _map_was(spec: MapSpec) -> tuple[str, ...]:
+    return parse_tags(spec.tags, f"map {spec.name}").was
+
+
+def _match(
+    old: Mapping[str, tuple[str, ...]], new: Mapping[str, tuple[str, ...]], rules: Mapping[str, str]
+) -> dict[str, str]:
+    """New name -> old name. ``old`` and ``new`` give each name's former names, ``rules`` what overrides them."""
+    out: dict[str, str] = {}
+    taken: set[str] = set()
+
+    def take(name: str, was: str) -> None:
+        if name not in out and was not in taken and was in old:
+            out[name] = was
+            taken.add(was)
+
+    for name, was in rules.items():
+        if was in old and name in new:
+            take(name, was)
+    # A name that exists on one side only may be the other name of a thing there; the two loops mirror each other,
+    # so that going back matches what going forward matched.
+    for name, former in new.items():
+        if name not in old:
+            for was in former:
+                take(name, was)
+    for was, former in old.items():
+        if was not in new:
+            for name in former:
+                if name in new:
+                    take(name, was)
+    for name in new:
+        take(name, name)
+    return out
+
+
+def _split_rules(new: MapSpec, rules: MapRules) -> dict[str, MapRules]:
+    values, keys = {}, {}
+    has_key = isinstance(new.value, Record) and any(member.name == "key" for member in members(new.value))
+    for path, rule in rules.fields.items():
+        if path.startswith("key.") and not has_key:
+            was = rule.was.removeprefix("key.") if rule.was else None
+            keys[path.removeprefix("key.")] = msgspec.structs.replace(rule, was=was)
+        else:
+            values[path] = rule
+    out = {}
+    for side, fields, made in (("key", keys, new.key), ("value", values, new.value)):
+        for path in fields:
+            if made is not None and resolve(made, path) is None:
+                raise LayoutError(f"map {new.name!r}: no field {path!r} in its {side}", map=new.name, field=path)
+        out[side] = MapRules(fields=fields)
+    return out
+
+
+def resolve(made: Type, path: str) -> tuple[Type, int] | None:
+    """The type at a path and its offset in bytes (``[]`` meaning the first element), or None if there is none."""
+    offset = 0
+    for part in path.replace("[", ".[").split("."):
+        if part.startswith("["):
+            index = part[1:-1]
+            if not isinstance(made, Array) or (index and not index.isdecimal()):
+                return None
+            number = int(index or 0)
+            if index and number >= made.count:
+                return None
+            made, offset = made.element, offset + number * made.element.size
+            continue
+        if not isinstance(made, Record):
+            return None
+        found = next((member for member in members(made) if member.name == part), None)
+        if found is None:
+            return None
+        made, offset = found.type, offset + found.offset
+    return made, offset
+
+
+class _Walk:
+    """One comparison of two types, collecting changes, moves, defaults and cuts."""
+
+    def __init__(self, side: str, old: Type, new: Type, rules: MapRules) -> None:
+        self.side = side
+        self.old = old
+        self.new = new
+        self.rules = rules
+        self.changes: list[Change] = []
+        self.kernel: list[Change] = []
+        self.moves: list[Move] = []
+        self.defaults: list[Default] = []
+        self.cuts: list[Cut] = []
+        self.specials = False
+        self.applied: set[str] = set()
+        # Old paths that a rule sends elsewhere, so that they neither match by name nor count as removed.
+        self.claimed = {
+            rule.was for rule in rules.fields.values() if rule.was is not None and resolve(old, rule.was) is not None
+        }
+
+    def run(self) -> tuple[list[Change], Conversion]:
+        self.pair("", "", self.old, 0, self.new, 0, ())
+        if not self.changes and self.old.size != self.new.size:
+            self.change("", "resized", f"{self.old.size} bytes", f"{self.new.size} bytes")
+        for path, rule in self.rules.fields.items():
+            if rule.was in self.claimed and path not in self.applied:
+                raise LayoutError(f"rule for field {path!r}: was = {rule.was!r} cannot be applied there", field=path)
+        if self.changes:
+            self.changes += self.kernel
+        conversion = Conversion(
+            self.old.size, self.new.size, _coalesced(self.moves), tuple(self.defaults), tuple(self.cuts)
+        )
+        return self.changes, conversion
+
+    def show(self, path: str) -> str:
+        if self.side == "key":
+            return f"key.{path}" if path else "key"
+        return path or "value"
+
+    def change(
+        self, path: str, kind: str, old: str | None = None, new: str | None = None, loss: str | None = None,
+        reason: str | None = None, hint: str | None = None,
+    ) -> None:  # fmt: skip
+        self.changes.append(Change(self.show(path), kind, old, new, loss, reason, hint))
+
+    def refuse(self, path: str, old: Type, new: Type, reason: str) -> None:
+        self.change(path, "retyped", _spell(old), _spell(new), reason=reason)
+
+    def copy(self, path: str, at: int, to: int, size: int, repeat: tuple[Repeat, ...]) -> None:
+        if size:
+            self.moves.append(Move(self.show(path), at, size, to, size, repeat=repeat))
+
+    def pair(
+        self, old_path: str, path: str, old: Type, at: int, new: Type, to: int, repeat: tuple[Repeat, ...]
+    ) -> None:
+        """Compare two types that stand for each other, ``at`` and ``to`` being their offsets in bytes."""
+        match old, new:
+            case (Int() | Enum(), Int() | Enum()):
+                self.scalar(path, old, at, new, to, repeat)
+            case Float(), Float() if old.size == new.size:
+                self.copy(path, at, to, old.size, repeat)
+            case Pointer(), Pointer():
+                self.pointer(path, old, at, new, to, repeat)
+            case Array(), Array():
+                self.array(old_path, path, old, at, new, to, repeat)
+            case Record(), Record():
+                self.record(old_path, path, old, at, new, to, repeat)
+            case (Int() | Enum() | Float() | Record(), Array()) if new.count and _fits_first(old, new.element):
+                self.change(path, "retyped", _spell(old), _spell(new))
+                self.pair(old_path, f"{path}[0]", old, at, new.element, to, repeat)
+                self.fill_elements(path, new, 1, to, repeat)
+            case (Array(), Int() | Enum() | Float() | Record()) if old.count and _fits_first(new, old.element):
+                loss = None
+                if old.count > 1:
+                    loss = f"elements 1 to {old.count - 1} are dropped"
+                    size = old.element.size
+                    self.cuts.append(Cut(self.show(path), at + size, old.size - size, repeat))
+                self.change(path, "retyped", _spell(old), _spell(new), loss)
+                self.pair(f"{old_path}[0]", path, old.element, at, new, to, repeat)
+            case (Int() | Enum() | Float() | Pointer() | Array(), Record()) if (inner := _only(new)) is not None:
+                self.change(path, "nested", _spell(old), _spell(new))
+                self.pair(old_path, join(path, inner.name), old, at, inner.type, to + inner.offset, repeat)
+            case (Record(), Int() | Enum() | Float() | Pointer() | Array()) if (inner := _only(old)) is not None:
+                self.change(path, "nested", _spell(old), _spell(new))
+                self.pair(join(old_path, inner.name), path, inner.type, at + inner.offset, new, to, repeat)
+            case (Opaque(), _) | (_, Opaque()):
+                self.refuse(path, old, new, "bytes without a known type are equal to nothing")
+            case _:
+                self.refuse(path, old, new, f"no rule makes {_spell(old)} into {_spell(new)}")
+
+    def scalar(
+        self, path: str, old: Int | Enum, at: int, new: Int | Enum, to: int, repeat: tuple[Repeat, ...]
+    ) -> None:
+        old_bool = isinstance(old, Int) and old.encoding == "bool"
+        new_bool = isinstance(new, Int) and new.encoding == "bool"
+        enums = isinstance(old, Enum) and isinstance(new, Enum)
+        text = old.size == new.size == 1 and "char" in (_encoding(old), _encoding(new)) and not (old_bool or new_bool)
+        move = Move(
+            self.show(path), at, old.size, to, new.size, old.signed, new.signed, old_bool, new_bool, repeat
+        )  # fmt: skip
+        if old.size == new.size and (text or enums):
+            move = Move(self.show(path), at, old.size, to, new.size, repeat=repeat)
+        spelled = _spell(old), _spell(new)
+        if old.size != new.size:
+            odd = {old.size, new.size} - {1, 2, 4, 8}
+            if odd:
+                self.refuse(path, old, new, f"integers of {odd.pop()} bytes cannot be widened or narrowed yet")
+                return
+            if _network(old) or _network(new):
+                self.refuse(path, old, new, "the number is in network byte order, so its size is part of its meaning")
+                return
+        loss = None
+        if move.bounds is not None:
+            loss = f"values outside {move.bounds[0]} to {move.bounds[1]} do not fit"
+        if old.size < new.size:
+            self.change(path, "widened", *spelled, loss)
+        elif old.size > new.size:
+            self.change(path, "narrowed", *spelled, loss)
+        elif (
+            (old.signed != new.signed and not enums)
+            or _encoding(old) != _encoding(new)
+            or isinstance(old, Enum) != isinstance(new, Enum)
+        ):
+            self.change(path, "retyped", *spelled, loss)
+        if isinstance(old, Enum) and isinstance(new, Enum):
+            self.enum(path, old, new)
+        self.moves.append(move)
+
+    def enum(self, path: str, old: Enum, new: Enum) -> None:
+        before, after = dict(old.values), dict(new.values)
+        for name, value in before.items():
+            if name in after and after[name] != value:
+                reason = "a name now stands for another number; converting enums by name is not supported yet"
+                self.change(path, "enum-changed", f"{name} = {value}", f"{name} = {after[name]}", reason=reason)
+            elif name not in after:
+                renamed = [other for other, number in after.items() if number == value and other not in before]
+                hint = f"{value} is now called {renamed[0]}" if renamed else None
+                loss = f"entries that hold {name} = {value} have no meaning in the new release"
+                self.change(path, "enum-removed", f"{name} = {value}", None, loss, hint=hint)
+        for name, value in after.items():
+            if name not in before:
+                self.change(path, "enum-added", None, f"{name} = {value}")
+
+    def pointer(self, path: str, old: Pointer, at: int, new: Pointer, to: int, repeat: tuple[Repeat, ...]) -> None:
+        if old.target != new.target or old.size != new.size:
+            self.refuse(path, old, new, "it points to something else")
+            return
+        if "kptr" in old.target.split()[0]:
+            self.specials = True
+            loss = "the kernel object that it points to is not carried"
+            self.kernel.append(Change(self.show(path), "kernel-pointer", _spell(old), _spell(new), loss))
+            return
+        self.copy(path, at, to, old.size, repeat)
+
+    def array(
+        self, old_path: str, path: str, old: Array, at: int, new: Array, to: int, repeat: tuple[Repeat, ...]
+    ) -> None:
+        kept = min(old.count, new.count)
+        if old.count != new.count:
+            loss = None
+            if old.count > new.count:
+                word = "byte" if is_bytes(old) else "element"
+                rest = old.count - 1
+                loss = f"{word} {rest} is dropped"
+                if rest > new.count:
+                    loss = f"{word}s {new.count} to {rest} are dropped"
+                size = old.element.size
+                self.cuts.append(Cut(self.show(path), at + kept * size, (old.count - kept) * size, repeat))
+            self.change(path, "resized", _spell(old), _spell(new), loss)
+        if kept and _spell(old.element) == _spell(new.element) and is_bytes(old) and is_bytes(new):
+            self.copy(path, at, to, kept, repeat)
+        elif kept:
+            step = Repeat(kept, old.element.size, new.element.size)
+            before = len(self.changes)
+            self.pair(f"{old_path}[]", f"{path}[]", old.element, at, new.element, to, (*repeat, step))
+            if old.element.size != new.element.size and len(self.changes) == before:
+                self.change(path, "resized", f"{old.element.size} bytes each", f"{new.element.size} bytes each")
+        elif _spell(old.element) != _spell(new.element) or old.element.size != new.element.size:
+            # A flexible array holds nothing here, yet what would be in it is part of what the record means.
+            self.refuse(path, old, new, "a flexible array changed")
+        if new.count > kept:
+            self.fill_elements(path, new, kept, to, repeat)
+
+    def record(
+        self, old_path: str, path: str, old: Record, at: int, new: Record, to: int, repeat: tuple[Repeat, ...]
+    ) -> None:
+        if old.name in SPECIAL and old.name == new.name:
+            self.specials = True
+            loss = SPECIAL[old.name]
+            if loss is not None:
+                self.kernel.append(Change(self.show(path), "kernel-object", _spell(old), _spell(new), loss))
+            return
+        if old.union != new.union:
+            self.refuse(path, old, new, "a struct became a union, or the other way round")
+            return
+        if old.union:
+            self.union(path, old, at, new, to, repeat)
+            return
+        changes, moves, specials = len(self.changes), len(self.moves), self.specials
+        self.specials = False
+        self.fields(old_path, path, old, at, new, to, repeat)
+        if len(self.changes) == changes and old.size == new.size and not self.specials:
+            # Nothing inside changed, so the whole is one block: quicker, and the explanation is shorter.
+            del self.moves[moves:]
+            self.copy(path, at, to, old.size, repeat)
+        elif len(self.changes) > changes and path and not path.endswith("[]"):
+            self.changes.insert(changes, Change(self.show(path), "nested", _spell(old), _spell(new)))
+        self.specials = self.specials or specials
+
+    def union(self, path: str, old: Record, at: int, new: Record, to: int, repeat: tuple[Repeat, ...]) -> None:
+        # Which member is meant, only the program knows. The bytes can stay if each member still reads them alike.
+        before = {member.name: member for member in members(old)}
+        after = {member.name: member for member in members(new)}
+        for name, member in before.items():
+            other = after.get(name)
+            if other is None or other.offset != member.offset or not same(member.type, other.type):
+                why = f"union member {name!r} changed, and only the program knows which one is in use"
+                self.refuse(path, old, new, why)
+                return
+        for name, member in after.items():
+            if name not in before:
+                self.change(join(path, name), "added", None, _spell(member.type))
+        self.copy(path, at, to, old.size, repeat)
+
+    def fields(
+        self, old_path: str, path: str, old: Record, at: int, new: Record, to: int, repeat: tuple[Repeat, ...]
+    ) -> None:
+        before = {member.name: member for member in members(old)}
+        after = {member.name: member for member in members(new)}
+        if len(before) != len(members(old)) or len(after) != len(members(new)):
+            raise LayoutError(f"{self.show(path)}: {_spell(old)} or {_spell(new)} has two members of one name")
+        rules: dict[str, str] = {}
+        elsewhere: dict[str, str] = {}
+        for name in after:
+            rule = self.rules.field(join(path, name))
+            if rule is None or rule.was is None or rule.was not in self.claimed:
+                continue
+            parent, _, last = rule.was.rpartition(".")
+            if parent == old_path and last in before:
+                rules[name] = last
+            else:
+                elsewhere[name] = rule.was
+            self.applied.update(p for p, r in self.rules.fields.items() if r is rule)
+        free = {
+            name: self.former(join(old_path, name), member)
+            for name, member in before.items()
+            if join(old_path, name) not in self.claimed or name in rules.values()
+        }
+        matched = _match(
+            free, {name: self.former(join(path, name), m) for name, m in after.items() if name not in elsewhere}, rules
+        )
+        self.match_groups(before, after, matched)
+        mark = len(self.changes)
+        added = []
+        for name, member in after.items():
+            here = join(path, name)
+            if name in elsewhere:
+                self.from_elsewhere(here, elsewhere[name], member, to, repeat)
+            elif name in matched:
+                other = before[matched[name]]
+                self.member(old_path, path, other, at, member, to, repeat)
+            elif self.mixed(here, member, before):
+                continue
+            else:
+                added.append(member)
+                self.added(here, member, to, repeat)
+        taken = set(matched.values())
+        for name, member in before.items():
+            there = join(old_path, name)
+            if name not in taken and there not in self.claimed and not self.mixed(there, member, after, quiet=True):
+                self.removed(there, member, added)
+        self.changes[mark:] = [self.hinted(change, path, added, before, taken) for change in self.changes[mark:]]
+
+    def former(self, path: str, member: Member) -> tuple[str, ...]:
+        return parse_tags(member.tags, path).was
+
+    def match_groups(self, old: dict[str, Member], new: dict[str, Member], matched: dict[str, str]) -> None:
+        # Anonymous unions have no name to match by; one that shares a member's name is the same union.
+        taken = set(matched.values())
+        for name, member in new.items():
+            if name in matched or not member.parts or member.bits:
+                continue
+            for was, other in old.items():
+                if was not in taken and other.parts and not other.bits and set(other.parts) & set(member.parts):
+                    matched[name] = was
+                    taken.add(was)
+                    break
+
+    def mixed(self, path: str, member: Member, others: dict[str, Member], quiet: bool = False) -> bool:
+        # Bitfields, or members of an anonymous union, that also exist on the other side but not in the same group.
+        mine = set(member.parts or (member.name,))
+        for other in others.values():
+            if other.name != member.name and (member.parts or other.parts) and mine & set(other.parts or (other.name,)):
+                if not quiet:
+                    bits = member.bits or other.bits
+                    what = "bitfields that changed" if bits else "fields that moved into or out of a union"
+                    self.change(path, "retyped", other.name, member.name, reason=f"{what} are not supported yet")
+                return True
+        return False
+
+    def member(
+        self, old_path: str, path: str, old: Member, at: int, new: Member, to: int, repeat: tuple[Repeat, ...]
+    ) -> None:
+        here, there = join(path, new.name), join(old_path, old.name)
+        if old.name != new.name and not (old.parts and new.parts):
+            self.change(here, "renamed", old.name, new.name)
+        if old.offset != new.offset:
+            self.change(here, "moved", f"offset {old.offset}", f"offset {new.offset}")
+        if old.bits or new.bits:
+            if not (old.bits and new.bits) or not _same_bits(old.type, new.type):
+                self.refuse(here, old.type, new.type, "bitfields that changed are not supported yet")
+                return
+            self.copy(here, at + old.offset, to + new.offset, old.type.size, repeat)
+            return
+        self.pair(there, here, old.type, at + old.offset, new.type, to + new.offset, repeat)
+
+    def from_elsewhere(self, path: str, was: str, member: Member, to: int, repeat: tuple[Repeat, ...]) -> None:
+        found = resolve(self.old, was)
+        if found is None or repeat or "[]" in was or member.bits:
+            raise LayoutError(f"rule for field {path!r}: was = {was!r} cannot be applied inside an array", field=path)
+        self.change(path, "renamed", was, path)
+        self.pair(was, path, found[0], found[1], member.type, to + member.offset, ())
+
+    def added(self, path: str, member: Member, to: int, repeat: tuple[Repeat, ...]) -> None:
+        self.change(path, "added", None, _spell(member.type))
+        if not member.bits:
+            self.fill(path, member.type, to + member.offset, member.tags, repeat)
+
+    def removed(self, path: str, member: Member, added: list[Member]) -> None:
+        inside = sorted(was for was in self.claimed if was.startswith((path + ".", path + "[")))
+        loss = f"{path} is dropped" + (f", except {', '.join(inside)}" if inside else "")
+        self.change(path, "removed", _spell(member.type), None, loss)
+
+    def hinted(
+        self, change: Change, path: str, added: list[Member], old: dict[str, Member], taken: set[str]
+    ) -> Change:
+        if change.kind != "added" or change.hint:
+            return change
+        for member in added:
+            if self.show(join(path, member.name)) != change.path:
+                continue
+            for name, other in old.items():
+                if name not in taken and other.offset == member.offset and same(other.type, member.type):
+                    hint = f"if this is {name} under a new name, say so: hitless:was={name}"
+                    return msgspec.structs.replace(change, hint=hint)
+        return change
+
+    def fill_elements(self, path: str, made: Array, first: int, to: int, repeat: tuple[Repeat, ...]) -> None:
+        """Defaults, and what rules bring from elsewhere, for the elements from ``first`` on."""
+        size = made.element.size
+        if any(p.startswith(f"{path}[") for p in self.rules.fields):
+            for index in range(first, made.count):
+                self.fill(f"{path}[{index}]", made.element, to + index * size, (), repeat)
+        elif made.count > first:
+            step = Repeat(made.count - first, 0, size)
+            self.fill(f"{path}[]", made.element, to + first * size, (), (*repeat, step))
+
+    def fill(self, path: str, made: Type, to: int, tags: tuple[str, ...], repeat: tuple[Repeat, ...]) -> None:
+        """Whatever a field gets that has no counterpart of its own."""
+        rule = self.rules.field(path)
+        if rule is not None and rule.was is not None and rule.was in self.claimed:
+            self.applied.update(p for p, r in self.rules.fields.items() if r is rule)
+            self.from_elsewhere(path, rule.was, Member(path, made, 0), to, repeat)
+            return
+        default: object = rule.default if rule is not None else None
+        if default is None:
+            default = _literal(parse_tags(tags, path).default, made)
+        if default is not None:
+            try:
+                data = encode(made, default)
+            except LayoutError as error:
+                raise LayoutError(f"{self.show(path)}: its default: {error.message}", field=path) from error
+            self.defaults.append(Default(self.show(path), to, data, repeat))
+        elif isinstance(made, Record) and not made.union:
+            for member in members(made):
+                if not member.bits:
+                    self.fill(join(path, member.name), member.type, to + member.offset, member.tags, repeat)
+        elif isinstance(made, Array) and not is_bytes(made):
+            self.fill_elements(path, made, 0, to, repeat)
+
+
+def same(old: Type, new: Type) -> bool:
+    """Whether the same bytes mean the same thing in both types."""
+    if old.size != new.size:
+        return False
+    changes, _ = _Walk("value", old, new, MapRules()).run()
+    return not changes
+
+
+def _same_bits(old: Type, new: Type) -> bool:
+    def key(made: Type) -> list[tuple[str, int, int, bool]]:
+        if not isinstance(made, Record):
+            return []
+        return [(f.name, f.offset, f.bits, isinstance(f.type, Int | Enum) and f.type.signed) for f in made.fields]
+
+    return key(old) == key(new)
+
+
+def _only(made: Record) -> Member | None:
+    inside = members(made)
+    return inside[0] if len(inside) == 1 and not made.union and not inside[0].bits else None
+
+
+def _fits_first(one: Type, element: Type) -> bool:
+    if isinstance(one, Record) or isinstance(element, Record):
+        return isinstance(one, Record) == isinstance(element, Record)
+    return not isinstance(element, Array)
+
+
+def _encoding(made: Int | Enum) -> str:
+    return made.encoding if isinstance(made, Int) else ""
+
+
+def _network(made: Int | Enum) -> bool:
+    return made.name.startswith(("__be", "__sum16", "__wsum"))
+
+
+def _literal(text: str | None, made: Type) -> object:
+    if text is None or is_text(made):
+        return text
+    if isinstance(made, Int) and made.encoding == "bool" and text in ("true", "false"):
+        return text == "true"
+    if isinstance(made, Float):
+        return float(text)
+    try:
+        return int(text, 0)
+    except ValueError:
+        return text
+
+
+def _spell(made: Type) -> str:
+    match made:
+        case Array():
+            counts = ""
+            inner: Type = made
+            while isinstance(inner, Array):
+                counts += f"[{inner.count or ''}]"
+                inner = inner.element
+            return _spell(inner) + counts
+        case Record():
+            return f"{'union' if made.union else 'struct'} {made.name or '{...}'}"
+        case Enum():
+            return f"enum {made.name or '{...}'}"
+    return made.name
+
+
+def _coalesced(moves: list[Move]) -> tuple[Move, ...]:
+    """Fewer, larger copies: repeated neighbours become one block, and so do blocks that touch on both sides."""
+    flat = []
+    for move in moves:
+        repeat = list(move.repeat)
+        size = move.old_size
+        while move.copies and repeat and repeat[-1].old_stride == repeat[-1].new_stride == size:
+            size *= repeat.pop().count
+        if size != move.old_size:
+            move = Move(move.path, move.old_offset, size, move.new_offset, size, repeat=tuple(repeat))
+        flat.append(move)
+    flat.sort(key=lambda move: move.new_offset)
+    out: list[Move] = []
+    for move in flat:
+        last = out[-1] if out else None
+        if (
+            last is not None and last.copies and move.copies and not last.repeat and not move.repeat
+            and last.old_offset + last.old_size == move.old_offset
+            and last.new_offset + last.new_size == move.new_offset
+        ):  # fmt: skip
+            size = last.old_size + move.old_size
+            first = last.path.split("..")[0]
+            out[-1] = Move(f"{first}..{move.path}", last.old_offset, size, last.new_offset, size)
+        else:
+            out.append(move)
+    return tuple(out)

@@ -1,0 +1,311 @@
+"""BPF object files: maps, programs and types from the bytes of an ELF, without kernel or libbpf."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from elftools.common.exceptions import ELFError
+from elftools.construct.core import ConstructError
+from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
+
+from hitless.errors import LayoutError, UnsupportedError
+from hitless.layout.btf import Btf, Section
+from hitless.layout.model import Field, Int, MapSpec, ObjectSpec, ProgramSpec, Record, Type
+from hitless.layout.sections import program_type
+
+__all__ = ["MAP_TYPES", "Binding", "read_btf", "read_object"]
+
+#: Names of the kernel's map types; the index is the number in ``enum bpf_map_type``.
+MAP_TYPES = (
+    "unspec", "hash", "array", "prog_array", "perf_event_array", "percpu_hash", "percpu_array", "stack_trace",
+    "cgroup_array", "lru_hash", "lru_percpu_hash", "lpm_trie", "array_of_maps", "hash_of_maps", "devmap", "sockmap",
+    "cpumap", "xskmap", "sockhash", "cgroup_storage", "reuseport_sockarray", "percpu_cgroup_storage", "queue", "stack",
+    "sk_storage", "devmap_hash", "struct_ops", "ringbuf", "inode_storage", "task_storage", "bloom_filter",
+    "user_ringbuf", "cgrp_storage", "arena",
+)  # fmt: skip
+
+_EM_BPF = 247
+_SHF_EXECINSTR = 4
+_SHF_COMPRESSED = 0x800
+_SHT_NOBITS = "SHT_NOBITS"
+_RDONLY_PROG = 1 << 7
+_MMAPABLE = 1 << 10
+_MAX_INNER = 2
+
+# What pyelftools is known to raise on damaged input; it was written for files that a linker made.
+_DAMAGE = (
+    ELFError, ConstructError, UnicodeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+    AssertionError, EOFError, OSError, MemoryError, RecursionError,
+)  # fmt: skip
+
+
+class Binding(NamedTuple):
+    """Type names for a map whose definition carries only sizes; None leaves a side as the object has it."""
+
+    key: str | None = None
+    value: str | None = None
+
+
+class _Part(NamedTuple):
+    name: str
+    type: str
+    flags: int
+    size: int
+    data: bytes
+
+
+class _Symbol(NamedTuple):
+    name: str
+    section: int
+    value: int
+    kind: str
+    bind: str
+
+
+class _Elf(NamedTuple):
+    parts: tuple[_Part, ...]
+    symbols: tuple[_Symbol, ...]
+
+    def part(self, name: str) -> _Part | None:
+        return next((part for part in self.parts if part.name == name), None)
+
+
+def read_object(data: bytes, name: str, bindings: Mapping[str, Binding] | None = None) -> ObjectSpec:
+    """Everything that an object file says about its maps and programs; ``name`` is used in messages and the spec.
+
+    ``bindings`` gives types, by map name, to maps that were declared with sizes only.
+
+    Raises :class:`LayoutError` if the bytes are no whole BPF object, have no ``.BTF`` or no ``.maps``, or define a
+    map that makes no sense; :class:`UnsupportedError` for a big-endian object, legacy ``maps`` sections,
+    struct_ops maps and compressed sections.
+    """
+    elf = _read_elf(data, name)
+    for part in elf.parts:
+        if part.name == "maps" or part.name.startswith("maps/"):
+            raise UnsupportedError(
+                f"{name}: section {part.name!r} holds legacy map definitions (struct bpf_map_def), which libbpf 1.0 "
+                "dropped; define the maps in SEC(\".maps\")",
+                feature="legacy maps section", object=name,
+            )  # fmt: skip
+        if part.name.startswith(".struct_ops") or part.name.startswith("struct_ops_link"):
+            raise UnsupportedError(f"{name}: struct_ops maps are not supported", feature="struct_ops", object=name)
+    btf = _read_btf(elf, name)
+    sections = btf.sections()
+    maps_part = elf.part(".maps")
+    if maps_part is None or ".maps" not in sections:
+        raise LayoutError(f"{name}: no .maps section: the object defines no map with SEC(\".maps\")", object=name)
+    bound = dict(bindings or {})
+    maps = [
+        _bind(_map(btf, var.type_id, var.name, var.tags, name), bound.pop(var.name, None), btf, name)
+        for var in sections[".maps"].variables
+    ]
+    if bound:
+        raise LayoutError(f"{name}: no map {', '.join(sorted(bound))} to bind a type to", object=name)
+    maps += _data_maps(elf, btf, sections, name)
+    seen: set[str] = set()
+    for spec in maps:
+        if spec.name in seen:
+            raise LayoutError(f"{name}: map {spec.name!r} is defined twice", object=name, map=spec.name)
+        seen.add(spec.name)
+    found = elf.part("license")
+    text = found.data.split(b"\0")[0].decode("ascii", "replace") if found else ""
+    return ObjectSpec(name, tuple(maps), tuple(_programs(elf, name)), text)
+
+
+def read_btf(data: bytes, name: str) -> Btf:
+    """The BTF of an object file, for looking types up by name. Raises as :func:`read_object` does."""
+    return _read_btf(_read_elf(data, name), name)
+
+
+def _read_btf(elf: _Elf, name: str) -> Btf:
+    part = elf.part(".BTF")
+    if part is None:
+        raise LayoutError(f"{name}: no .BTF section: compile with clang -g, and do not strip it", object=name)
+    try:
+        return Btf.parse(part.data)
+    except LayoutError as error:
+        raise LayoutError(f"{name}: {error.message}", object=name, **error.facts) from error
+
+
+def _read_elf(data: bytes, name: str) -> _Elf:
+    if data[:4] != b"\x7fELF":
+        raise LayoutError(f"{name}: not an ELF file", object=name)
+    if len(data) < 64:
+        raise LayoutError(f"{name}: cut short: {len(data)} bytes do not hold an ELF header", object=name)
+    if data[4] != 2:
+        raise LayoutError(f"{name}: not a 64-bit ELF file, which BPF objects are", object=name)
+    if data[5] == 2:
+        raise UnsupportedError(
+            f"{name}: foreign byte order: this is a big-endian object; compile with -target bpfel",
+            feature="big-endian object", object=name,
+        )  # fmt: skip
+    if data[5] != 1:
+        raise LayoutError(f"{name}: unknown byte order {data[5]} in the ELF header", object=name)
+    machine = int.from_bytes(data[18:20], "little")
+    if machine != _EM_BPF:
+        raise LayoutError(f"{name}: for machine {machine}, not BPF ({_EM_BPF}): compile with -target bpf", object=name)
+    try:
+        elf = ELFFile(io.BytesIO(data))
+        parts = tuple(_part(section, len(data), name) for section in elf.iter_sections())
+        symbols = tuple(
+            _Symbol(
+                symbol.name,
+                symbol["st_shndx"] if isinstance(symbol["st_shndx"], int) else -1,
+                symbol["st_value"],
+                symbol["st_info"]["type"],
+                symbol["st_info"]["bind"],
+            )
+            for section in elf.iter_sections()
+            if isinstance(section, SymbolTableSection)
+            for symbol in section.iter_symbols()
+        )
+    except _DAMAGE as error:
+        raise LayoutError(f"{name}: damaged or truncated ELF file: {error}", object=name) from error
+    if not parts:
+        raise LayoutError(f"{name}: damaged or truncated ELF file: it has no sections", object=name)
+    return _Elf(parts, symbols)
+
+
+def _part(section: Any, total: int, name: str) -> _Part:
+    kind, flags, size = str(section["sh_type"]), int(section["sh_flags"]), int(section["sh_size"])
+    stored = 0 if kind in (_SHT_NOBITS, "SHT_NULL") else size
+    if stored and section["sh_offset"] + stored > total:
+        raise LayoutError(f"{name}: truncated ELF file: section {section.name!r} ends after the file", object=name)
+    if flags & _SHF_COMPRESSED:
+        raise UnsupportedError(
+            f"{name}: section {section.name!r} is compressed", feature="compressed sections", object=name
+        )
+    # Only these are read further; anything else may be as large as it likes.
+    wanted = section.name in (".BTF", "license")
+    return _Part(section.name, kind, flags, size, bytes(section.data()) if wanted and stored else b"")
+
+
+def _programs(elf: _Elf, name: str) -> list[ProgramSpec]:
+    out = []
+    for symbol in elf.symbols:
+        if symbol.kind != "STT_FUNC" or not 0 < symbol.section < len(elf.parts):
+            continue
+        part = elf.parts[symbol.section]
+        # Functions in .text are subprograms that programs call.
+        if not part.flags & _SHF_EXECINSTR or part.name == ".text":
+            continue
+        if symbol.bind == "STB_LOCAL":
+            raise LayoutError(f"{name}: program {symbol.name!r} is static, so libbpf will not load it", object=name)
+        section = part.name.removeprefix("?")
+        kind, attach = program_type(section)
+        out.append(ProgramSpec(symbol.name, part.name, kind, attach, not part.name.startswith("?")))
+    return out
+
+
+def _data_maps(elf: _Elf, btf: Btf, sections: dict[str, Section], name: str) -> list[MapSpec]:
+    # .kconfig and .ksyms hold what the kernel tells a program, no state of anyone, and are left out.
+    out = []
+    for index, part in enumerate(elf.parts):
+        base = part.name.split(".")[1] if part.name.startswith(".") and len(part.name) > 1 else ""
+        if base not in ("rodata", "data", "bss") or not part.size or part.flags & _SHF_EXECINSTR:
+            continue
+        section = sections.get(part.name)
+        value = _data_layout(elf, btf, section, index, part, name) if section else None
+        flags = _RDONLY_PROG if base == "rodata" else 0
+        if section and any(var.exported for var in section.variables):
+            flags |= _MMAPABLE
+        out.append(MapSpec(part.name, "array", 4, part.size, 1, flags, Int("int", 4, True), value))
+    return out
+
+
+def _data_layout(elf: _Elf, btf: Btf, section: Section, index: int, part: _Part, name: str) -> Record:
+    # clang leaves offsets at 0 in the object and libbpf fills them in from the symbol table, as done here.
+    places = {symbol.name: symbol.value for symbol in elf.symbols if symbol.section == index and symbol.name}
+    fields = []
+    for var in section.variables:
+        made = btf.layout(var.type_id)
+        offset = places.get(var.name, var.offset)
+        if offset + made.size > part.size:
+            raise LayoutError(f"{name}: variable {var.name!r} lies outside section {part.name}", object=name)
+        fields.append(Field(var.name, made, 8 * offset, 0, var.tags))
+    fields.sort(key=lambda field: field.offset)
+    return Record(part.name, part.size, tuple(fields))
+
+
+def _map(btf: Btf, type_id: int, name: str, tags: tuple[str, ...], where: str, depth: int = 0) -> MapSpec:
+    def bad(why: str) -> LayoutError:
+        return LayoutError(f"{where}: map {name!r}: {why}", object=where, map=name)
+
+    def number(member: str, ref: int) -> int:
+        target = btf.pointee(ref)
+        array = btf.array(target) if target is not None else None
+        if array is None:
+            raise bad(f"{member!r} is not made with __uint()")
+        return array[1]
+
+    def pointed(member: str, ref: int) -> Type:
+        target = btf.pointee(ref)
+        if target is None:
+            raise bad(f"{member!r} is not made with __type()")
+        return btf.layout(target)
+
+    numbers = dict.fromkeys(("type", "max_entries", "map_flags", "pinning", "key_size", "value_size", "map_extra"), 0)
+    key: Type | None = None
+    value: Type | None = None
+    inner: MapSpec | None = None
+    sized = set()
+    for member, ref in btf.members(type_id):
+        if member in numbers:
+            numbers[member] = number(member, ref)
+            sized.add(member)
+        elif member == "key":
+            key = pointed(member, ref)
+        elif member == "value":
+            value = pointed(member, ref)
+        elif member == "values":
+            array = btf.array(ref)
+            target = btf.pointee(array[0]) if array else None
+            if target is None:
+                raise bad("'values' is not made with __array()")
+            if not btf.is_function(target):
+                if depth + 1 >= _MAX_INNER:
+                    raise bad("maps are nested more than two deep")
+                inner = _map(btf, target, f"{name}.inner", (), where, depth + 1)
+        elif member != "numa_node":
+            raise bad(f"unknown member {member!r} in its definition")
+    if not 0 < numbers["type"] < len(MAP_TYPES):
+        raise bad(f"has no type that is known (type {numbers['type']})")
+    for side, made in (("key", key), ("value", value)):
+        if made is not None:
+            if f"{side}_size" in sized and numbers[f"{side}_size"] != made.size:
+                raise bad(f"{side}_size says {numbers[f'{side}_size']} bytes but its type has {made.size}")
+            numbers[f"{side}_size"] = made.size
+    kind = MAP_TYPES[numbers["type"]]
+    if kind in ("array_of_maps", "hash_of_maps", "prog_array") and "values" in {m for m, _ in btf.members(type_id)}:
+        numbers["key_size"] = numbers["key_size"] or 4
+        numbers["value_size"] = numbers["value_size"] or 4
+    return MapSpec(
+        name, kind, numbers["key_size"], numbers["value_size"], numbers["max_entries"], numbers["map_flags"],
+        key, value, bool(numbers["pinning"]), inner, numbers["map_extra"], tags,
+    )  # fmt: skip
+
+
+def _bind(spec: MapSpec, binding: Binding | None, btf: Btf, where: str) -> MapSpec:
+    if binding is None:
+        return spec
+    sides: dict[str, Type | None] = {"key": spec.key, "value": spec.value}
+    for side, type_name, size in (("key", binding.key, spec.key_size), ("value", binding.value, spec.value_size)):
+        if type_name is None:
+            continue
+        made = btf.find(type_name)
+        if made is None:
+            why = f"no type {type_name!r} in the object's BTF"
+            raise LayoutError(f"{where}: map {spec.name!r}: {why}", object=where, map=spec.name)
+        if made.size != size:
+            raise LayoutError(
+                f"{where}: map {spec.name!r}: {side} is {size} bytes but type {type_name!r} has {made.size}",
+                object=where, map=spec.name,
+            )  # fmt: skip
+        sides[side] = made
+    return MapSpec(
+        spec.name, spec.type, spec.key_size, spec.value_size, spec.max_entries, spec.flags,
+        sides["key"], sides["value"], spec.pinned_by_name, spec.inner, spec.extra, spec.tags,
+    )  # fmt: skip

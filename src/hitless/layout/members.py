@@ -1,0 +1,95 @@
+"""Records as a C programmer addresses them: anonymous structs opened up, bitfields in groups of whole bytes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hitless.layout.model import Array, Field, Int, Record, Type
+
+__all__ = ["SPECIAL", "Member", "is_bytes", "is_text", "join", "members"]
+
+#: Records whose bytes belong to the kernel, and what is lost when an entry moves to another map (None: nothing).
+SPECIAL: dict[str, str | None] = {
+    "bpf_spin_lock": None,
+    "bpf_res_spin_lock": None,
+    "bpf_refcount": None,
+    "bpf_timer": "an armed timer is not carried",
+    "bpf_wq": "queued work is not carried",
+    "bpf_task_work": "scheduled task work is not carried",
+    "bpf_list_head": "the objects in the list are not carried",
+    "bpf_list_node": "membership in a list is not carried",
+    "bpf_rb_root": "the objects in the tree are not carried",
+    "bpf_rb_node": "membership in a tree is not carried",
+}
+
+
+class Member(NamedTuple):
+    """A part of a record at a whole byte.
+
+    ``name`` of an anonymous union is ``{a|b}``, of a run of bitfields that share bytes ``{a,b}``; ``parts`` are then
+    the names of what is inside. ``bits`` says that it is such a run; its type is a record of just those bitfields.
+    """
+
+    name: str
+    type: Type
+    offset: int
+    tags: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+    bits: bool = False
+
+
+def members(record: Record) -> tuple[Member, ...]:
+    """The members of a record, offsets in bytes."""
+    out: list[Member] = []
+    run: list[Field] = []
+
+    def flush() -> None:
+        if run:
+            start = run[0].offset // 8
+            end = max((field.offset + field.bits + 7) // 8 for field in run)
+            inner = tuple(Field(f.name, f.type, f.offset - 8 * start, f.bits, f.tags) for f in run)
+            names = tuple(field.name for field in run)
+            out.append(Member(f"{{{','.join(names)}}}", Record("", end - start, inner), start, (), names, True))
+            run.clear()
+
+    for field in record.fields:
+        if field.bits:
+            # A bitfield that begins at a byte of its own starts a new group; in a union all begin at bit 0.
+            if record.union or (run and field.offset // 8 >= (run[-1].offset + run[-1].bits + 7) // 8):
+                flush()
+            run.append(field)
+            continue
+        flush()
+        at = field.offset // 8
+        if field.name or not isinstance(field.type, Record):
+            out.append(Member(field.name, field.type, at, field.tags))
+        elif field.type.union and not record.union:
+            names = tuple(name for m in members(field.type) for name in m.parts or (m.name,))
+            out.append(Member(f"{{{'|'.join(names)}}}", field.type, at, field.tags, names))
+        elif record.union:
+            out.append(Member(f"{{anonymous {len(out)}}}", field.type, at, field.tags))
+        else:
+            out += [m._replace(offset=m.offset + at, tags=m.tags + field.tags) for m in members(field.type)]
+    flush()
+    return tuple(out)
+
+
+def is_text(made: Type) -> bool:
+    """Whether this is an array of ``char``."""
+    return isinstance(made, Array) and isinstance(made.element, Int) and made.element.encoding == "char"
+
+
+def is_bytes(made: Type) -> bool:
+    """Whether this is an array of ``char`` or of unsigned bytes."""
+    return is_text(made) or (
+        isinstance(made, Array)
+        and isinstance(made.element, Int)
+        and made.element.size == 1
+        and not made.element.signed
+        and not made.element.encoding
+    )
+
+
+def join(path: str, name: str) -> str:
+    """``path.name``, or ``name`` at the root."""
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,326 @@
+"""A bundle: one release of a daemon's data path, as a directory of objects and their ``bundle.toml``."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from hitless.errors import BundleError, LayoutError, UnsupportedError
+from hitless.layout.elf import read_object
+from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec
+from hitless.layout.rules import FieldRule, MapRules
+
+__all__ = ["MANIFEST", "Attach", "Bundle", "BundleObject", "unite_maps"]
+
+MANIFEST = "bundle.toml"
+
+# What the interface document names and this version cannot do yet: refused by name, never ignored.
+_NOT_YET = {
+    "object.program": "program types and skipped programs",
+    "map.convert": "user converters",
+    "map.on_collision": "colliding keys",
+}
+_HOOKS = ("cgroup",)
+_HOOKS_NOT_YET = (
+    "xdp", "tcx-ingress", "tcx-egress", "tc-ingress", "tc-egress", "sk_msg", "sk_skb", "sk_lookup", "flow_dissector",
+)  # fmt: skip
+_KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "": {"bundle": dict, "object": list, "attach": list, "map": dict},
+    "bundle": {"name": str, "version": str},
+    "object": {"file": str, "program": dict},
+    "attach": {"program": str, "hook": str, "target": str, "link": str, "was": str},
+    "map": {
+        "was": str, "key": str, "value": str, "old_value": str, "convert": str, "on_collision": str, "on_loss": str,
+        "field": dict,
+    },
+    "field": {"was": str, "merge": str, "default": (int, float)},
+}  # fmt: skip
+_REQUIRED = {"bundle": ("name", "version"), "object": ("file",), "attach": ("program", "hook", "target", "link")}
+_PIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+class Attach(msgspec.Struct, frozen=True):
+    """One ``[[attach]]``: ``program`` runs on ``hook`` of ``target``, its link pinned as ``links/<link>``."""
+
+    program: str
+    hook: str
+    target: str
+    link: str
+    was: str | None = None
+
+
+class BundleObject(msgspec.Struct, frozen=True):
+    """One object file of a bundle: what it declares, and its bytes."""
+
+    spec: ObjectSpec
+    data: bytes
+
+
+class Bundle(msgspec.Struct, frozen=True):
+    """A release, read and checked. ``digest`` is a SHA-256 over the manifest and the objects, in hex.
+
+    ``maps`` and ``programs`` are by name over all objects; ``attach`` is in the order of cutover.
+    """
+
+    path: Path
+    name: str
+    version: str
+    digest: str
+    objects: tuple[BundleObject, ...]
+    maps: dict[str, MapSpec]
+    programs: dict[str, ProgramSpec]
+    attach: tuple[Attach, ...]
+    rules: dict[str, MapRules]
+
+    @classmethod
+    def load(cls, path: Path | str, variables: Mapping[str, str] | None = None) -> Bundle:
+        """Read the bundle in directory ``path``, with ``${NAME}`` in the manifest's targets from ``variables``.
+
+        Without ``variables`` (None) targets stay as written: enough to look at a release, not to apply it.
+        Raises BundleError with file and line, LayoutError for a bad object, UnsupportedError by feature.
+        """
+        directory = Path(path)
+        manifest = directory / MANIFEST
+        try:
+            text = manifest.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(
+                f"{manifest} cannot be read: {error}; a bundle is a directory with a {MANIFEST} and its objects",
+                file=str(manifest),
+            ) from None
+        return _Reader(manifest, text, variables).bundle()
+
+
+def unite_maps(objects: Iterable[ObjectSpec]) -> dict[str, MapSpec]:
+    """All maps of ``objects`` by name; objects share a map of one name.
+
+    Global data (``.bss``...) belong to one object, so they are named ``<object>.bss``. Raises LayoutError if two
+    objects define one map differently.
+    """
+    united: dict[str, MapSpec] = {}
+    origin: dict[str, str] = {}
+    for item in objects:
+        for spec in item.maps:
+            name = f"{item.name}{spec.name}" if spec.name.startswith(".") else spec.name
+            known = united.setdefault(name, spec)
+            if known != spec:
+                raise LayoutError(
+                    f"map {name} is defined differently by {origin[name]} and {item.name}: "
+                    "objects of one bundle share maps by name; give one of them another name",
+                    map=name,
+                    objects=[origin[name], item.name],
+                )
+            origin.setdefault(name, item.name)
+    return united
+
+
+class _Reader:
+    """Turns a manifest's text into a Bundle, knowing the line of every key for its errors."""
+
+    def __init__(self, file: Path, text: str, variables: Mapping[str, str] | None) -> None:
+        self._file = file
+        self._text = text
+        self._variables = variables
+        self._lines = _key_lines(text)
+
+    def bundle(self) -> Bundle:
+        try:
+            manifest = tomllib.loads(self._text)
+        except tomllib.TOMLDecodeError as error:
+            raise BundleError(f"{self._file} is not TOML: {error}", file=str(self._file)) from None
+        self._check(manifest, "", ())
+        self._check(manifest.get("bundle", {}), "bundle", ("bundle",))
+        objects = [
+            self._object(entry, ("object", str(index))) for index, entry in enumerate(manifest.get("object", []))
+        ]
+        if not objects:
+            self._fail((), "names no object: add [[object]] with file = \"NAME.bpf.o\"")
+        specs = [item.spec for item in objects]
+        maps = unite_maps(specs)
+        programs = self._programs(specs)
+        rules = {name: self._rules(entry, maps, name) for name, entry in manifest.get("map", {}).items()}
+        attach = [
+            self._attach(entry, programs, ("attach", str(index)))
+            for index, entry in enumerate(manifest.get("attach", []))
+        ]
+        self._unique(attach)
+        digest = hashlib.sha256(self._text.encode())
+        for item in objects:
+            digest.update(hashlib.sha256(item.data).digest())
+        return Bundle(
+            path=self._file.parent,
+            name=manifest["bundle"]["name"],
+            version=manifest["bundle"]["version"],
+            digest=digest.hexdigest(),
+            objects=tuple(objects),
+            maps=maps,
+            programs=programs,
+            attach=tuple(attach),
+            rules=rules,
+        )
+
+    def _check(self, table: Any, kind: str, path: tuple[str, ...]) -> None:
+        """Types and names of the keys of one table; ``kind`` is its row in _KEYS."""
+        if not isinstance(table, dict):
+            self._fail(path, f"{'.'.join(path)} must be a table")
+        known = _KEYS[kind]
+        for key, value in table.items():
+            if f"{kind}.{key}" in _NOT_YET:
+                feature = _NOT_YET[f"{kind}.{key}"]
+                raise UnsupportedError(
+                    f"{self._where((*path, key))}: {key}: {feature} are not supported yet", feature=f"{kind}.{key}"
+                )
+            if key not in known:
+                self._fail((*path, key), f"unknown key {key!r}; known here: {', '.join(known)}")
+            if kind == "map" and key == "was" and isinstance(value, list):
+                raise UnsupportedError(
+                    f"{self._where((*path, key))}: folding several maps into one is not supported yet",
+                    feature="map.was list",
+                )
+            if not isinstance(value, known[key]) or isinstance(value, bool):
+                wanted = known[key]
+                names = wanted.__name__ if isinstance(wanted, type) else " or ".join(one.__name__ for one in wanted)
+                self._fail((*path, key), f"{key} must be of type {names}, not {type(value).__name__}")
+        for key in _REQUIRED.get(kind, ()):
+            if key not in table:
+                self._fail(path, f"[{kind}] needs {key}")
+
+    def _object(self, entry: Any, path: tuple[str, ...]) -> BundleObject:
+        self._check(entry, "object", path)
+        file = self._file.parent / entry["file"]
+        if file.resolve().parent != self._file.parent.resolve():
+            self._fail((*path, "file"), f"{entry['file']} is not a file beside the manifest")
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            self._fail((*path, "file"), f"{file} cannot be read: {error.strerror}; was the object compiled?")
+        return BundleObject(read_object(data, file.name.removesuffix(".o").removesuffix(".bpf")), data)
+
+    def _programs(self, objects: Iterable[ObjectSpec]) -> dict[str, ProgramSpec]:
+        programs: dict[str, ProgramSpec] = {}
+        for item in objects:
+            for program in item.programs:
+                if program.name in programs:
+                    self._fail(("object",), f"two objects have a program called {program.name}")
+                programs[program.name] = program
+        return programs
+
+    def _rules(self, entry: Any, maps: Mapping[str, MapSpec], name: str) -> MapRules:
+        path = ("map", name)
+        self._check(entry, "map", path)
+        # A map that the release no longer has may be named only to say that dropping it is fine.
+        if name not in maps and set(entry) != {"on_loss"}:
+            self._fail(path, f"no object of this bundle has a map {name}; its maps: {', '.join(sorted(maps))}")
+        on_loss = entry.get("on_loss", "error")
+        if on_loss not in ("error", "discard"):
+            self._fail((*path, "on_loss"), f'on_loss is "error" or "discard", not {on_loss!r}')
+        fields = {}
+        for field, rule in entry.get("field", {}).items():
+            self._check(rule, "field", (*path, "field", field))
+            merge = rule.get("merge")
+            if merge not in (None, "keep", "sum", "max", "min", "or"):
+                self._fail((*path, "field", field, "merge"), f"merge is keep, sum, max, min or or, not {merge!r}")
+            fields[field] = FieldRule(was=rule.get("was"), merge=merge, default=rule.get("default"))
+        return MapRules(
+            was=entry.get("was"),
+            key=entry.get("key"),
+            value=entry.get("value"),
+            old_value=entry.get("old_value"),
+            on_loss=on_loss,
+            fields=fields,
+        )
+
+    def _attach(self, entry: Any, programs: Mapping[str, ProgramSpec], path: tuple[str, ...]) -> Attach:
+        self._check(entry, "attach", path)
+        if entry["program"] not in programs:
+            known = ", ".join(sorted(programs))
+            self._fail((*path, "program"), f"no object has a program {entry['program']}; there are: {known}")
+        hook = entry["hook"]
+        if hook in _HOOKS_NOT_YET:
+            raise UnsupportedError(
+                f"{self._where((*path, 'hook'))}: hook {hook} is not supported yet, only {', '.join(_HOOKS)}",
+                feature=f"hook {hook}",
+            )
+        if hook not in _HOOKS:
+            self._fail((*path, "hook"), f"unknown hook {hook!r}; known: {', '.join((*_HOOKS, *_HOOKS_NOT_YET))}")
+        program = programs[entry["program"]]
+        if not program.attach_type.startswith("cgroup_"):
+            what = program.attach_type or "nothing that libbpf knows"
+            self._fail(
+                (*path, "program"), f"{program.name} (section {program.section}) attaches to {what}, not to a cgroup"
+            )
+        for key in ("link", "was"):
+            if key in entry and not _PIN_NAME.fullmatch(entry[key]):
+                self._fail((*path, key), f"{entry[key]!r} cannot be a pin name: letters, digits, _ and - only")
+        return Attach(
+            program=entry["program"],
+            hook=hook,
+            target=self._substitute(entry["target"], (*path, "target")),
+            link=entry["link"],
+            was=entry.get("was"),
+        )
+
+    def _substitute(self, text: str, path: tuple[str, ...]) -> str:
+        if self._variables is None:
+            return text
+        variables = self._variables
+
+        def value(match: re.Match[str]) -> str:
+            if match[1] not in variables:
+                self._fail(path, f"${{{match[1]}}} has no value: give one with --set {match[1]}=VALUE")
+            return variables[match[1]]
+
+        return _VARIABLE.sub(value, text)
+
+    def _unique(self, attach: Iterable[Attach]) -> None:
+        seen = set()
+        for index, entry in enumerate(attach):
+            if entry.link in seen:
+                self._fail(("attach", str(index), "link"), f"two [[attach]] have the link {entry.link}")
+            seen.add(entry.link)
+
+    def _where(self, path: tuple[str, ...]) -> str:
+        """File and line of the key at ``path``, or of the nearest table around it."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self._lines:
+                return f"{self._file}:{self._lines[path[:length]]}"
+        return str(self._file)
+
+    def _fail(self, path: tuple[str, ...], why: str) -> NoReturn:
+        where = self._where(path)
+        raise BundleError(f"{where}: {why}", file=str(self._file), line=where.rpartition(":")[2], key=".".join(path))
+
+
+def _key_lines(text: str) -> dict[tuple[str, ...], int]:
+    """Line numbers (from 1) of tables and keys, by path; an array of tables has the index in its path.
+
+    tomllib tells no lines. Only what a manifest holds is understood: headers and ``key = value`` on lines of
+    their own; anything else has no line here, which an error message then lacks.
+    """
+    lines: dict[tuple[str, ...], int] = {}
+    table: tuple[str, ...] = ()
+    counts: dict[tuple[str, ...], int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*(\[\[?)([^\]]+)\]", line):
+            table = _dotted(header[2])
+            if header[1] == "[[":
+                counts[table] = counts.get(table, -1) + 1
+                table = (*table, str(counts[table]))
+            elif table[:1] in counts:
+                table = (table[0], str(counts[table[:1]]), *table[1:])
+            for length in range(1, len(table) + 1):
+                lines.setdefault(table[:length], number)
+        elif key := re.match(r"""\s*([A-Za-z0-9_-]+|"[^"]*"|'[^']*')\s*=""", line):
+            lines.setdefault((*table, key[1].strip("\"'")), number)
+    return lines
+
+
+def _dotted(name: str) -> tuple[str, ...]:
+    return tuple(part.strip("\"'") for part in re.findall(r"""[A-Za-z0-9_-]+|"[^"]*"|'[^']*'""", name))

@@ -1,0 +1,160 @@
+"""Copying entries from a map of one layout to a map of another, and checking the copy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from hitless.errors import KernelError, LossNotAllowedError, VerifyError
+from hitless.kernel.codegen import Merger
+from hitless.kernel.maps import Map, Rows
+from hitless.layout.conversion import Conversion, Converted, Leaf
+
+__all__ = ["Carriage", "Tally", "copy_entries", "match_rows", "verify_copy"]
+
+Indices = npt.NDArray[np.intp]
+
+
+class Tally:
+    """Counts of one map's journey, filled while it goes on; what did not fit is in ``lost``, by field path."""
+
+    def __init__(self) -> None:
+        self.entries = 0
+        self.copied = 0
+        self.rounds = 0
+        self.caught_up = 0
+        self.seconds = 0.0
+        self.lost: dict[str, int] = {}
+
+
+class Carriage(msgspec.Struct):
+    """One map on its way: from ``source`` over ``base`` into ``target``.
+
+    ``base`` is shaped like ``source`` and holds each value as it was when it was last converted. ``key`` or
+    ``value`` is None where the bytes stay as they are. ``back_value`` is the conversion from target to source.
+    ``leaves`` are the fields of the target's value. ``lossy_allowed`` says whether values may be cut to fit.
+    ``written`` are the source's keys that this process has written since the copy began.
+    """
+
+    name: str
+    source: Map
+    target: Map
+    base: Map
+    key: Conversion | None
+    value: Conversion | None
+    back_key: Conversion | None
+    back_value: Conversion | None
+    leaves: tuple[Leaf, ...]
+    lossy_allowed: bool
+    merger: Merger
+    tally: Tally
+    written: set[bytes]
+
+    def keys(self, rows: Rows) -> Rows:
+        """Keys of the source as keys of the target."""
+        return self.key.apply(rows).records if self.key else rows
+
+    def values(self, rows: Rows, keys: Rows) -> Rows:
+        """Values of the source as values of the target; ``keys`` name the entries in an error.
+
+        Raises LossNotAllowedError if some do not fit and that is not allowed; else they are counted in the tally.
+        """
+        if self.value is None:
+            return rows
+        converted = self.value.apply(rows)
+        self._count_misfits(converted, keys)
+        return converted.records
+
+    def _count_misfits(self, converted: Converted, keys: Rows) -> None:
+        for misfit in converted.misfits:
+            if not self.lossy_allowed:
+                first = ", ".join(keys[row].tobytes().hex() for row in misfit.first[:3])
+                raise LossNotAllowedError(
+                    f"map {self.name}: {misfit.count} value(s) of {misfit.path} do not fit the new layout "
+                    f"(first keys: {first}); allow it with --allow-loss {self.name}, or widen the field",
+                    maps=[self.name],
+                    field=misfit.path,
+                    count=misfit.count,
+                )
+            self.tally.lost[misfit.path] = self.tally.lost.get(misfit.path, 0) + misfit.count
+
+
+def copy_entries(carriage: Carriage, writing: threading.RLock, progress: Callable[[int], None]) -> None:
+    """Convert every entry into the target and its base; ``progress`` gets the number done so far.
+
+    ``writing`` is held for one batch at a time, so that a dual write is never overwritten by what was read
+    before it. Raises KernelError (the target is full), LossNotAllowedError.
+    """
+    batches = carriage.source.batches()
+    while True:
+        with writing:
+            batch = next(batches, None)
+            if batch is None:
+                break
+            keys, values = batch
+            if carriage.written:  # a dual write is newer than what was read, in both maps and in the base
+                fresh = [row for row, key in enumerate(keys) if key.tobytes() not in carriage.written]
+                keys, values = keys[fresh], values[fresh]
+            new_keys, new_values = carriage.keys(keys), carriage.values(values, keys)
+            try:
+                carriage.target.write(new_keys, new_values)
+            except KernelError as error:
+                raise KernelError(
+                    f"map {carriage.name}: after {carriage.tally.copied + int(str(error.facts['written']))} entries: "
+                    f"{error.message} (the new map's max_entries is {carriage.target.info.max_entries})",
+                    **error.facts,
+                    map=carriage.name,
+                ) from None
+            carriage.base.write(keys, values)
+        carriage.tally.copied += len(keys)
+        progress(carriage.tally.copied)
+
+
+def verify_copy(carriage: Carriage, writing: threading.RLock) -> None:
+    """Every entry that nobody touched since its base was taken is in the target as the conversion says.
+
+    Compared in terms of the source's layout, since a dual write may have filled fields that only the target has.
+    Raises VerifyError naming the first key.
+    """
+    with writing:
+        target_keys, target_values = carriage.target.entries()
+        base_keys, base_values = carriage.base.entries()
+        source_keys, source_values = carriage.source.entries()
+    in_both, at_base, _, _ = match_rows(source_keys, base_keys)
+    # What was touched meanwhile is brought up to date by the merge; the rest must be there as converted.
+    untouched = at_base[(source_values[in_both] == base_values[at_base]).all(axis=1)]
+    keys = carriage.keys(base_keys[untouched])
+    expected = carriage.values(base_values[untouched], base_keys[untouched])
+    there, at_target, missing, _ = match_rows(keys, target_keys)
+    if len(missing):
+        raise _wrong(carriage, base_keys[untouched[missing[0]]], "is missing in the new map", len(missing))
+    found = target_values[at_target]
+    if carriage.back_value is not None:
+        expected, found = carriage.back_value.apply(expected).records, carriage.back_value.apply(found).records
+    wrong = np.flatnonzero((expected[there] != found).any(axis=1))
+    if len(wrong):
+        key = base_keys[untouched[there[wrong[0]]]]
+        raise _wrong(carriage, key, "is not in the new map as converted", len(wrong))
+
+
+def match_rows(rows: Rows, others: Rows) -> tuple[Indices, Indices, Indices, Indices]:
+    """Where equal records are: indices in ``rows`` and ``others``, then those in ``rows`` only, in ``others`` only."""
+    position = {row.tobytes(): index for index, row in enumerate(others)}
+    matches = np.array([position.get(row.tobytes(), -1) for row in rows], np.intp)
+    in_both = np.flatnonzero(matches >= 0)
+    at_others = matches[in_both]
+    return in_both, at_others, np.flatnonzero(matches < 0), np.setdiff1d(np.arange(len(others)), at_others)
+
+
+def _wrong(carriage: Carriage, key: Rows, how: str, count: int) -> VerifyError:
+    return VerifyError(
+        f"map {carriage.name}: {count} entries are wrong, the first with key {key.tobytes().hex()}, which {how}; "
+        "nothing was switched, the running release is untouched",
+        map=carriage.name,
+        key=key.tobytes().hex(),
+        count=count,
+    )

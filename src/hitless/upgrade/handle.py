@@ -1,0 +1,145 @@
+"""Writing the maps of a node with plain Python values, to both releases while an upgrade runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from hitless.errors import NodeError
+from hitless.kernel.maps import Map
+from hitless.layout.codec import decode, encode
+from hitless.layout.model import MapSpec, Type
+from hitless.upgrade.copy import Carriage
+from hitless.upgrade.record import read_record
+
+if TYPE_CHECKING:
+    from hitless.upgrade.node import Node
+
+__all__ = ["MapHandle", "Staged"]
+
+
+class Staged(msgspec.Struct):
+    """The maps of a generation that is being built, and those of them that are carried from the old one."""
+
+    maps: dict[str, Map]
+    specs: dict[str, MapSpec]
+    carried: dict[str, Carriage]
+
+
+class MapHandle:
+    """One map of the running release by name, opened anew at each use, so that it follows upgrades.
+
+    Keys and values are what :mod:`hitless.layout.codec` makes of their types: dicts for structs, ints, bytes,
+    str, lists. While an upgrade in this process runs, they are in the layout of the new release, and writes go to
+    both maps. Safe to use from several threads.
+    """
+
+    def __init__(self, node: Node, name: str) -> None:
+        self._node = node
+        self._name = name
+
+    @property
+    def spec(self) -> MapSpec:
+        """Definition and layouts that keys and values have now. Raises NodeError if there is no such map."""
+        with self._opened() as (_, spec, _carriage):
+            return spec
+
+    def get(self, key: object) -> object | None:
+        """The value at ``key``, or None."""
+        with self._opened() as (live, spec, _):
+            found = live.lookup(encode(_key(spec), key))
+            return None if found is None else decode(_value(spec), found)
+
+    def __setitem__(self, key: object, value: object) -> None:
+        with self._opened() as (live, spec, carriage):
+            _write(live, carriage, encode(_key(spec), key), encode(_value(spec), value))
+
+    def update_many(self, pairs: Iterable[tuple[object, object]]) -> None:
+        """Set many entries; other writes and an upgrade's steps do not come between them."""
+        with self._opened() as (live, spec, carriage):
+            for key, value in pairs:
+                _write(live, carriage, encode(_key(spec), key), encode(_value(spec), value))
+
+    def __delitem__(self, key: object) -> None:
+        with self._opened() as (live, spec, carriage):
+            raw = encode(_key(spec), key)
+            there = live.delete(raw)
+            if carriage is not None:
+                old_key = _back_key(carriage, raw)
+                there |= carriage.source.delete(old_key)
+                carriage.base.delete(old_key)
+            if not there:
+                raise KeyError(key)
+
+    def items(self) -> list[tuple[object, object]]:
+        """All entries as (key, value) pairs."""
+        with self._opened() as (live, spec, _):
+            keys, values = live.entries()
+            key, value = _key(spec), _value(spec)
+            return [
+                (decode(key, k.tobytes()), decode(value, v.tobytes())) for k, v in zip(keys, values, strict=True)
+            ]
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Map, MapSpec, Carriage | None]]:
+        node = self._node
+        with node.writing:
+            if node.staged is not None:
+                if self._name not in node.staged.maps:
+                    raise self._absent(node.staged.maps)
+                yield node.staged.maps[self._name], node.staged.specs[self._name], node.staged.carried.get(self._name)
+                return
+            path = node.root / "maps" / self._name
+            if not path.exists():
+                known = (node.root / "maps").iterdir() if (node.root / "maps").exists() else ()
+                raise self._absent(path.name for path in known)
+            with Map.open(path) as live:
+                spec = live.spec(self._name)
+                if spec.key is None or spec.value is None:
+                    spec = read_record(node.current / "record").maps[self._name]
+                yield live, spec, None
+
+    def _absent(self, known: Iterable[str]) -> NodeError:
+        names = ", ".join(sorted(known)) or "none"
+        return NodeError(f"{self._node.root} has no map {self._name}; its maps: {names}", map=self._name)
+
+
+def _key(spec: MapSpec) -> Type:
+    if spec.key is None:
+        raise NodeError(f"map {spec.name} carries no key type, so its keys cannot be written by name", map=spec.name)
+    return spec.key
+
+
+def _value(spec: MapSpec) -> Type:
+    if spec.value is None:
+        raise NodeError(f"map {spec.name} carries no value type, so it cannot be written by name", map=spec.name)
+    return spec.value
+
+
+def _write(live: Map, carriage: Carriage | None, key: bytes, value: bytes) -> None:
+    live.update(key, value)
+    if carriage is None:
+        return
+    old_key = _back_key(carriage, key)
+    rows = np.frombuffer(value, np.uint8).reshape(1, -1)
+    if carriage.back_value is not None:
+        # Fields that only the old release has keep what they hold.
+        held = carriage.source.lookup(old_key)
+        onto = np.frombuffer(held, np.uint8).reshape(1, -1) if held is not None else None
+        rows = carriage.back_value.apply(rows, onto).records
+    carriage.source.update(old_key, rows.tobytes())
+    # The base moves along, so that the merge sees no difference and leaves what was written in the new map alone.
+    carriage.base.update(old_key, rows.tobytes())
+    carriage.written.add(old_key)
+
+
+def _back_key(carriage: Carriage, key: bytes) -> bytes:
+    if carriage.back_key is None:
+        return key
+    return carriage.back_key.apply(np.frombuffer(key, np.uint8).reshape(1, -1)).records.tobytes()
+
+

@@ -1,0 +1,242 @@
+"""A node: what is live under a pin root, read from the kernel and never assumed.
+
+    root/current/      the running generation: maps/ progs/ and its record
+    root/maps, progs   symbolic links into current/: the paths that other programs open
+    root/links/        the bpf_links, updated in place
+    root/next/         the generation being built; there during an upgrade only
+    root/previous/     the last generation
+
+``current`` and ``next`` change places in one exchange, so the public paths show all old or all new.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from hitless.errors import BusyError, NodeError
+from hitless.kernel.bpffs import require_bpffs
+from hitless.kernel.links import Link, LinkInfo
+from hitless.kernel.maps import Map, MapInfo
+from hitless.kernel.programs import Program, ProgramInfo
+from hitless.layout.model import MapSpec
+from hitless.upgrade.record import Record, read_record
+
+if TYPE_CHECKING:
+    from hitless.upgrade.handle import MapHandle, Staged
+
+__all__ = ["Generation", "LiveMap", "Node", "NodeState"]
+
+_DIRECTORIES = ("current", "next", "previous", "links")
+_PUBLIC = ("maps", "progs")
+_SUBDIRECTORIES = ("maps", "progs", "base")
+
+
+class LiveMap(msgspec.Struct, frozen=True):
+    """A pinned map: the kernel's facts, and its layouts from ``source``.
+
+    ``kernel`` when the map itself carries BTF, ``record`` when only the release's record knows, ``none``.
+    """
+
+    info: MapInfo
+    spec: MapSpec
+    source: str
+
+
+class Generation(msgspec.Struct, frozen=True):
+    """One generation as it is pinned."""
+
+    record: Record
+    maps: dict[str, LiveMap]
+    programs: dict[str, ProgramInfo]
+
+
+class NodeState(msgspec.Struct, frozen=True):
+    """What was seen under a pin root at one time.
+
+    ``unfinished`` is the record of an upgrade that began and did not end; ``litter`` is true when ``next/`` is
+    there without a readable beginning of one.
+    """
+
+    root: str
+    current: Generation | None
+    links: dict[str, LinkInfo]
+    unfinished: Record | None = None
+    litter: bool = False
+    previous: str | None = None
+
+    @property
+    def version(self) -> str | None:
+        """Version of the running release, None if nothing of ours runs."""
+        return self.current.record.version if self.current else None
+
+    @property
+    def generation(self) -> int | None:
+        """Number of the running generation, None if nothing of ours runs."""
+        return self.current.record.generation if self.current else None
+
+
+class Node:
+    """The pin root at ``root``, a directory on a bpffs that may not exist yet. Making a Node has no effect."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).absolute()
+        self.current = self.root / "current"
+        self.next = self.root / "next"
+        self.previous = self.root / "previous"
+        self.links = self.root / "links"
+        # Held by every write through a map handle, and by an upgrade around each step that must not meet one.
+        self.writing = threading.RLock()
+        # The generation being built by an upgrade in this process: writes then go to both.
+        self.staged: Staged | None = None
+
+    def observe(self) -> NodeState:
+        """Look at what is live. Raises NodeError if the root is no place for pins or holds what is not ours."""
+        require_bpffs(self.root)
+        if not self.root.exists():
+            return NodeState(str(self.root), None, {})
+        self.refuse_foreign()
+        links = {}
+        for path in _children(self.links):
+            with Link.open(path) as link:
+                links[path.name] = link.info
+        current = _generation(self.current) if self.current.exists() else None
+        if current is None and links:
+            names = ", ".join(sorted(links))
+            raise NodeError(
+                f"{self.links} holds links ({names}) but {self.root} has no generation of hitless: they belong to "
+                "another program, or the generation was removed by hand; choose another pin root, or unload",
+                path=str(self.links),
+            )
+        unfinished = None
+        if (self.next / "record").exists():
+            unfinished = read_record(self.next / "record")
+        previous = self.previous / "record"
+        return NodeState(
+            root=str(self.root),
+            current=current,
+            links=links,
+            unfinished=unfinished,
+            litter=self.next.exists() and unfinished is None,
+            previous=read_record(previous).version if previous.exists() else None,
+        )
+
+    def map(self, name: str) -> MapHandle:
+        """A handle on the map ``name`` of the running release; writes reach both releases during an upgrade."""
+        from hitless.upgrade.handle import MapHandle
+
+        return MapHandle(self, name)
+
+    @contextmanager
+    def lock(self, seconds: float = 10.0) -> Iterator[None]:
+        """Hold the pin root alone, waiting up to ``seconds``. The kernel frees it when the holder dies.
+
+        Raises BusyError naming the holder.
+        """
+        descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            deadline = time.monotonic() + seconds
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.EWOULDBLOCK, errno.EINTR):
+                        raise
+                    if time.monotonic() > deadline:
+                        raise self._busy(descriptor, seconds) from None
+                    time.sleep(0.02)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _busy(self, descriptor: int, seconds: float) -> BusyError:
+        inode = os.fstat(descriptor).st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()  # "1: FLOCK ADVISORY WRITE 1234 00:2a:17 0 EOF", waiters have "->" second
+            if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
+                pid = int(fields[4])
+                return BusyError(
+                    f"{self.root} is being upgraded by process {pid} ({_command(pid)}); waited {seconds:g} s; "
+                    "try again when it is done",
+                    path=str(self.root),
+                    pid=pid,
+                )
+        return BusyError(f"{self.root} is locked by another process; try again", path=str(self.root), pid=None)
+
+    def refuse_foreign(self) -> None:
+        for path in _children(self.root):
+            is_directory = path.is_dir() and not path.is_symlink()
+            if not (path.is_symlink() if path.name in _PUBLIC else path.name in _DIRECTORIES and is_directory):
+                raise _foreign(path)
+        for name in ("current", "next", "previous"):
+            for path in _children(self.root / name):
+                if not (path.name == "record" or (path.name in _SUBDIRECTORIES and path.is_dir())):
+                    raise _foreign(path)
+
+
+def _foreign(path: Path) -> NodeError:
+    return NodeError(
+        f"{path} was not made by hitless: another program uses this pin root, or it was put there by hand; "
+        "choose another root (--root), or remove it",
+        path=str(path),
+    )
+
+
+def _generation(directory: Path) -> Generation:
+    if not (directory / "record").exists():
+        raise NodeError(
+            f"{directory} has no record: its pins are not from hitless, or were removed by hand", path=str(directory)
+        )
+    record = read_record(directory / "record")
+    maps = {}
+    for name, declared in record.maps.items():
+        path = directory / "maps" / name
+        if not path.exists():
+            raise NodeError(
+                f"{path} is missing: the record of generation {record.generation} has it, so the pin was removed by "
+                "hand; pin the map there again (bpftool map pin), or unload and start anew",
+                path=str(path),
+            )
+        with Map.open(path) as pinned:
+            maps[name] = _live(pinned, name, declared)
+    for path in _children(directory / "maps"):
+        if path.name not in maps:
+            raise NodeError(f"{path} is not in the record: another program pinned it; remove it", path=str(path))
+    programs = {}
+    for path in _children(directory / "progs"):
+        with Program.open(path) as program:
+            programs[path.name] = program.info
+    return Generation(record, maps, programs)
+
+
+def _live(pinned: Map, name: str, declared: MapSpec) -> LiveMap:
+    seen = pinned.spec(name)
+    if seen.key is not None and seen.value is not None:
+        return LiveMap(pinned.info, seen, "kernel")
+    if declared.key is not None and (declared.key_size, declared.value_size) == (seen.key_size, seen.value_size):
+        spec = msgspec.structs.replace(seen, key=declared.key, value=declared.value)
+        return LiveMap(pinned.info, spec, "record")
+    return LiveMap(pinned.info, seen, "none")
+
+
+def _children(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return "gone meanwhile"
+
+

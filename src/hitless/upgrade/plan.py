@@ -1,0 +1,301 @@
+"""What an upgrade would do, decided from values alone: nothing here has an effect.
+
+A plan is made from what is live and what the release declares. A person can read it, a tool can keep it, and
+``apply`` does exactly this and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from hitless.errors import BundleError, UnsupportedError
+from hitless.layout.conversion import leaves
+from hitless.layout.diff import Change, MapDiff, diff_maps
+from hitless.layout.model import Array, MapSpec, Record, Type
+from hitless.layout.rules import MapRules
+
+if TYPE_CHECKING:
+    from hitless.upgrade.bundle import Attach, Bundle
+    from hitless.upgrade.node import Generation, NodeState
+
+__all__ = ["HookPlan", "MapPlan", "Plan", "make_plan"]
+
+_CONVERTIBLE_TYPES = ("hash", "lru_hash", "array")
+# Values with these inside hold kernel objects, which a copy of bytes would not carry.
+_KERNEL_OBJECTS = ("bpf_spin_lock", "bpf_res_spin_lock", "bpf_timer", "bpf_wq", "bpf_list_head", "bpf_rb_root")
+
+
+class MapPlan(msgspec.Struct, frozen=True):
+    """What becomes of one map.
+
+    ``action``: ``keep`` (the same map), ``convert`` (a new map, filled from the old), ``create`` (new and empty),
+    ``drop`` (the release has it no more), ``discard`` (a new empty map takes its place). ``method`` is how
+    entries travel, ``exactness`` what is promised of them meanwhile. ``loss`` names each thing that is lost;
+    ``allowed`` tells whether all of it may be.
+    """
+
+    name: str
+    action: str
+    was: str | None = None
+    verdict: str = "identical"
+    method: str = "none"
+    exactness: str = "exact"
+    loss: tuple[str, ...] = ()
+    allowed: bool = True
+    changes: tuple[Change, ...] = ()
+
+
+class HookPlan(msgspec.Struct, frozen=True):
+    """What becomes of one hook: ``keep``, ``update`` in place, ``attach`` or ``detach``.
+
+    ``expected`` is the kernel's id of the program that must be running there for the update to happen.
+    """
+
+    link: str
+    action: str
+    program: str
+    hook: str
+    target: str
+    attach_type: str
+    was: str | None = None
+    expected: int | None = None
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What ``apply`` would do on one node. ``start_type`` is ``normal``, ``restart`` or ``update``."""
+
+    root: str
+    name: str
+    start_type: str
+    from_version: str | None = msgspec.field(name="from")
+    to_version: str = msgspec.field(name="to")
+    digest: str = ""
+    generation: int = 1
+    maps: tuple[MapPlan, ...] = ()
+    hooks: tuple[HookPlan, ...] = ()
+    schema: int = 1
+
+    @property
+    def blocked(self) -> tuple[MapPlan, ...]:
+        """The maps that would lose something nobody allowed to be lost; ``apply`` refuses while there are any."""
+        return tuple(entry for entry in self.maps if entry.loss and not entry.allowed)
+
+    @property
+    def changes_anything(self) -> bool:
+        """Whether ``apply`` would do anything at all."""
+        if self.start_type != "restart":
+            return True
+        return any(hook.action != "keep" for hook in self.hooks)
+
+
+def make_plan(
+    state: NodeState, bundle: Bundle, cgroups: Mapping[str, int], allow_loss: Collection[str] = ()
+) -> Plan:
+    """Decide what becomes of each map and hook when ``bundle`` is applied to what ``state`` shows.
+
+    ``cgroups`` has the kernel's id of each target of the bundle's hooks. ``allow_loss`` names maps that may lose what the plan says they lose. Raises BundleError or LayoutError for
+    rules that cannot apply, UnsupportedError for changes that this version cannot make.
+    """
+    current = state.current
+    _check_names(current, bundle, allow_loss)
+    if current is None:
+        start_type = "normal"
+        maps = tuple(_created(name) for name in bundle.maps)
+        hooks = tuple(_hook(entry, bundle, "attach") for entry in bundle.attach)
+    elif (current.record.version, current.record.digest) == (bundle.version, bundle.digest):
+        start_type = "restart"
+        maps = tuple(MapPlan(name, "keep", method="same map") for name in current.record.maps)
+        hooks = _plan_hooks(state, current, bundle, cgroups, restart=True)
+    else:
+        start_type = "update"
+        if current.record.name != bundle.name:
+            raise BundleError(
+                f"{state.root} runs bundle {current.record.name!r}, and this one is {bundle.name!r}: a pin root "
+                "holds one bundle's releases; choose another --root",
+                running=current.record.name,
+                bundle=bundle.name,
+            )
+        maps = _plan_maps(current, bundle, allow_loss)
+        hooks = _plan_hooks(state, current, bundle, cgroups, restart=False)
+    return Plan(
+        root=state.root,
+        name=bundle.name,
+        start_type=start_type,
+        from_version=state.version,
+        to_version=bundle.version,
+        digest=bundle.digest,
+        generation=(state.generation or 0) + (start_type != "restart"),
+        maps=maps,
+        hooks=hooks,
+    )
+
+
+def _check_names(current: Generation | None, bundle: Bundle, allow_loss: Collection[str]) -> None:
+    live = set(current.record.maps) | {s.name for s in _globals_of(current)} if current else set()
+    for name in allow_loss:
+        if name not in live and name not in bundle.maps:
+            known = ", ".join(sorted(live | set(bundle.maps)))
+            raise BundleError(f"--allow-loss {name}: neither release has such a map; there are: {known}", map=name)
+
+
+def _globals_of(current: Generation) -> list[MapSpec]:
+    from hitless.upgrade.bundle import unite_maps
+
+    united = unite_maps(current.record.objects)
+    return [msgspec.structs.replace(spec, name=name) for name, spec in united.items() if _is_global(name)]
+
+
+def _is_global(name: str) -> bool:
+    return "." in name  # bpffs refuses a dot, so no other map has one
+
+
+def _created(name: str) -> MapPlan:
+    method = "from the release's object" if _is_global(name) else "empty"
+    return MapPlan(name, "create", verdict="added", method=method)
+
+
+def _plan_maps(current: Generation, bundle: Bundle, allow_loss: Collection[str]) -> tuple[MapPlan, ...]:
+    old = [live.spec for live in current.maps.values()]
+    new = [
+        msgspec.structs.replace(spec, name=name) for name, spec in bundle.maps.items() if not _is_global(name)
+    ]
+    plans = [
+        _plan_map(diff, {spec.name: spec for spec in old}, bundle, allow_loss)
+        for diff in diff_maps(old, new, {name: rule for name, rule in bundle.rules.items() if not _is_global(name)})
+    ]
+    return (*plans, *_plan_globals(current, bundle, allow_loss))
+
+
+def _plan_map(
+    diff: MapDiff, old: Mapping[str, MapSpec], bundle: Bundle, allow_loss: Collection[str]
+) -> MapPlan:
+    rules = bundle.rules.get(diff.name, MapRules())
+    allowed = rules.on_loss == "discard" or diff.name in allow_loss or diff.was in allow_loss
+    losses = tuple(f"{change.path or diff.name}: {change.loss}" for change in diff.changes if change.loss)
+
+    def planned(action: str, method: str, exactness: str = "exact", loss: tuple[str, ...] = ()) -> MapPlan:
+        return MapPlan(diff.name, action, diff.was, diff.verdict, method, exactness, loss, allowed, diff.changes)
+
+    if diff.verdict == "added":
+        return planned("create", "empty")
+    if diff.verdict == "removed":
+        return planned("drop", "none", loss=("all entries: the release has no such map",))
+    if diff.verdict == "identical":
+        return planned("keep", "same map")
+    if diff.verdict in ("lossless", "lossy"):
+        spec = old[diff.was or diff.name]
+        obstacle = _obstacle(spec, bundle.maps[diff.name])
+        if obstacle is None:
+            exactness = _exactness(bundle.maps[diff.name], rules)
+            return planned("convert", "batch copy, merge in the kernel", exactness, losses)
+        return planned("discard", "empty", loss=(f"all entries: {obstacle}", *losses))
+    why = losses or (f"all entries: {diff.verdict}",)
+    return planned("discard", "empty", loss=why)
+
+
+def _obstacle(old: MapSpec, new: MapSpec) -> str | None:
+    """Why entries of ``old`` cannot be converted into ``new`` by this version, or None."""
+    if old.type != new.type:
+        return f"from a map of type {old.type} to {new.type} is not supported yet"
+    if new.type not in _CONVERTIBLE_TYPES:
+        return f"converting maps of type {new.type} is not supported yet"
+    for spec in (old, new):
+        if spec.value is not None and (found := _kernel_object(spec.value)):
+            return f"its value holds a {found}, and converting such maps is not supported yet"
+    return None
+
+
+def _kernel_object(layout: Type) -> str | None:
+    if isinstance(layout, Array):
+        return _kernel_object(layout.element)
+    if isinstance(layout, Record):
+        if layout.name in _KERNEL_OBJECTS:
+            return layout.name
+        return next((found for field in layout.fields if (found := _kernel_object(field.type))), None)
+    return None
+
+
+def _exactness(spec: MapSpec, rules: MapRules) -> str:
+    assert spec.value is not None  # a convertible map has layouts
+    if spec.type == "lru_hash":
+        return "best-effort: an LRU map may evict entries at any time"
+    loose = [leaf.path for leaf in leaves(spec.value, rules) if not leaf.atomic]
+    if not loose:
+        return "exact"
+    shown = ", ".join(loose[:3]) + (f" and {len(loose) - 3} more" if len(loose) > 3 else "")
+    return f"exact, but best-effort where programs of both releases write these at once: {shown}"
+
+
+def _plan_globals(current: Generation, bundle: Bundle, allow_loss: Collection[str]) -> list[MapPlan]:
+    """Global data are in no pin: each release starts with its own, and what programs wrote is lost."""
+    plans = []
+    old = {spec.name for spec in _globals_of(current)}
+    for name in (*(name for name in bundle.maps if _is_global(name)), *sorted(old - set(bundle.maps))):
+        rules = bundle.rules.get(name, MapRules())
+        written = name in old and ".rodata" not in name and ".kconfig" not in name
+        loss = ("variables written by programs: carrying global data is not supported yet",) if written else ()
+        action = ("discard" if written else "create") if name in bundle.maps else "drop"
+        allowed = rules.on_loss == "discard" or name in allow_loss
+        plans.append(MapPlan(name, action, None, "added", "from the release's object", "exact", loss, allowed))
+    return plans
+
+
+def _hook(
+    entry: Attach, bundle: Bundle, action: str, was: str | None = None, expected: int | None = None
+) -> HookPlan:
+    attach_type = bundle.programs[entry.program].attach_type
+    return HookPlan(entry.link, action, entry.program, entry.hook, entry.target, attach_type, was, expected)
+
+
+def _plan_hooks(
+    state: NodeState, current: Generation, bundle: Bundle, cgroups: Mapping[str, int], restart: bool
+) -> tuple[HookPlan, ...]:
+    """New hooks first, then updates in the bundle's order, removed ones last."""
+    known = {hook.link: hook for hook in current.record.hooks}
+    taken = set()
+    attached, updated = [], []
+    for entry in bundle.attach:
+        name = entry.link if entry.link in state.links else entry.was or entry.link
+        link = state.links.get(name)
+        taken.add(name)
+        if link is None or (link.type == "cgroup" and link.cgroup_id == 0):  # the kernel detached it with its cgroup
+            attached.append(_hook(entry, bundle, "attach"))
+            continue
+        attach_type = bundle.programs[entry.program].attach_type
+        if link.type != "cgroup" or link.attach_type != attach_type:
+            raise UnsupportedError(
+                f"link {name} is on {link.attach_type or link.type}, and {entry.program} attaches to {attach_type}: "
+                "moving a link to another hook is not supported; give the new hook a link name of its own",
+                feature="link to another hook",
+                link=name,
+            )
+        if link.cgroup_id != cgroups[entry.target]:
+            raise UnsupportedError(
+                f"link {name} is attached to cgroup {link.cgroup_id}, and {entry.target} is {cgroups[entry.target]}: "
+                "moving a link to another target is not supported yet; give it a link name of its own",
+                feature="link to another target",
+                link=name,
+            )
+        running = current.programs.get(entry.program)
+        same = restart and running is not None and running.id == link.program_id
+        was = name if name != entry.link else None
+        updated.append(_hook(entry, bundle, "keep" if same else "update", was, link.program_id))
+    removed = [
+        HookPlan(
+            link=name,
+            action="detach",
+            program=known[name].program if name in known else "",
+            hook=known[name].hook if name in known else link.type,
+            target=known[name].target if name in known else "",
+            attach_type=link.attach_type,
+            expected=link.program_id,
+        )
+        for name, link in state.links.items()
+        if name not in taken
+    ]
+    return (*attached, *updated, *removed)
+
+

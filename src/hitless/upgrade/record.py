@@ -1,0 +1,102 @@
+"""The record of a generation: what it is and how far its upgrade came, pinned beside what it describes.
+
+It is a small BPF map inside the generation's directory, so it commits with the generation, vanishes with it at a
+reboot, and can never describe pins that are not there.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import msgspec
+
+from hitless.errors import NodeError
+from hitless.kernel.maps import Map, create
+from hitless.layout.model import MapSpec, ObjectSpec
+from hitless.layout.rules import MapRules
+from hitless.upgrade.plan import Plan
+
+__all__ = ["PHASES", "Hook", "Record", "create_record", "read_record", "write_record"]
+
+PHASES = ("staging", "copying", "cutover", "committed")
+"""How far a generation came. Until ``cutover`` no hook runs it; from then on it is finished forward."""
+
+_SCHEMA = 1
+_MAGIC = b"hitless\x01"
+_HEADER = struct.Struct("<8sI")
+_KEY = b"\0\0\0\0"
+_MAP_TYPE_ARRAY = 2
+
+
+class Hook(msgspec.Struct, frozen=True):
+    """A hook of a generation: the link's pin name, and the program that it runs."""
+
+    link: str
+    program: str
+    hook: str
+    target: str
+    attach_type: str
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What a generation is. ``generation`` counts up from 1; ``digest`` is the bundle's.
+
+    ``objects`` is the release's MapSpec snapshot; ``maps`` holds the spec of each pinned map by pin name, as the
+    release defines it. ``plan`` and ``rules`` are set while the upgrade to this generation runs.
+    """
+
+    generation: int
+    name: str
+    version: str
+    digest: str
+    phase: str
+    objects: tuple[ObjectSpec, ...]
+    maps: dict[str, MapSpec]
+    hooks: tuple[Hook, ...]
+    plan: Plan | None = None
+    rules: dict[str, MapRules] = {}
+    schema: int = _SCHEMA
+
+
+def create_record(path: Path, record: Record) -> None:
+    """Pin a new record map at ``path``. Raises KernelError."""
+    data = _pack(record)
+    # Room for what a later phase may add; the plan, the largest part that changes, only ever goes away.
+    room = (len(data) // 4096 + 2) * 4096
+    with create(_MAP_TYPE_ARRAY, "record", 4, room, 1) as pinned:
+        pinned.update(_KEY, data.ljust(room, b"\0"))
+        pinned.pin(path)
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Replace the record at ``path`` in one step. Raises KernelError, NodeError."""
+    with Map.open(path) as pinned:
+        pinned.update(_KEY, _pack(record).ljust(pinned.info.value_size, b"\0"))
+
+
+def read_record(path: Path) -> Record:
+    """The record pinned at ``path``. Raises NodeError if it is none of ours, damaged, or of a newer hitless."""
+    with Map.open(path) as pinned:
+        data = pinned.lookup(_KEY) if pinned.info.type == "array" and pinned.info.key_size == 4 else None
+    if data is None or len(data) < _HEADER.size or not data.startswith(_MAGIC):
+        raise NodeError(f"{path} is not a record of hitless: another program pinned it", path=str(path))
+    _, length = _HEADER.unpack_from(data)
+    try:
+        text = zlib.decompress(data[_HEADER.size : _HEADER.size + length])
+        schema = msgspec.json.decode(text, type=dict[str, msgspec.Raw]).get("schema")
+        if schema is not None and int(bytes(schema)) > _SCHEMA:
+            raise NodeError(
+                f"{path} was written by a newer hitless (record schema {bytes(schema).decode()}, this one knows "
+                f"{_SCHEMA}); use that version",
+                path=str(path),
+            )
+        return msgspec.json.decode(text, type=Record)
+    except (zlib.error, msgspec.DecodeError, ValueError) as error:
+        raise NodeError(f"record {path} is damaged: {error}", path=str(path)) from None
+
+
+def _pack(record: Record) -> bytes:
+    packed = zlib.compress(msgspec.json.encode(record))
+    return _HEADER.pack(_MAGIC, len(packed)) + packed

@@ -1,0 +1,567 @@
+"""An upgrade from start to end, its undoing, and what finishes it when its process was killed.
+
+Until the phase ``cutover`` is in the record of ``next/``, no hook runs the new release and undoing is removing
+``next/``. From then on it is finished forward by whoever comes next, or, after an error, taken back together with
+what the new programs learned meanwhile. The exchange of ``current`` and ``next`` is the commit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from hitless.errors import InterruptedUpgradeError, LossNotAllowedError, NodeError, VerifyError
+from hitless.kernel.barrier import wait_for_running_programs
+from hitless.kernel.bpffs import exchange, remove_tree, require_bpffs
+from hitless.kernel.codegen import Merger
+from hitless.kernel.links import Link, cgroup_id
+from hitless.kernel.maps import Map, create_like
+from hitless.kernel.programs import Program, load_object
+from hitless.layout.conversion import leaves
+from hitless.layout.diff import diff_map
+from hitless.layout.model import MapSpec
+from hitless.layout.rules import MapRules
+from hitless.upgrade.bundle import Bundle
+from hitless.upgrade.copy import Carriage, Tally, copy_entries, verify_copy
+from hitless.upgrade.cutover import detach_hooks, switch_back, switch_hooks
+from hitless.upgrade.handle import Staged
+from hitless.upgrade.merge import merge_round
+from hitless.upgrade.node import Generation, Node, NodeState
+from hitless.upgrade.plan import HookPlan, MapPlan, Plan, make_plan
+from hitless.upgrade.record import Hook, Record, create_record, write_record
+
+__all__ = ["Cutover", "MapResult", "Progress", "Result", "apply", "plan", "recover", "unload"]
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """Something that is going on: the ``step``, and for the copy the map with entries ``done`` of ``total``."""
+
+    step: str
+    map: str | None = None
+    done: int = 0
+    total: int | None = None
+
+
+class MapResult(MapPlan, frozen=True):
+    """What became of one map. ``entries`` were in the old map, ``copied`` by the first pass, ``caught_up`` merged
+    in ``rounds`` later ones; ``lost`` values did not fit the new layout (``lost_fields`` by path)."""
+
+    entries: int = 0
+    copied: int = 0
+    rounds: int = 0
+    caught_up: int = 0
+    lost: int = 0
+    lost_fields: dict[str, int] = {}
+    seconds: float = 0.0
+
+
+class Cutover(msgspec.Struct, frozen=True):
+    """The switch of ``hooks`` hooks: microseconds from first to last, and from the first until the catch-up ended."""
+
+    hooks: int = 0
+    first_to_last_us: float = 0.0
+    stale_window_us: float = 0.0
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What an apply did; the plan's facts and what came of them. ``steps`` are seconds by step."""
+
+    root: str
+    name: str
+    start_type: str
+    from_version: str | None = msgspec.field(name="from")
+    to_version: str = msgspec.field(name="to")
+    generation: int = 1
+    maps: tuple[MapResult, ...] = ()
+    hooks: tuple[HookPlan, ...] = ()
+    cutover: Cutover = Cutover()
+    steps: dict[str, float] = {}
+    recovered: str | None = None
+    committed: bool = True
+    schema: int = 1
+
+
+def plan(node: Node, bundle: Bundle, allow_loss: Collection[str] = ()) -> Plan:
+    """What :func:`apply` would do now; looks only. Raises HitlessError by kind, InterruptedUpgradeError."""
+    state = node.observe()
+    if state.unfinished is not None or state.litter:
+        what = f"to {state.unfinished.version} " if state.unfinished else ""
+        raise InterruptedUpgradeError(
+            f"{node.root}: an upgrade {what}was interrupted, so what runs is about to change; "
+            "apply finishes or undoes it first, alone: apply any release, then plan again",
+            path=str(node.root),
+        )
+    return _plan(state, bundle, allow_loss)
+
+
+def _plan(state: NodeState, bundle: Bundle, allow_loss: Collection[str]) -> Plan:
+    cgroups = {entry.target: cgroup_id(Path(entry.target)) for entry in bundle.attach}
+    return make_plan(state, bundle, cgroups, allow_loss)
+
+
+def apply(
+    node: Node,
+    bundle: Bundle,
+    allow_loss: Collection[str] = (),
+    prepare: Callable[[Node], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    wait: float = 10.0,
+) -> Result:
+    """Bring ``node`` to ``bundle``: from nothing, from the same release, or from another one.
+
+    ``prepare(node)`` is called once when the new release's maps exist and are filled and before a hook runs it:
+    a control plane fills or corrects them through ``node.map()``, and may go on writing from other threads.
+    ``progress`` is told what goes on. Waits up to ``wait`` seconds for another upgrade of the same root.
+
+    Raises LossNotAllowedError when the plan loses what ``allow_loss`` does not name, and other HitlessErrors; then
+    the old release runs as before, complete.
+    """
+    tell = progress or _nobody
+    _plan_first(node, bundle, allow_loss)
+    made = not node.root.exists()
+    node.root.mkdir(exist_ok=True)
+    try:
+        with node.lock(wait):
+            recovered = _recover(node, tell)
+            state = node.observe()
+            decided = _plan(state, bundle, allow_loss)
+            _refuse_loss(decided)
+            upgrade = _Upgrade(node, decided, state.current, tell)
+            if decided.start_type == "restart":
+                result = upgrade.restart(prepare)
+            else:
+                upgrade.build(bundle, prepare)
+                result = upgrade.switch()
+            return msgspec.structs.replace(result, recovered=recovered)
+    except BaseException:
+        if made:
+            _remove_if_empty(node)
+        raise
+
+
+def _plan_first(node: Node, bundle: Bundle, allow_loss: Collection[str]) -> None:
+    """Find what is wrong before anything is locked, made or recovered."""
+    require_bpffs(node.root)
+    state = node.observe()
+    if state.unfinished is None and not state.litter:
+        _refuse_loss(_plan(state, bundle, allow_loss))
+
+
+def _refuse_loss(decided: Plan) -> None:
+    if not decided.blocked:
+        return
+    lines = [f"  {entry.name}: {loss}" for entry in decided.blocked for loss in entry.loss]
+    options = " ".join(f"--allow-loss {entry.name}" for entry in decided.blocked)
+    raise LossNotAllowedError(
+        f"going from {decided.from_version} to {decided.to_version} would lose state:\n"
+        + "\n".join(lines)
+        + f"\nnothing was changed; if that is fine, say so: {options}",
+        maps=[entry.name for entry in decided.blocked],
+        losses={entry.name: list(entry.loss) for entry in decided.blocked},
+    )
+
+
+def recover(node: Node, progress: Callable[[Progress], None] | None = None, wait: float = 10.0) -> str | None:
+    """Finish or undo an upgrade whose process was killed; says what was done, None if nothing was to do."""
+    if not node.root.exists():
+        return None
+    with node.lock(wait):
+        return _recover(node, progress or _nobody)
+
+
+def _recover(node: Node, tell: Callable[[Progress], None]) -> str | None:
+    state = node.observe()
+    if state.current is not None and state.current.record.phase != "committed":
+        _finish(node)
+        return f"finished the clean-up after the upgrade to {state.version}"
+    if state.litter or (state.unfinished is not None and state.unfinished.phase in ("staging", "copying")):
+        remove_tree(node.next)
+        return "undid an upgrade that had not switched any hook"
+    if state.unfinished is None:
+        return None
+    record = state.unfinished
+    if record.plan is None:
+        raise InterruptedUpgradeError(
+            f"{node.next}: the record of the interrupted upgrade to {record.version} has no plan, so it cannot be "
+            "finished; the old release's hooks and maps are in current/",
+            path=str(node.next),
+        )
+    tell(Progress("recover"))
+    upgrade = _Upgrade(node, record.plan, state.current, tell)
+    upgrade.reopen(record)
+    upgrade.switch()
+    return f"finished the interrupted upgrade to {record.version}"
+
+
+def unload(node: Node, wait: float = 10.0) -> list[str]:
+    """Detach every hook and unpin everything under the root (exit type Normal); returns the paths removed.
+
+    Raises NodeError if the root holds what is not ours; then nothing is touched.
+    """
+    require_bpffs(node.root)
+    if not node.root.exists():
+        return []
+    node.refuse_foreign()
+    with node.lock(wait):
+        names = sorted(path.name for path in node.links.iterdir()) if node.links.exists() else []
+        for name in names:  # all are looked at before any is detached
+            Link.open(node.links / name).close()
+        removed = [str(path) for path in sorted(node.root.rglob("*")) if not path.is_dir()]
+        detach_hooks(names, node.links)
+        remove_tree(node.root)
+    return removed
+
+
+class _Upgrade:
+    """One apply on its way. ``current`` is the generation it starts from, None if nothing runs."""
+
+    def __init__(
+        self, node: Node, decided: Plan, current: Generation | None, tell: Callable[[Progress], None]
+    ) -> None:
+        self._node = node
+        self._plan = decided
+        self._current = current
+        self._tell = tell
+        self._record: Record | None = None
+        self._maps: dict[str, Map] = {}
+        self._programs: dict[str, Program] = {}
+        self._carried: dict[str, Carriage] = {}
+        self._steps: dict[str, float] = {}
+
+    def restart(self, prepare: Callable[[Node], None] | None) -> Result:
+        """The same release runs already: use all of it, attach or correct what hangs loose."""
+        self._programs = self._open_programs(self._node.current)
+        with self._step("prepare"):
+            if prepare is not None:
+                prepare(self._node)
+        with self._step("cutover"):
+            gap = switch_hooks(self._plan.hooks, self._programs, self._node.links)
+            detach_hooks([hook.link for hook in self._plan.hooks if hook.action == "detach"], self._node.links)
+        return self._result(Cutover(sum(hook.action != "keep" for hook in self._plan.hooks), gap))
+
+    def build(self, bundle: Bundle, prepare: Callable[[Node], None] | None) -> None:
+        """Everything that comes before a hook changes; undone by an error."""
+        node = self._node
+        try:
+            with self._step("stage"):
+                self._stage(bundle)
+            with self._step("copy"):
+                write_record(node.next / "record", self._phase("copying"))
+                self._carry(bundle.maps, bundle.rules, fresh=True)
+                with node.writing:
+                    node.staged = Staged(self._maps, self._specs(), self._carried)
+                for carriage in self._carried.values():
+                    self._copy(carriage)
+            with self._step("prepare"):
+                if prepare is not None:
+                    prepare(node)
+            with self._step("verify"):
+                for carriage in self._carried.values():
+                    verify_copy(carriage, node.writing)
+        except BaseException:
+            self._drop()
+            raise
+
+    def reopen(self, record: Record) -> None:
+        """Take up what a killed process had built, from the pins in ``next/``."""
+        self._record = record
+        for name in record.maps:
+            self._maps[name] = Map.open(self._node.next / "maps" / name)
+        self._programs = self._open_programs(self._node.next)
+        self._carry(record.maps, record.rules, fresh=False)
+
+    def switch(self) -> Result:
+        """Cutover, barrier, catch-up, commit; taken back by an error that comes before the commit."""
+        node = self._node
+        try:
+            write_record(node.next / "record", self._phase("cutover"))
+            with self._step("cutover"):
+                started = time.perf_counter()
+                gap = switch_hooks(self._plan.hooks, self._programs, node.links)
+            with self._step("catch-up"):
+                # A first merge at once keeps short the time in which new programs miss what old ones wrote last.
+                self._merge()
+                wait_for_running_programs()
+            with node.writing:
+                with self._step("merge"):
+                    self._merge()
+                    stale = (time.perf_counter() - started) * 1e6
+                with self._step("commit"):
+                    self._verify_hooks()
+                    self._commit()
+        except BaseException:
+            if not self._is_committed():
+                self._take_back()
+                raise
+            _finish(node)
+            raise
+        with self._step("clean-up"):
+            _finish(node)
+        switched = sum(hook.action in ("attach", "update") for hook in self._plan.hooks)
+        return self._result(Cutover(switched, gap, stale if self._current else 0.0))
+
+    # The steps
+
+    def _stage(self, bundle: Bundle) -> None:
+        """Pin kept maps again, create the others, load all programs: the verifier accepts, nothing live changes."""
+        node = self._node
+        node.next.mkdir()
+        pinned = {name: spec for name, spec in bundle.maps.items() if "." not in name}
+        self._record = Record(
+            generation=self._plan.generation,
+            name=bundle.name,
+            version=bundle.version,
+            digest=bundle.digest,
+            phase="staging",
+            objects=tuple(item.spec for item in bundle.objects),
+            maps=pinned,
+            hooks=tuple(
+                Hook(hook.link, hook.program, hook.hook, hook.target, hook.attach_type)
+                for hook in self._plan.hooks
+                if hook.action != "detach"
+            ),
+            plan=self._plan,
+            rules=bundle.rules,
+        )
+        create_record(node.next / "record", self._record)
+        for directory in ("maps", "progs", "base"):
+            (node.next / directory).mkdir()
+        for entry in self._plan.maps:
+            if entry.action == "keep":
+                self._maps[entry.name] = Map.open(node.current / "maps" / (entry.was or entry.name))
+        for item in bundle.objects:
+            loaded = load_object(item.data, item.spec.name, self._maps)
+            self._maps = {**loaded.maps, **self._maps}
+            self._programs.update(loaded.programs)
+        for name, held in self._maps.items():
+            held.pin(node.next / "maps" / name)
+        for name, program in self._programs.items():
+            program.pin(node.next / "progs" / name)
+
+    def _carry(self, specs: Mapping[str, MapSpec], rules: Mapping[str, MapRules], fresh: bool) -> None:
+        """Prepare the maps to be converted; their bases are made new, or opened if another process filled them."""
+        for entry in self._plan.maps:
+            if entry.action != "convert":
+                continue
+            if self._current is None:
+                raise NodeError(f"map {entry.name} is to be converted, but nothing runs", map=entry.name)
+            name, was = entry.name, entry.was or entry.name
+            source = Map.open(self._node.current / "maps" / was)
+            rule = rules.get(name, MapRules())
+            diff = diff_map(self._current.maps[was].spec, msgspec.structs.replace(specs[name], name=name), rule)
+            pin = self._node.next / "base" / name
+            if fresh:
+                base = create_like(source, f"base_{name}")
+                base.pin(pin)
+            else:
+                base = Map.open(pin)
+            value = specs[name].value
+            assert value is not None  # the plan converts no map without layouts
+            fields = leaves(value, rule)
+            target = self._maps[name]
+            self._carried[name] = Carriage(
+                name=name,
+                source=source,
+                target=target,
+                base=base,
+                key=diff.key,
+                value=diff.value,
+                back_key=diff.key.inverse() if diff.key else None,
+                back_value=diff.value.inverse() if diff.value else None,
+                leaves=fields,
+                lossy_allowed=entry.allowed,
+                merger=Merger(name, source, target, base, fields),
+                tally=Tally(),
+                written=set(),
+            )
+
+    def _copy(self, carriage: Carriage) -> None:
+        node, name = self._node, carriage.name
+        started = time.perf_counter()
+
+        def copied(done: int) -> None:
+            self._tell(Progress("copy", name, done))
+
+        copy_entries(carriage, node.writing, copied)
+        carriage.tally.entries = carriage.tally.copied
+        with node.writing:
+            merge_round(carriage)
+        carriage.tally.seconds = time.perf_counter() - started
+
+    def _merge(self) -> None:
+        for carriage in self._carried.values():
+            started = time.perf_counter()
+            with self._node.writing:
+                merge_round(carriage)
+            carriage.tally.seconds += time.perf_counter() - started
+
+    def _verify_hooks(self) -> None:
+        for hook in self._plan.hooks:
+            if hook.action not in ("attach", "update"):
+                continue
+            pin = self._node.links / hook.link
+            renamed = self._node.links / hook.was if hook.was else pin
+            with Link.open(pin if pin.exists() else renamed) as link:
+                expected, runs = self._programs[hook.program].info.id, link.info.program_id
+            if runs != expected:
+                raise VerifyError(
+                    f"link {hook.link} runs program {runs}, not {expected}, just after it was switched: someone else "
+                    "changes this pin root's links; find out who, then apply again",
+                    link=hook.link,
+                    program=runs,
+                    expected=expected,
+                )
+
+    def _commit(self) -> None:
+        node = self._node
+        if self._current is None:
+            for name in ("maps", "progs"):
+                with suppress(FileExistsError):
+                    (node.root / name).symlink_to(f"current/{name}")
+            node.next.rename(node.current)
+        else:
+            exchange(node.current, node.next)
+        node.staged = None
+
+    def _drop(self) -> None:
+        """Undo before the cutover: nothing public changed."""
+        with self._node.writing:
+            self._node.staged = None
+        remove_tree(self._node.next)
+
+    def _take_back(self) -> None:
+        """Undo after the cutover: old programs back on the hooks, then what the new ones learned into the old maps."""
+        node = self._node
+        switch_back(self._plan.hooks, self._programs, node.links)
+        wait_for_running_programs()
+        with node.writing:
+            for carriage in self._carried.values():
+                _merge_back(carriage, self._current)
+        self._drop()
+
+    def _is_committed(self) -> bool:
+        """Whether the exchange happened, by what is there: a signal may come right behind it."""
+        record = self._node.current / "record"
+        if not record.exists():
+            return False
+        from hitless.upgrade.record import read_record
+
+        return read_record(record).generation == self._plan.generation
+
+    # Small things
+
+    def _open_programs(self, generation: Path) -> dict[str, Program]:
+        return {path.name: Program.open(path) for path in (generation / "progs").iterdir()}
+
+    def _phase(self, phase: str) -> Record:
+        assert self._record is not None  # made by _stage or given to reopen
+        self._record = msgspec.structs.replace(self._record, phase=phase)
+        return self._record
+
+    def _specs(self) -> dict[str, MapSpec]:
+        assert self._record is not None
+        return self._record.maps
+
+    @contextmanager
+    def _step(self, name: str) -> Iterator[None]:
+        self._tell(Progress(name))
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._steps[name] = time.perf_counter() - started
+
+    def _result(self, cutover: Cutover) -> Result:
+        results = []
+        for entry in self._plan.maps:
+            tally = self._carried[entry.name].tally if entry.name in self._carried else Tally()
+            results.append(
+                MapResult(
+                    **{name: getattr(entry, name) for name in MapPlan.__struct_fields__},
+                    entries=tally.entries,
+                    copied=tally.copied,
+                    rounds=tally.rounds,
+                    caught_up=tally.caught_up,
+                    lost=sum(tally.lost.values()),
+                    lost_fields=tally.lost,
+                    seconds=tally.seconds,
+                )
+            )
+        return Result(
+            root=self._plan.root,
+            name=self._plan.name,
+            start_type=self._plan.start_type,
+            from_version=self._plan.from_version,
+            to_version=self._plan.to_version,
+            generation=self._plan.generation,
+            maps=tuple(results),
+            hooks=self._plan.hooks,
+            cutover=cutover,
+            steps=self._steps,
+        )
+
+
+def _merge_back(carriage: Carriage, current: Generation | None) -> None:
+    """The same merge with the sides changed: what the new map gained since its base, into the old map."""
+    assert current is not None  # a map is carried from something
+    base = create_like(carriage.target, f"back_{carriage.name}")
+    old_keys, old_values = carriage.base.entries()
+    if len(old_keys):
+        values = carriage.value.apply(old_values).records if carriage.value else old_values
+        base.write(carriage.keys(old_keys), values)
+    spec = next(live.spec for live in current.maps.values() if live.info.id == carriage.source.info.id)
+    assert spec.value is not None
+    fields = leaves(spec.value)
+    merger = Merger(f"{carriage.name}_back", carriage.target, carriage.source, base, fields)
+    back = Carriage(
+        name=carriage.name,
+        source=carriage.target,
+        target=carriage.source,
+        base=base,
+        key=carriage.back_key,
+        value=carriage.back_value,
+        back_key=carriage.key,
+        back_value=carriage.value,
+        leaves=fields,
+        lossy_allowed=True,  # what the old layout cannot hold goes with the release that is taken back
+        merger=merger,
+        tally=Tally(),
+        written=set(),
+    )
+    merge_round(back)
+
+
+def _finish(node: Node) -> None:
+    """Everything that follows a commit; may be repeated."""
+    from hitless.upgrade.record import read_record
+
+    record = read_record(node.current / "record")
+    if node.next.exists():
+        remove_tree(node.previous)
+        node.next.rename(node.previous)
+    for generation in (node.current, node.previous):
+        remove_tree(generation / "base")
+    for hook in record.plan.hooks if record.plan else ():
+        if hook.was and (node.links / hook.was).exists():
+            (node.links / hook.was).rename(node.links / hook.link)
+    kept = {hook.link for hook in record.hooks}
+    present = [path.name for path in node.links.iterdir()] if node.links.exists() else []
+    detach_hooks([name for name in present if name not in kept], node.links)
+    write_record(node.current / "record", msgspec.structs.replace(record, phase="committed", plan=None, rules={}))
+
+
+def _remove_if_empty(node: Node) -> None:
+    with suppress(OSError):
+        for name in ("maps", "progs"):
+            link = node.root / name
+            if link.is_symlink():
+                link.unlink()
+        node.root.rmdir()
+
+
+def _nobody(_: Progress) -> None:
+    """Told of progress when no one listens."""

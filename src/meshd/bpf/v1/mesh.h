@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+// mesh 1.0.0: what its objects share. Frozen: a later release has its own copy.
+#pragma once
+
+#include <linux/bpf.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#define AF_INET 2
+#define IPPROTO_TCP 6
+#define MERGE(how) __attribute__((btf_decl_tag("hitless:merge=" #how)))
+
+// An IPv4 address is stored as ::ffff:a.b.c.d. Every byte takes part in the hash: zero pad.
+struct endpoint {
+	__u8 addr[16];
+	__be16 port;
+	__u8 proto;
+	__u8 pad;
+};
+
+// Where a socket wanted to go. The same in every release, so that a hook of any release can tell what a hook of
+// another one decided.
+struct origin {
+	struct endpoint service;
+	__u32 pad;
+	__u64 opened_ns;
+	__u64 client;
+};
+
+// The order is that of a connection's life: merge=max keeps what is over from coming back.
+#define FLOW_CONNECTING 1
+#define FLOW_ESTABLISHED 2
+#define FLOW_CLOSED 3
+
+struct flow_times {
+	__u64 opened_ns;
+};
+
+struct flow {
+	struct endpoint service;
+	struct endpoint backend;
+	__u32 cpu;
+	__u32 state MERGE(max);
+	struct flow_times times;
+};
+
+struct counters {
+	__u32 opened MERGE(sum);
+	__u32 established MERGE(sum);
+	__u32 closed MERGE(sum);
+	__u32 refused MERGE(sum);
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct origin);
+} origin SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__type(key, __u64);
+	__type(value, struct flow);
+} flow SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct endpoint);
+	__type(value, struct counters);
+} counter SEC(".maps");
+
+static __always_inline struct counters *counters_of(const struct endpoint *service)
+{
+	struct counters none = {};
+	struct counters *found = bpf_map_lookup_elem(&counter, service);
+
+	if (found)
+		return found;
+	bpf_map_update_elem(&counter, service, &none, BPF_NOEXIST);
+	return bpf_map_lookup_elem(&counter, service);
+}
+
+#define COUNT(service, field)                                                                                          \
+	({                                                                                                             \
+		struct counters *counted = counters_of(service);                                                       \
+		if (counted)                                                                                           \
+			__sync_fetch_and_add(&counted->field, 1);                                                      \
+	})
+
+static __always_inline void note_flow(__u64 cookie, const struct origin *from, const struct endpoint *backend,
+				      __u32 state, __u64 flags)
+{
+	struct flow now = {
+		.service = from->service,
+		.backend = *backend,
+		.cpu = bpf_get_smp_processor_id(),
+		.state = state,
+		.times.opened_ns = from->opened_ns,
+	};
+
+	bpf_map_update_elem(&flow, &cookie, &now, flags);
+}

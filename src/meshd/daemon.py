@@ -1,0 +1,114 @@
+"""The daemon: put a release of the mesh on the node, keep its maps as the services file says, leave in order."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+import hitless
+from meshd.events import Events
+from meshd.follow import Follower
+from meshd.releases import Release
+
+__all__ = ["Daemon", "ExitType", "Settings"]
+
+ExitType = Literal["restart", "normal"]
+
+_PROGRESS = 0.2  # s between two lines about the same step
+_LOOK = 0.5  # s between looks whether the follower is still there
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What a daemon is started with.
+
+    ``exit_type`` None: decided at the end, by whether the services file still exists. ``allow_loss`` names maps that
+    may lose what the plan says they lose.
+    """
+
+    release: Release
+    root: Path
+    cgroup: Path
+    services: Path
+    allow_loss: frozenset[str] = frozenset()
+    exit_type: ExitType | None = None
+
+
+class Daemon:
+    """One run of meshd in the main thread, from start to end."""
+
+    def __init__(self, settings: Settings, events: Events) -> None:
+        self._settings = settings
+        self._events = events
+        self._node = hitless.Node(settings.root)
+        self._stop = threading.Event()
+        self._follower = Follower(self._node, settings.release, settings.cgroup, settings.services, events, self._stop)
+        self._told: tuple[str, float] = ("", 0.0)
+
+    def run(self) -> None:
+        """Start, restart or upgrade the mesh, follow the services file until SIGTERM or SIGINT, then leave.
+
+        A signal during an upgrade takes effect when the upgrade is done. Raises HitlessError when the mesh cannot
+        be started: what was live before is live still.
+        """
+        with _signals_set(self._stop):
+            self._follower.load()
+            try:
+                self._start()
+                while not self._stop.wait(_LOOK) and not self._follower.ended():
+                    pass
+            finally:
+                self._stop.set()
+                self._follower.finish()
+            self._leave()
+
+    def _start(self) -> None:
+        settings = self._settings
+        bundle = hitless.Bundle.load(settings.release.bundle, {"cgroup": str(settings.cgroup)})
+        result = hitless.apply(
+            self._node, bundle, allow_loss=settings.allow_loss, prepare=self._prepare, progress=self._tell_progress
+        )
+        self._follower.upgraded()
+        facts = result.to_dict()
+        event = "upgraded" if facts["start_type"] == "update" else "ready"
+        self._events.tell(event, start_type=facts["start_type"], version=settings.release.version, result=facts)
+
+    def _prepare(self, node: hitless.Node) -> None:
+        # The maps are right before any hook runs the new programs, and stay so however long the upgrade takes.
+        self._follower.reconcile()
+        self._follower.start()
+
+    def _tell_progress(self, progress: hitless.Progress) -> None:
+        what = f"{progress.step} {progress.map}"
+        before, told = self._told
+        now = time.monotonic()
+        if what == before and now - told < _PROGRESS:
+            return
+        self._told = (what, now)
+        self._events.tell("progress", **msgspec.to_builtins(progress))
+
+    def _leave(self) -> None:
+        settings = self._settings
+        exit_type: ExitType = settings.exit_type or ("restart" if settings.services.exists() else "normal")
+        if self._follower.superseded:
+            exit_type = "restart"  # what is live is another daemon's
+        if exit_type == "normal":
+            hitless.unload(self._node)
+        self._events.tell("stopped", exit_type=exit_type)
+
+
+@contextmanager
+def _signals_set(stop: threading.Event) -> Iterator[None]:
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda _number, _frame: stop.set()) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

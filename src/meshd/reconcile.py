@@ -1,0 +1,98 @@
+"""Bring the live maps to what is desired by writing only what differs.
+
+What programs write (a policy's hits) is never set back: a policy entry is written only when it is missing or its
+action differs.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from meshd.desired import Desired, policy_key, service_key
+
+if TYPE_CHECKING:
+    import hitless
+
+__all__ = ["Changes", "reconcile", "sweep_flows"]
+
+_CLOSED = 3
+_CONNECTING = 1
+# The kernel gives up a connect after about 130 s (tcp_syn_retries 6).
+_CONNECT_NS = 180 * 10**9
+
+
+class Changes(msgspec.Struct, frozen=True):
+    """How many entries were added, changed and removed, over services and policies."""
+
+    added: int
+    changed: int
+    removed: int
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.changed or self.removed)
+
+
+def reconcile(node: hitless.Node, wanted: Desired) -> Changes:
+    """Make the maps ``service`` and ``policy`` of ``node`` hold what is ``wanted`` and return what that took.
+
+    Safe to repeat, also after an error half-way. Raises HitlessError when a map cannot be read or written.
+    """
+    service, policy = node.map("service"), node.map("policy")
+    services = {service_key(key): value for key, value in service.items()}
+    policies = {policy_key(key): value for key, value in policy.items()}
+
+    # A service is never reachable without its policies: they come before it and go after it.
+    policy_writes = [
+        (key.to_map(), (policies.get(key) or wanted.policy_new) | {"action": action})
+        for key, action in wanted.policies.items()
+        if key not in policies or policies[key]["action"] != action
+    ]
+    service_writes = [(key.to_map(), value) for key, value in wanted.services.items() if services.get(key) != value]
+    if policy_writes:
+        policy.update_many(policy_writes)
+    if service_writes:
+        service.update_many(service_writes)
+    service_gone = [key for key in services if key not in wanted.services]
+    policy_gone = [key for key in policies if key not in wanted.policies]
+    for gone in service_gone:
+        _delete(service, gone.to_map())
+    for gone_policy in policy_gone:
+        _delete(policy, gone_policy.to_map())
+
+    new = sum(key not in services for key in wanted.services) + sum(key not in policies for key in wanted.policies)
+    return Changes(
+        added=new,
+        changed=len(policy_writes) + len(service_writes) - new,
+        removed=len(service_gone) + len(policy_gone),
+    )
+
+
+def sweep_flows(node: hitless.Node, now_ns: int | None = None) -> int:
+    """Delete flow entries of connections that are over, and return how many there were.
+
+    Those are entries in state closed, left as word to an upgrade that still copied the connection, and those that
+    began to connect so long ago that the kernel has given up. Not to be called during an upgrade. ``now_ns`` is
+    CLOCK_MONOTONIC.
+    """
+    now = time.monotonic_ns() if now_ns is None else now_ns
+    flow = node.map("flow")
+    over = [key for key, value in flow.items() if _is_over(value, now)]
+    return sum(_delete(flow, key) for key in over)
+
+
+def _is_over(value: dict[str, Any], now_ns: int) -> bool:
+    times = value["times"]
+    began = times["start_ns"] if "start_ns" in times else times["opened_ns"]
+    state: int = value["state"]
+    return state == _CLOSED or (state == _CONNECTING and began + _CONNECT_NS < now_ns)
+
+
+def _delete(handle: hitless.MapHandle, key: Any) -> bool:
+    try:
+        del handle[key]
+    except KeyError:
+        return False  # its connection ended meanwhile, or an earlier try got this far
+    return True

@@ -1,0 +1,52 @@
+"""The releases of the mesh that this package bundles, and how each lays out what the control plane writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+__all__ = ["RELEASES", "Release"]
+
+
+class Release(msgspec.Struct, frozen=True):
+    """One release: its number, its version, and how much of the control plane's wishes it can hold.
+
+    ``services`` and ``policies`` are the sizes of its maps in entries, ``backends`` is per service. ``backend_unused``
+    and ``policy_new`` are fields of its layout that the control plane has no opinion about, with the value that a
+    new entry gets.
+    """
+
+    number: int
+    version: str
+    services: int
+    policies: int
+    backends: int
+    backend_unused: dict[str, Any] = {}
+    policy_new: dict[str, Any] = {}
+
+    @property
+    def bundle(self) -> Path:
+        """The bundle directory."""
+        return Path(__file__).parent / "bpf" / f"v{self.number}"
+
+
+RELEASES = {
+    release.number: release
+    for release in (
+        Release(1, "1.0.0", services=1024, policies=4096, backends=8, policy_new={"hits": 0}),
+        Release(
+            2, "2.0.0", services=2048, policies=4096, backends=8, backend_unused={"zone": 0}, policy_new={"hits": 0}
+        ),
+        Release(
+            3,
+            "3.0.0",
+            services=2048,
+            policies=4096,
+            backends=16,
+            backend_unused={"zone": 0},
+            policy_new={"hits": 0, "last_ns": 0},
+        ),
+    )
+}
