@@ -46,9 +46,8 @@ _GROUPS = {"mesh": "mesh", "clients": "mesh/clients", "denied": "mesh/denied", "
 
 _SYSCTLS = {
     "net/ipv4/tcp_tw_reuse": "1",
-    "net/ipv4/ip_local_port_range": "1025 65535",
+    "net/ipv4/ip_local_port_range": "1024 65535",
     "net/ipv4/tcp_max_syn_backlog": "8192",
-    "net/ipv4/ip_nonlocal_bind": "0",
     "net/core/somaxconn": "8192",
     "net/ipv6/conf/all/disable_ipv6": "0",
     "net/ipv6/conf/default/disable_ipv6": "0",
