@@ -135,9 +135,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         if len(upgrades) < wanted_upgrades:
             losses.append(f"only {len(upgrades)} of {wanted_upgrades} upgrades were done")
         if end is not None:
-            counted = end.counters.get("opened", 0)
-            if counted != opened:
-                losses.append(f"counters: the mesh counted {counted:,} opened connections, its clients {opened:,}")
+            # All traffic is over: what was opened was established, and then closed.
+            for counter in ("opened", "established", "closed"):
+                counted = end.counters.get(counter, 0)
+                if counted != opened:
+                    losses.append(f"counters: the mesh counted {counted:,} {counter}, its clients opened {opened:,}")
             if end.hits != denied.denied:
                 losses.append(f"policies: the mesh counted {end.hits:,} denials, its clients {denied.denied:,}")
         return cls(
