@@ -23,7 +23,7 @@ _GLANCE = 1.0  # s between looks at the live release, and at clients' cgroups, w
 _RESYNC = 10.0  # s between looks at maps and file even if nothing seems to have changed
 _RETRY = 1.0  # s until what failed is tried again
 _SWEEP_FIRST = 3.0  # s after an upgrade, by when its tombstones have done their work
-_SWEEP = 30.0  # s
+_SWEEP = 10.0  # s
 
 _Signature = tuple[int, int, int]
 

@@ -51,9 +51,11 @@ int mesh_sockops(struct bpf_sock_ops *ctx)
 	}
 	if (ctx->args[1] != BPF_TCP_CLOSE || ctx->args[0] == BPF_TCP_CLOSE)
 		return 1;
-	// An upgrade may still be bringing this flow here: leave word that it is over.
-	if (bpf_map_delete_elem(&flow, &cookie))
-		note_flow(cookie, from, &peer, FLOW_CLOSED, BPF_NOEXIST);
+	// What another release's connect hook noted, an upgrade may still bring here: leave word that it is over.
+	if (from->release == RELEASE)
+		bpf_map_delete_elem(&flow, &cookie);
+	else
+		note_flow(cookie, from, &peer, FLOW_CLOSED, BPF_ANY);
 	COUNT(&from->service, closed);
 	return 1;
 }

@@ -144,6 +144,7 @@ static __always_inline int route(struct bpf_sock_addr *ctx, const struct endpoin
 		return REFUSE;
 	}
 	from->service = *to;
+	from->release = RELEASE;
 	from->opened_ns = bpf_ktime_get_ns();
 	from->client = client;
 	note_flow(bpf_get_socket_cookie(ctx), from, backend, FLOW_CONNECTING, 0, BPF_ANY);

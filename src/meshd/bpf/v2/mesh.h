@@ -7,6 +7,7 @@
 #include <bpf/bpf_helpers.h>
 
 #define AF_INET 2
+#define RELEASE 2
 #define IPPROTO_TCP 6
 #define MERGE(how) __attribute__((btf_decl_tag("hitless:merge=" #how)))
 #define WAS(name) __attribute__((btf_decl_tag("hitless:was=" #name)))
@@ -23,7 +24,7 @@ struct endpoint {
 // another one decided.
 struct origin {
 	struct endpoint service;
-	__u32 pad;
+	__u32 release; // whose connect hook it was
 	__u64 opened_ns;
 	__u64 client;
 };

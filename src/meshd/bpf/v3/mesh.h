@@ -7,6 +7,7 @@
 #include <bpf/bpf_endian.h>
 
 #define AF_INET 2
+#define RELEASE 3
 #define MERGE(how) __attribute__((btf_decl_tag("hitless:merge=" #how)))
 #define WAS(name) __attribute__((btf_decl_tag("hitless:was=" #name)))
 

@@ -19,7 +19,7 @@ struct endpoint {
 // another one decided.
 struct origin {
 	struct endpoint service;
-	__u32 pad;
+	__u32 release; // whose connect hook it was
 	__u64 opened_ns;
 	__u64 client;
 };
