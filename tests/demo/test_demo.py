@@ -15,7 +15,7 @@ import pytest
 from meshd.demo.faults import FAULTS
 from meshd.demo.lab import find_cgroup2, leftovers, sweep
 
-SHORT = ("--seconds", "10", "--upgrades", "4", "--connections", "2000", "--held", "50")
+SHORT = ("--seconds", "8", "--upgrades", "4", "--connections", "2000", "--held", "50")
 
 
 def run(*options: str) -> tuple[int, dict[str, Any]]:
