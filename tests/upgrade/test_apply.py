@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import pytest
@@ -63,7 +63,8 @@ def test_a_plan_shows_the_same_actions_that_apply_then_reports(node: hitless.Nod
     planned = hitless.plan(node, release(2))
     done = hitless.apply(node, release(2))
     plan_facts, done_facts = msgspec.to_builtins(planned), msgspec.to_builtins(done)
-    assert [{key: entry[key] for key in plan_facts["maps"][0]} for entry in done_facts["maps"]] == list(plan_facts["maps"])
+    told = [{key: entry[key] for key in plan_facts["maps"][0]} for entry in done_facts["maps"]]
+    assert told == list(plan_facts["maps"])
     assert done_facts["hooks"] == plan_facts["hooks"]
     assert (planned.start_type, planned.from_version, planned.to_version) == ("update", "1.0", "2.0")
 
@@ -196,5 +197,5 @@ def failing_at(step: str) -> Callable[[hitless.Progress], None]:
     return progress
 
 
-def sorted_items(node: hitless.Node) -> list[object]:
+def sorted_items(node: hitless.Node) -> Sequence[object]:
     return sorted(node.map("tally").items())

@@ -219,14 +219,15 @@ def _definition(old: MapSpec, new: MapSpec) -> list[Change]:
     if old.extra != new.extra:
         out.append(Change("", "map-extra", f"{old.extra:#x}", f"{new.extra:#x}"))
     if old.max_entries != new.max_entries:
-        loss = None
+        loss = hint = None
         if new.max_entries < old.max_entries:
-            loss = f"only if entries fit: more than {new.max_entries} do not"
             if new.type == "array":
                 loss = f"elements {new.max_entries} and above are dropped"
             elif new.type == "lru_hash":
-                loss = f"only if entries fit: of more than {new.max_entries}, the least recently used are evicted"
-        out.append(Change("", "max-entries", str(old.max_entries), str(new.max_entries), loss))
+                loss = f"of more than {new.max_entries} entries, the least recently used are evicted"
+            else:
+                hint = f"refused when there are more than {new.max_entries} entries"
+        out.append(Change("", "max-entries", str(old.max_entries), str(new.max_entries), loss, hint=hint))
     return out
 
 
