@@ -27,6 +27,12 @@ typedef __u16 __be16; typedef __u32 __be32;
 
 
 @pytest.fixture(scope="session")
+def preamble() -> str:
+    """What every source begins with: the kernel's names of integers, and libbpf's macros."""
+    return PREAMBLE
+
+
+@pytest.fixture(scope="session")
 def compile_bpf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes]:
     """C source -> the bytes of the object that clang makes of it."""
     made: dict[tuple[str, ...], bytes] = {}
@@ -70,8 +76,9 @@ def compare(a_map: Callable[..., MapSpec]) -> Callable[..., MapDiff]:
     """Fields of ``struct value``, old and new -> how a map of them differs."""
 
     def run(old: str, new: str, rules: MapRules = MapRules()) -> MapDiff:  # noqa: B008 - frozen
-        return diff_map(
-            *(a_map(text if "struct value" in text else f"struct value {{ {text} }};") for text in (old, new)), rules
+        before, after = (
+            a_map(text if "struct value" in text else f"struct value {{ {text} }};") for text in (old, new)
         )
+        return diff_map(before, after, rules)
 
     return run

@@ -9,7 +9,8 @@ import pytest
 
 from hitless.errors import LayoutError
 from hitless.layout.diff import Change, MapDiff, diff_map, diff_maps
-from hitless.layout.model import Array, Enum, Field, Int, MapSpec, ObjectSpec, Opaque, Record
+from hitless.layout.elf import MAP_TYPES
+from hitless.layout.model import Field, Float, Int, MapSpec, ObjectSpec, Opaque, Record
 from hitless.layout.rules import FieldRule, MapRules
 
 Compare = Callable[..., MapDiff]
@@ -136,8 +137,7 @@ def test_a_rule_brings_a_field_into_a_new_nested_array(compare: Compare) -> None
     diff = compare("__u32 a; __u32 n;", "__u32 a; struct { __u32 list[4]; } s;", rules)
     assert diff.verdict == "lossless"
     assert ("s.list[0]", "renamed") in kinds(diff)
-    assert diff.value is not None
-    assert [(m.old_offset, m.new_offset) for m in diff.value.moves if m.old_offset == 4] == [(4, 4)] or diff.value.moves
+    assert diff.value is not None and diff.value.inverse().moves[0].old_size == 8
 
 
 def test_a_rule_for_a_field_that_does_not_exist_is_an_error_that_names_it(compare: Compare) -> None:
@@ -293,8 +293,6 @@ def test_a_lock_moves_without_loss_and_an_armed_timer_does_not(compare: Compare)
 
 def test_a_float_is_carried_at_the_same_size_only(a_map: MakeMap) -> None:
     # clang refuses floating point for BPF, so this BTF kind comes from kernels only.
-    from hitless.layout.model import Float
-
     spec = a_map("struct value { __u64 x; };")
 
     def with_float(size: int, pad: int) -> MapSpec:
@@ -329,7 +327,8 @@ def test_a_rule_for_a_key_field_begins_with_key(a_map: MakeMap) -> None:
 
 def test_a_map_without_types_is_unknown_even_if_the_sizes_agree(read: Read, a_map: MakeMap) -> None:
     blind = read(
-        'struct { __uint(type, 1); __uint(max_entries, 64); __uint(key_size, 4); __uint(value_size, 4); } m SEC(".maps");'
+        "struct { __uint(type, 1); __uint(max_entries, 64);"
+        ' __uint(key_size, 4); __uint(value_size, 4); } m SEC(".maps");'
     )
     typed = a_map("struct value { __u32 x; };")
     assert diff_map(blind.maps[0], blind.maps[0]).verdict == "unknown"
@@ -339,8 +338,6 @@ def test_a_map_without_types_is_unknown_even_if_the_sizes_agree(read: Read, a_ma
 
 @pytest.mark.parametrize("kind", [3, 4, 27], ids=["prog_array", "perf_event_array", "ringbuf"])
 def test_a_map_whose_values_have_no_type_is_identical_by_its_sizes(a_map: MakeMap, kind: int) -> None:
-    from hitless.layout.elf import MAP_TYPES
-
     spec = MapSpec("m", MAP_TYPES[kind], 4, 4, 8)
     assert diff_map(spec, spec).verdict == "identical"
     diff = diff_map(spec, msgspec.structs.replace(spec, max_entries=16))
@@ -384,7 +381,8 @@ def test_flags_and_the_map_type_change_without_loss(a_map: MakeMap) -> None:
 
 def test_inner_maps_are_compared_too(read: Read) -> None:
     text = """struct inner {{ __uint(type, 1); __uint(max_entries, 4); __type(key, __u32); __type(value, {}); }};
-    struct {{ __uint(type, 12); __uint(max_entries, 4); __type(key, __u32); __array(values, struct inner); }} m SEC(".maps");"""
+    struct {{ __uint(type, 12); __uint(max_entries, 4); __type(key, __u32);
+    __array(values, struct inner); }} m SEC(".maps");"""
     old, new = (read(text.format(kind)).maps[0] for kind in ("__u32", "__u64"))
     assert diff_map(old, old).verdict == "identical"
     assert diff_map(old, new).verdict == "not-carried"
@@ -437,4 +435,3 @@ def test_a_default_that_its_field_cannot_hold_is_an_error(compare: Compare) -> N
 def test_an_array_of_arrays_resizes_in_each_dimension(compare: Compare) -> None:
     diff = compare("__u16 a[2][3];", "__u16 a[3][4];")
     assert kinds(diff) == [("a", "resized"), ("a[]", "resized")]
-    assert isinstance(Array(Enum("", 4, False, ()), 2).size, int)

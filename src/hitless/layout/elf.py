@@ -124,10 +124,7 @@ def _read_btf(elf: _Elf, name: str) -> Btf:
     part = elf.part(".BTF")
     if part is None:
         raise LayoutError(f"{name}: no .BTF section: compile with clang -g, and do not strip it", object=name)
-    try:
-        return Btf.parse(part.data)
-    except LayoutError as error:
-        raise LayoutError(f"{name}: {error.message}", object=name, **error.facts) from error
+    return Btf.parse(part.data, f"{name}: BTF")
 
 
 def _read_elf(data: bytes, name: str) -> _Elf:
