@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import hitless
-from hitless.errors import HitlessError
+from hitless.errors import BusyError, HitlessError
 from meshd import config
 from meshd.config import Config, ConfigError
 from meshd.desired import desired
@@ -19,7 +19,7 @@ from meshd.releases import Release
 __all__ = ["Follower"]
 
 _POLL = 0.05  # s between looks at the services file
-_CGROUPS = 1.0  # s between looks at the clients' cgroups, which may have been made anew under the same path
+_GLANCE = 1.0  # s between looks at the live release, and at clients' cgroups, which may be made anew under their path
 _RESYNC = 10.0  # s between looks at maps and file even if nothing seems to have changed
 _RETRY = 1.0  # s until what failed is tried again
 _SWEEP_FIRST = 3.0  # s after an upgrade, by when its tombstones have done their work
@@ -51,6 +51,7 @@ class Follower:
         self._wrong = ""  # message about the file as it is now
         self._signature: _Signature | None = None
         self._unsettled: _Signature | None = None
+        self._settled = False
         self._sweep_at = float("inf")
         self._pool = ThreadPoolExecutor(1, "follower")
         self._thread: Future[None] | None = None
@@ -73,6 +74,7 @@ class Follower:
     def upgraded(self) -> None:
         """Say that the upgrade is done, so that what it leaves behind may be swept."""
         self._sweep_at = time.monotonic() + _SWEEP_FIRST
+        self._settled = True
 
     def ended(self) -> bool:
         """Whether following ended before it was told to."""
@@ -85,44 +87,55 @@ class Follower:
             self._thread.result()
 
     def _follow(self) -> None:
-        sync_at = cgroups_at = 0.0
+        sync_at = glance_at = 0.0
+        told = ""
         while not self._stop.wait(_POLL):
             now = time.monotonic()
             due = self._changed() or now >= sync_at
-            if now >= cgroups_at:
-                due = due or self._cgroups_moved()
-                cgroups_at = now + _CGROUPS
-            if due:
-                sync_at = now + self._sync()
-            if self.superseded:
-                return
-            if now >= self._sweep_at:
-                self._sweep_at = now + _SWEEP
-                self._sweep()
+            glance = now >= glance_at
+            try:
+                if glance:
+                    glance_at = now + _GLANCE
+                    due = due or self._cgroups_moved()
+                if due or glance:
+                    self._look_at_node()
+                if self.superseded:
+                    return
+                if due:
+                    sync_at = now + (_RESYNC if self._sync() else _POLL)
+                if now >= self._sweep_at:
+                    self._sweep_at = now + _SWEEP
+                    self._sweep()
+                told = ""
+            except HitlessError as error:
+                sync_at = now + _RETRY
+                if error.message != told:
+                    self._events.error(error)
+                told = error.message
 
-    def _sync(self) -> float:
-        """Take over file and maps as they are; return the seconds until this should happen again."""
-        try:
-            if self._is_superseded():
-                return _RESYNC
-            loaded = self._reload()
-            changes = reconcile(self._node, desired(self._config, self._release))
-        except HitlessError as error:
-            self._events.error(error)
-            return _RETRY
+    def _look_at_node(self) -> None:
+        if not self._settled:
+            return
+        version = None
+        if self._node.root.exists():
+            try:
+                with self._node.lock(0):
+                    version = self._node.observe().version
+            except BusyError:
+                return  # somebody upgrades it: what comes of that is seen next time
+        if version != self._release.version:
+            self.superseded = True
+            self._events.tell("superseded", version=version)
+
+    def _sync(self) -> bool:
+        """Take over the file and put the maps right; tell whether that was possible now."""
+        with self._node.writing:
+            if not self._settled and self._node.staged is None:
+                return False  # between the commit and its end, or undone: whose maps these are is not known
+        loaded = self._reload()
+        changes = reconcile(self._node, desired(self._config, self._release))
         if loaded or changes:
             self._tell_config(changes)
-        return _RESYNC
-
-    def _is_superseded(self) -> bool:
-        with self._node.writing:
-            if self._node.staged is not None:
-                return False  # our release, about to run
-            version = self._node.observe().version
-        if version == self._release.version:
-            return False
-        self.superseded = True
-        self._events.tell("superseded", version=version)
         return True
 
     def _tell_config(self, changes: Changes) -> None:
@@ -152,11 +165,7 @@ class Follower:
         return changed
 
     def _sweep(self) -> None:
-        try:
-            count = sweep_flows(self._node)
-        except HitlessError as error:
-            self._events.error(error)
-            return
+        count = sweep_flows(self._node)
         if count:
             self._events.tell("swept", flows=count)
 

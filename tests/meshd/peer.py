@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import errno
 import json
+import signal
 import socket
 import sys
 import threading
@@ -17,7 +18,12 @@ PORT = 8080
 
 def main() -> None:
     what, *args = sys.argv[1:]
-    {"serve": serve, "connect": connect, "hold": hold}[what](*args)
+    if what == "serve":
+        serve(*args)
+    elif what == "connect":
+        connect(*args)
+    else:
+        hold(*args)
 
 
 def serve(*addresses: str) -> None:
@@ -42,10 +48,20 @@ def answer(connection: socket.socket, address: str) -> None:
 
 
 def connect(address: str, port: str, count: str) -> None:
+    """Open connections one after the other, until SIGINT at most."""
     answers: collections.Counter[str] = collections.Counter()
     errors: collections.Counter[str] = collections.Counter()
     peers = set()
+    go = True
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal go
+        go = False
+
+    signal.signal(signal.SIGINT, stop)
     for _ in range(int(count)):
+        if not go:
+            break
         try:
             connection, backend = opened(address, int(port))
         except OSError as error:

@@ -79,9 +79,9 @@ def test_what_someone_else_changed_is_put_right(mesh: Mesh) -> None:
     mesh.start(1)
     service_map = mesh.node.map("service")
     (key, value), *_ = service_map.items()
-    assert isinstance(value, dict)
+    assert isinstance(key, dict)
     del service_map[key]
-    service_map[dict(key, port=1)] = value  # type: ignore[call-overload]
+    service_map[dict(key, port=1)] = value
     mesh.file.touch()
     os.utime(mesh.file, (1, 1))
     changes = mesh.next_event(event="config", added=1)
