@@ -75,7 +75,7 @@ class Daemon:
             self._node, bundle, allow_loss=settings.allow_loss, prepare=self._prepare, progress=self._tell_progress
         )
         self._follower.upgraded()
-        facts = result.to_dict()
+        facts = msgspec.to_builtins(result)
         event = "upgraded" if facts["start_type"] == "update" else "ready"
         self._events.tell(event, start_type=facts["start_type"], version=settings.release.version, result=facts)
 

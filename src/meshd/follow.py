@@ -51,8 +51,7 @@ class Follower:
         self._wrong = ""  # message about the file as it is now
         self._signature: _Signature | None = None
         self._unsettled: _Signature | None = None
-        self._live = False
-        self._sweep_at = 0.0
+        self._sweep_at = float("inf")
         self._pool = ThreadPoolExecutor(1, "follower")
         self._thread: Future[None] | None = None
 
@@ -72,9 +71,8 @@ class Follower:
         self._thread = self._pool.submit(self._follow)
 
     def upgraded(self) -> None:
-        """Say that no upgrade of ours is under way any more."""
+        """Say that the upgrade is done, so that what it leaves behind may be swept."""
         self._sweep_at = time.monotonic() + _SWEEP_FIRST
-        self._live = True
 
     def ended(self) -> bool:
         """Whether following ended before it was told to."""
@@ -98,16 +96,14 @@ class Follower:
                 sync_at = now + self._sync()
             if self.superseded:
                 return
-            if self._live and now >= self._sweep_at:
+            if now >= self._sweep_at:
                 self._sweep_at = now + _SWEEP
                 self._sweep()
 
     def _sync(self) -> float:
         """Take over file and maps as they are; return the seconds until this should happen again."""
         try:
-            if self._live and (version := self._node.observe().version) != self._release.version:
-                self.superseded = True
-                self._events.tell("superseded", version=version)
+            if self._is_superseded():
                 return _RESYNC
             loaded = self._reload()
             changes = reconcile(self._node, desired(self._config, self._release))
@@ -117,6 +113,17 @@ class Follower:
         if loaded or changes:
             self._tell_config(changes)
         return _RESYNC
+
+    def _is_superseded(self) -> bool:
+        with self._node.writing:
+            if self._node.staged is not None:
+                return False  # our release, about to run
+            version = self._node.observe().version
+        if version == self._release.version:
+            return False
+        self.superseded = True
+        self._events.tell("superseded", version=version)
+        return True
 
     def _tell_config(self, changes: Changes) -> None:
         self._events.tell(

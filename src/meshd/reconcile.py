@@ -7,7 +7,7 @@ action differs.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -41,8 +41,8 @@ def reconcile(node: hitless.Node, wanted: Desired) -> Changes:
     Safe to repeat, also after an error half-way. Raises HitlessError when a map cannot be read or written.
     """
     service, policy = node.map("service"), node.map("policy")
-    services = {service_key(key): value for key, value in service.items()}
-    policies = {policy_key(key): value for key, value in policy.items()}
+    services = {service_key(key): value for key, value in _entries(service)}
+    policies = {policy_key(key): value for key, value in _entries(policy)}
 
     # A service is never reachable without its policies: they come before it and go after it.
     policy_writes = [
@@ -79,8 +79,13 @@ def sweep_flows(node: hitless.Node, now_ns: int | None = None) -> int:
     """
     now = time.monotonic_ns() if now_ns is None else now_ns
     flow = node.map("flow")
-    over = [key for key, value in flow.items() if _is_over(value, now)]
+    over = [key for key, value in _entries(flow) if _is_over(value, now)]
     return sum(_delete(flow, key) for key in over)
+
+
+def _entries(handle: hitless.MapHandle) -> list[tuple[Any, dict[str, Any]]]:
+    # All maps of the mesh have structs as values.
+    return cast("list[tuple[Any, dict[str, Any]]]", handle.items())
 
 
 def _is_over(value: dict[str, Any], now_ns: int) -> bool:

@@ -1,1 +1,5 @@
-"""The hitless command: one thin function per command."""
+"""The hitless command: one thin function per command, each calling one function of the library."""
+
+from hitless.cli.commands import main
+
+__all__ = ["main"]

@@ -25,7 +25,7 @@ from hitless.kernel.maps import Map, Rows, create
 from hitless.kernel.programs import Program
 from hitless.layout.conversion import Leaf
 
-__all__ = ["Merger", "Mode", "is_atomic"]
+__all__ = ["Merger", "Mode"]
 
 
 class Mode(IntEnum):
@@ -34,11 +34,6 @@ class Mode(IntEnum):
     CHANGED = 0
     INSERTED = 1
     DELETED = 2
-
-
-def is_atomic(leaf: Leaf) -> bool:
-    """Whether the field is merged by one atomic instruction: an aligned integer of 4 or 8 bytes."""
-    return leaf.kind == "int" and leaf.size in (4, 8) and leaf.offset % leaf.size == 0
 
 
 class _Record(msgspec.Struct, frozen=True):
@@ -296,7 +291,7 @@ def _merge_leaf(asm: _Assembler, leaf: Leaf, record: _Record) -> None:
 def _keep(asm: _Assembler, leaf: Leaf, record: _Record) -> None:
     """Old value in, if the entry still has the base value."""
     done = asm.fresh("kept")
-    if is_atomic(leaf):
+    if leaf.atomic:
         size, offset = leaf.size, leaf.offset
         asm.emit(_LOAD[size], _R0, _R6, record.base + offset)
         asm.emit(_LOAD[size], _R1, _R6, record.value + offset)
@@ -321,7 +316,7 @@ def _sum(asm: _Assembler, leaf: Leaf, record: _Record) -> None:
     asm.emit(_LOAD[size], _R1, _R6, record.value + offset)
     asm.emit(_LOAD[size], _R2, _R6, record.base + offset)
     asm.emit(_SUB, _R1, _R2)
-    if is_atomic(leaf):
+    if leaf.atomic:
         asm.emit(_ATOMIC[size], _R7, _R1, offset, _ATOMIC_ADD)
         return
     asm.emit(_LOAD[size], _R2, _R7, offset)
@@ -332,7 +327,7 @@ def _sum(asm: _Assembler, leaf: Leaf, record: _Record) -> None:
 def _or(asm: _Assembler, leaf: Leaf, record: _Record) -> None:
     size, offset = leaf.size, leaf.offset
     asm.emit(_LOAD[size], _R1, _R6, record.value + offset)
-    if is_atomic(leaf):
+    if leaf.atomic:
         asm.emit(_ATOMIC[size], _R7, _R1, offset, _ATOMIC_OR)
         return
     asm.emit(_LOAD[size], _R2, _R7, offset)
@@ -345,17 +340,17 @@ def _extreme(asm: _Assembler, leaf: Leaf, record: _Record) -> None:
     size, offset, signed = leaf.size, leaf.offset, leaf.signed
     done = asm.fresh("extreme")
     asm.load(size, signed, _R2, _R6, record.value + offset)
-    for _attempt in range(_SWAP_TRIES if is_atomic(leaf) else 1):
+    for _attempt in range(_SWAP_TRIES if leaf.atomic else 1):
         asm.load(size, signed, _R1, _R7, offset)
         asm.emit(_EXTREMES[leaf.merge][signed], _R1, _R2, done)
-        if is_atomic(leaf):
+        if leaf.atomic:
             asm.emit(_MOV if size == 8 else _MOV32, _R0, _R1)
             asm.emit(_MOV if size == 8 else _MOV32, _R3, _R1)
             asm.emit(_ATOMIC[size], _R7, _R2, offset, _CMPXCHG)
             asm.emit(_JEQ, _R0, _R3, done)
         else:
             asm.emit(_STORE[size], _R7, _R2, offset)
-    if is_atomic(leaf):
+    if leaf.atomic:
         asm.emit(_MOV_IMM, _R0, imm=-errno.EAGAIN)
         asm.emit(_JA, off="exit")
     asm.label(done)

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from hitless.errors import KernelError, UnsupportedError
-from hitless.kernel._libbpf import ffi
+from hitless.kernel._libbpf import ffi as _generated
 
 __all__ = ["Object", "check", "ffi", "lib", "libc", "messages", "options", "pinned_kind"]
+
+# C values have no static types.
+ffi: Any = _generated
 
 # The kernel's own not-supported errno, which no user-space header and not Python's errno table has.
 ENOTSUPP = 524
@@ -109,7 +112,7 @@ def pinned_kind(path: Path) -> tuple[int, str]:
 _heard: list[str] | None = None
 
 
-@ffi.callback("int (int, const char *, void *)")  # type: ignore[untyped-decorator]
+@ffi.callback("int (int, const char *, void *)")  # type: ignore[untyped-decorator, unused-ignore]
 def _collect(_level: int, template: Any, arguments: Any) -> int:
     if _heard is not None:
         buffer = ffi.new("char[]", 1 << 16)

@@ -266,7 +266,8 @@ class Btf:
             case 3:
                 ref, _index, count = struct.unpack_from("<III", self._bytes, raw.extra)
                 element, nodes = self._layout(ref, depth + 1)
-                return Array(element, count), nodes + 1
+                # Any number of nothing is nothing; a count would only send walkers round in circles.
+                return Array(element, count if element.size else 0), nodes + 1
             case 4 | 5:
                 return self._record(type_id, raw, name, depth)
             case 6:

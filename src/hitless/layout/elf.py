@@ -96,7 +96,7 @@ def read_object(data: bytes, name: str, bindings: Mapping[str, Binding] | None =
     sections = btf.sections()
     maps_part = elf.part(".maps")
     if maps_part is None or ".maps" not in sections:
-        raise LayoutError(f"{name}: no .maps section: the object defines no map with SEC(\".maps\")", object=name)
+        raise LayoutError(f'{name}: no .maps section: the object defines no map with SEC(".maps")', object=name)
     bound = dict(bindings or {})
     maps = [
         _bind(_map(btf, var.type_id, var.name, var.tags, name), bound.pop(var.name, None), btf, name)

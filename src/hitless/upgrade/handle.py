@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -48,23 +48,23 @@ class MapHandle:
         with self._opened() as (_, spec, _carriage):
             return spec
 
-    def get(self, key: object) -> object | None:
+    def get(self, key: Any) -> Any:
         """The value at ``key``, or None."""
         with self._opened() as (live, spec, _):
             found = live.lookup(encode(_key(spec), key))
             return None if found is None else decode(_value(spec), found)
 
-    def __setitem__(self, key: object, value: object) -> None:
+    def __setitem__(self, key: Any, value: Any) -> None:
         with self._opened() as (live, spec, carriage):
             _write(live, carriage, encode(_key(spec), key), encode(_value(spec), value))
 
-    def update_many(self, pairs: Iterable[tuple[object, object]]) -> None:
+    def update_many(self, pairs: Iterable[tuple[Any, Any]]) -> None:
         """Set many entries; other writes and an upgrade's steps do not come between them."""
         with self._opened() as (live, spec, carriage):
             for key, value in pairs:
                 _write(live, carriage, encode(_key(spec), key), encode(_value(spec), value))
 
-    def __delitem__(self, key: object) -> None:
+    def __delitem__(self, key: Any) -> None:
         with self._opened() as (live, spec, carriage):
             raw = encode(_key(spec), key)
             there = live.delete(raw)
@@ -75,7 +75,7 @@ class MapHandle:
             if not there:
                 raise KeyError(key)
 
-    def items(self) -> list[tuple[object, object]]:
+    def items(self) -> list[tuple[Any, Any]]:
         """All entries as (key, value) pairs."""
         with self._opened() as (live, spec, _):
             keys, values = live.entries()

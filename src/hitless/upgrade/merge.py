@@ -46,5 +46,5 @@ def _merge(carriage: Carriage, mode: Mode, keys: Rows, base: Rows, old: Rows) ->
         # A key that both releases inserted merges against a base of zero, whatever the fields' defaults are.
         converted = np.zeros_like(values)
     else:
-        converted = carriage.value.apply(base).records if carriage.value else base
+        converted = carriage.convert(base)
     carriage.merger.merge(mode, keys, carriage.keys(keys), converted, values, old)

@@ -6,6 +6,7 @@ A plan is made from what is live and what the release declares. A person can rea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
@@ -96,8 +97,9 @@ def make_plan(
 ) -> Plan:
     """Decide what becomes of each map and hook when ``bundle`` is applied to what ``state`` shows.
 
-    ``cgroups`` has the kernel's id of each target of the bundle's hooks. ``allow_loss`` names maps that may lose what the plan says they lose. Raises BundleError or LayoutError for
-    rules that cannot apply, UnsupportedError for changes that this version cannot make.
+    ``cgroups`` has the kernel's id of each target of the bundle's hooks; ``allow_loss`` names maps that may lose
+    what the plan says they lose. Raises BundleError or LayoutError for rules that cannot apply, UnsupportedError
+    for changes that this version cannot make.
     """
     current = state.current
     _check_names(current, bundle, allow_loss)
@@ -222,7 +224,9 @@ def _exactness(spec: MapSpec, rules: MapRules) -> str:
     assert spec.value is not None  # a convertible map has layouts
     if spec.type == "lru_hash":
         return "best-effort: an LRU map may evict entries at any time"
-    loose = [leaf.path for leaf in leaves(spec.value, rules) if not leaf.atomic]
+    # Elements of one array are told once: `backends[].addr`.
+    paths = (re.sub(r"\[\d+\]", "[]", leaf.path) for leaf in leaves(spec.value, rules) if not leaf.atomic)
+    loose = list(dict.fromkeys(paths))
     if not loose:
         return "exact"
     shown = ", ".join(loose[:3]) + (f" and {len(loose) - 3} more" if len(loose) > 3 else "")

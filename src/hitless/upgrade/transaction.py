@@ -32,7 +32,7 @@ from hitless.upgrade.handle import Staged
 from hitless.upgrade.merge import merge_round
 from hitless.upgrade.node import Generation, Node, NodeState
 from hitless.upgrade.plan import HookPlan, MapPlan, Plan, make_plan
-from hitless.upgrade.record import Hook, Record, create_record, write_record
+from hitless.upgrade.record import Hook, Record, create_record, read_record, write_record
 
 __all__ = ["Cutover", "MapResult", "Progress", "Result", "apply", "plan", "recover", "unload"]
 
@@ -48,14 +48,15 @@ class Progress(msgspec.Struct, frozen=True):
 
 class MapResult(MapPlan, frozen=True):
     """What became of one map. ``entries`` were in the old map, ``copied`` by the first pass, ``caught_up`` merged
-    in ``rounds`` later ones; ``lost`` values did not fit the new layout (``lost_fields`` by path)."""
+    in ``rounds`` later ones; ``lost`` counts conversions of values that did not fit the new layout, ``lost_fields`` by path.
+    """
 
     entries: int = 0
     copied: int = 0
     rounds: int = 0
     caught_up: int = 0
     lost: int = 0
-    lost_fields: dict[str, int] = {}
+    lost_fields: Mapping[str, int] = {}
     seconds: float = 0.0
 
 
@@ -79,7 +80,7 @@ class Result(msgspec.Struct, frozen=True):
     maps: tuple[MapResult, ...] = ()
     hooks: tuple[HookPlan, ...] = ()
     cutover: Cutover = Cutover()
-    steps: dict[str, float] = {}
+    steps: Mapping[str, float] = {}
     recovered: str | None = None
     committed: bool = True
     schema: int = 1
@@ -279,6 +280,7 @@ class _Upgrade:
         node = self._node
         try:
             write_record(node.next / "record", self._phase("cutover"))
+            node.links.mkdir(exist_ok=True)
             with self._step("cutover"):
                 started = time.perf_counter()
                 gap = switch_hooks(self._plan.hooks, self._programs, node.links)
@@ -448,8 +450,6 @@ class _Upgrade:
         record = self._node.current / "record"
         if not record.exists():
             return False
-        from hitless.upgrade.record import read_record
-
         return read_record(record).generation == self._plan.generation
 
     # Small things
@@ -511,8 +511,7 @@ def _merge_back(carriage: Carriage, current: Generation | None) -> None:
     base = create_like(carriage.target, f"back_{carriage.name}")
     old_keys, old_values = carriage.base.entries()
     if len(old_keys):
-        values = carriage.value.apply(old_values).records if carriage.value else old_values
-        base.write(carriage.keys(old_keys), values)
+        base.write(carriage.keys(old_keys), carriage.convert(old_values))
     spec = next(live.spec for live in current.maps.values() if live.info.id == carriage.source.info.id)
     assert spec.value is not None
     fields = leaves(spec.value)
@@ -537,8 +536,6 @@ def _merge_back(carriage: Carriage, current: Generation | None) -> None:
 
 def _finish(node: Node) -> None:
     """Everything that follows a commit; may be repeated."""
-    from hitless.upgrade.record import read_record
-
     record = read_record(node.current / "record")
     if node.next.exists():
         remove_tree(node.previous)
@@ -560,6 +557,8 @@ def _remove_if_empty(node: Node) -> None:
             link = node.root / name
             if link.is_symlink():
                 link.unlink()
+        if node.links.exists():
+            node.links.rmdir()
         node.root.rmdir()
 
 

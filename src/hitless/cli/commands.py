@@ -1,0 +1,214 @@
+"""The commands. Libraries are imported where they are used, so that ``--help`` and small commands start at once."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from hitless.errors import HitlessError
+
+__all__ = ["main"]
+
+TROUBLE = 1
+
+
+def _command(trouble: int = TROUBLE) -> Callable[[Callable[..., int | None]], Callable[..., None]]:
+    """Give a command ``--json`` and ``--debug``, and turn its errors into words and an exit code."""
+
+    def decorate(function: Callable[..., int | None]) -> Callable[..., None]:
+        @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
+        @click.option("--debug", is_flag=True, help="Show where in the program an error came from.")
+        @functools.wraps(function)
+        def run(*, as_json: bool, debug: bool, **options: Any) -> None:
+            try:
+                code = function(as_json=as_json, **options)
+            except HitlessError as error:
+                if debug:
+                    raise
+                _complain(as_json, error.code, error.message, error.facts)
+                sys.exit(trouble)
+            except OSError as error:
+                if debug:
+                    raise
+                hint = "; run as root" if isinstance(error, PermissionError) else ""
+                text = f"{error.filename or 'system call'}: {error.strerror}{hint}"
+                _complain(as_json, "system", text, {"errno": error.errno})
+                sys.exit(trouble)
+            except KeyboardInterrupt:
+                _complain(as_json, "interrupted-by-user", "interrupted; what was running was undone or finished", {})
+                sys.exit(130)
+            sys.exit(code or 0)
+
+        return run
+
+    return decorate
+
+
+def _complain(as_json: bool, code: str, message: str, facts: dict[str, object]) -> None:
+    if as_json:
+        from hitless.cli.output import print_json
+
+        print_json({"error": {**facts, "code": code, "message": message}})
+    else:
+        click.echo(f"hitless: {message}", err=True)
+
+
+def _variables(_context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE")
+        found[name] = value
+    return found
+
+
+_root = click.option("--root", required=True, metavar="DIR", help="The pin root, a directory on a bpffs.")
+_set = click.option(
+    "--set", "variables", multiple=True, callback=_variables, metavar="NAME=VALUE", help="Fill ${NAME} in bundle.toml."
+)
+_allow_loss = click.option(
+    "--allow-loss", multiple=True, metavar="MAP", help="This map may lose what the plan says it loses."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hitless")
+def main() -> None:
+    """Upgrade a running eBPF daemon with no connection reset and no state lost."""
+
+
+@main.command(epilog="Example: hitless inspect release-2/")
+@click.argument("what")
+@_command()
+def inspect(what: str, as_json: bool) -> None:
+    """Show maps, programs and layouts of WHAT: a .o file, a bundle, a snapshot file or a pinned map."""
+    from hitless.cli.output import print_json, show_source
+    from hitless.sources import read_source
+
+    source = read_source(what)
+    if as_json:
+        print_json({"schema": 1, **_facts(source)})
+    else:
+        click.echo(show_source(source))
+
+
+@main.command(epilog="Example: hitless diff release-1/ release-2/")
+@click.argument("old")
+@click.argument("new")
+@_command(trouble=2)
+def diff(old: str, new: str, as_json: bool) -> int:
+    """Say what changed between the maps of OLD and NEW. Exit code: 0 same, 1 differ, 2 trouble."""
+    from hitless.cli.output import print_json, show_diffs
+    from hitless.sources import compare
+
+    comparison = compare(old, new)
+    if as_json:
+        print_json(comparison)
+    else:
+        click.echo(show_diffs(comparison))
+    return 0 if comparison.verdict == "identical" else 1
+
+
+@main.command(epilog="Example: hitless snapshot release-1/ > release-1.json")
+@click.argument("what")
+@_command()
+def snapshot(what: str, as_json: bool) -> None:
+    """Print the layouts of WHAT as JSON, for `hitless diff` and `hitless inspect` to read later."""
+    from hitless.layout.snapshot import dump
+    from hitless.sources import read_objects
+
+    click.echo(dump(read_objects(what)).decode(), nl=False)
+
+
+@main.command(epilog="Example: hitless plan release-2/ --root /sys/fs/bpf/mesh --set cgroup=/sys/fs/cgroup/mesh")
+@click.argument("bundle")
+@_root
+@_set
+@_allow_loss
+@_command()
+def plan(bundle: str, root: str, variables: dict[str, str], allow_loss: tuple[str, ...], as_json: bool) -> int:
+    """Say what apply would do on this node, and do nothing. Exit code: 0 nothing to do, 2 changes, 1 trouble."""
+    import hitless
+    from hitless.cli.output import print_json, show_plan
+
+    decided = hitless.plan(hitless.Node(root), hitless.Bundle.load(bundle, variables), allow_loss)
+    if as_json:
+        print_json(decided)
+    else:
+        show_plan(decided)
+    return 2 if decided.changes_anything else 0
+
+
+@main.command(epilog="Example: hitless apply release-2/ --root /sys/fs/bpf/mesh --set cgroup=/sys/fs/cgroup/mesh")
+@click.argument("bundle")
+@_root
+@_set
+@_allow_loss
+@click.option("--yes", is_flag=True, help="Do not ask on a terminal.")
+@_command()
+def apply(
+    bundle: str, root: str, variables: dict[str, str], allow_loss: tuple[str, ...], yes: bool, as_json: bool
+) -> None:
+    """Bring the node to BUNDLE: start it, adopt it after a restart, or upgrade what runs."""
+    import hitless
+    from hitless.cli.output import print_json, progress_line, show_plan, show_result
+
+    node, release = hitless.Node(root), hitless.Bundle.load(bundle, variables)
+    if not as_json and not yes and sys.stdin.isatty():
+        hitless.recover(node)
+        show_plan(hitless.plan(node, release, allow_loss))
+        click.confirm("Apply this?", abort=True)
+    result = hitless.apply(node, release, allow_loss, progress=None if as_json else progress_line())
+    if as_json:
+        print_json(result)
+    else:
+        show_result(result)
+
+
+@main.command(epilog="Example: hitless status --root /sys/fs/bpf/mesh")
+@_root
+@_command()
+def status(root: str, as_json: bool) -> int:
+    """Show what runs: generation, version, hooks, maps, problems. Exit code: 0 well, 1 problems or trouble."""
+    import hitless
+    from hitless.cli.output import print_json, show_status
+    from hitless.upgrade.status import status as look
+
+    seen = look(hitless.Node(root))
+    if as_json:
+        print_json(seen)
+    else:
+        show_status(seen)
+    return 1 if seen.problems else 0
+
+
+@main.command(epilog="Example: hitless unload --root /sys/fs/bpf/mesh")
+@_root
+@click.option("--yes", is_flag=True, help="Do not ask on a terminal.")
+@_command()
+def unload(root: str, yes: bool, as_json: bool) -> None:
+    """Detach every hook and unpin everything under the root: nothing of the bundle runs any more."""
+    import hitless
+    from hitless.cli.output import print_json
+
+    if not as_json and not yes and sys.stdin.isatty():
+        click.confirm(f"Detach all hooks of {root} and drop its maps with all they hold?", abort=True)
+    removed = hitless.unload(hitless.Node(root))
+    if as_json:
+        print_json({"schema": 1, "root": root, "removed": removed})
+    elif removed:
+        click.echo(f"unloaded {root}: {len(removed)} pins removed")
+    else:
+        click.echo(f"{root}: nothing was loaded")
+
+
+def _facts(source: Any) -> dict[str, Any]:
+    import msgspec
+
+    facts: dict[str, Any] = msgspec.to_builtins(source)
+    return facts

@@ -1,0 +1,124 @@
+"""What runs under a pin root and whether it hangs together, as a value to print."""
+
+from __future__ import annotations
+
+import msgspec
+
+from hitless.kernel.maps import Map
+from hitless.upgrade.node import Node
+
+__all__ = ["HookStatus", "MapStatus", "Status", "status"]
+
+# Maps whose keys can be listed by batches, so that their entries can be counted.
+_COUNTABLE = ("hash", "lru_hash", "lpm_trie")
+
+
+class MapStatus(msgspec.Struct, frozen=True):
+    """A live map. ``entries`` is None where they cannot be counted; ``layout`` says where its types come from."""
+
+    name: str
+    id: int
+    type: str
+    key_size: int
+    value_size: int
+    max_entries: int
+    entries: int | None
+    layout: str
+
+
+class HookStatus(msgspec.Struct, frozen=True):
+    """A hook: the program that runs on it now, by name if it is one of the running generation."""
+
+    link: str
+    hook: str
+    target: str
+    attach_type: str
+    program: str | None
+    program_id: int | None
+
+
+class Status(msgspec.Struct, frozen=True):
+    """What is live. ``problems`` are sentences, each with what to do; empty when all is well."""
+
+    root: str
+    name: str | None
+    generation: int | None
+    version: str | None
+    previous: str | None
+    phase: str | None
+    maps: tuple[MapStatus, ...]
+    hooks: tuple[HookStatus, ...]
+    problems: tuple[str, ...]
+    schema: int = 1
+
+
+def status(node: Node) -> Status:
+    """Look at ``node`` and judge. Raises NodeError if the root cannot be read as one of hitless."""
+    state = node.observe()
+    problems = []
+    if state.unfinished is not None:
+        record = state.unfinished
+        problems.append(
+            f"an upgrade to {record.version} was interrupted in phase {record.phase}: "
+            "the next apply finishes or undoes it first"
+        )
+    elif state.litter:
+        problems.append(f"{node.next} is the rest of an interrupted upgrade: the next apply removes it")
+    if state.current is None:
+        return Status(state.root, None, None, None, state.previous, None, (), (), tuple(problems))
+    record = state.current.record
+    if record.phase != "committed":
+        problems.append(f"the upgrade to {record.version} is done but not cleaned up: the next apply does that")
+    maps = tuple(
+        MapStatus(
+            name=name,
+            id=live.info.id,
+            type=live.info.type,
+            key_size=live.info.key_size,
+            value_size=live.info.value_size,
+            max_entries=live.info.max_entries,
+            entries=_count(node, name) if live.info.type in _COUNTABLE else None,
+            layout=live.source,
+        )
+        for name, live in state.current.maps.items()
+    )
+    names = {program.id: name for name, program in state.current.programs.items()}
+    hooks = []
+    for hook in record.hooks:
+        link = state.links.get(hook.link)
+        runs = names.get(link.program_id) if link else None
+        if link is None:
+            problems.append(f"link {hook.link} is gone: its hook runs nothing of ours; apply the same release again")
+        elif link.cgroup_id == 0:
+            problems.append(f"link {hook.link} is detached: {hook.target} was removed; apply the same release again")
+        elif runs != hook.program:
+            problems.append(
+                f"link {hook.link} runs program {link.program_id}, not {hook.program}: someone else changed it; "
+                "apply the same release again to put it right"
+            )
+        hooks.append(
+            HookStatus(
+                link=hook.link,
+                hook=hook.hook,
+                target=hook.target,
+                attach_type=hook.attach_type,
+                program=runs,
+                program_id=link.program_id if link else None,
+            )
+        )
+    return Status(
+        root=state.root,
+        name=record.name,
+        generation=record.generation,
+        version=record.version,
+        previous=state.previous,
+        phase=record.phase,
+        maps=maps,
+        hooks=tuple(hooks),
+        problems=tuple(problems),
+    )
+
+
+def _count(node: Node, name: str) -> int:
+    with Map.open(node.current / "maps" / name) as live:
+        return sum(len(keys) for keys, _ in live.batches())

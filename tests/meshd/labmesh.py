@@ -1,0 +1,156 @@
+"""A mesh in a lab: backends that say who they are, a services file, and meshd as a process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import hitless
+from meshd.demo.lab import BACKENDS4, BACKENDS6, Lab
+from meshd.demo.mesh import Lines
+
+PEER = str(Path(__file__).parent / "peer.py")
+PORT = 8080
+VIP, VIP6 = "10.96.0.10", "fd00:96::10"
+A, B, A6 = BACKENDS4[0], BACKENDS4[1], BACKENDS6[0]
+
+
+class Mesh:
+    """What a test needs of a mesh: ``write`` the services file, ``start`` a release, look with ``node``."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.file = lab.scratch / "services.yaml"
+        self.root = lab.bpffs / "mesh"
+        self.daemon: Meshd | None = None
+        server = Lines(self.python("serve", A, B, A6))
+        server.wait_for({"ready": (True,)}, 10)
+
+    @property
+    def node(self) -> hitless.Node:
+        return hitless.Node(self.root)
+
+    def python(self, *args: str, cgroup: str = "outside") -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return self.lab.popen([sys.executable, PEER, *args], cgroup, stdin=pipe, stdout=pipe)
+
+    def write(self, services: Sequence[dict[str, Any]], policies: Sequence[dict[str, Any]] = ()) -> None:
+        self.write_text(yaml.safe_dump({"services": list(services), "policies": list(policies)}))
+
+    def write_text(self, text: str) -> None:
+        new = self.file.with_suffix(".new")
+        new.write_text(text)
+        new.rename(self.file)
+
+    def start(self, release: int, *allow_loss: str, options: Sequence[str] = ()) -> dict[str, Any]:
+        """Start meshd and return the event that says the release is live."""
+        event = self.try_start(release, *allow_loss, options=options)
+        assert event["event"] in ("ready", "upgraded"), event
+        return event
+
+    def try_start(self, release: int, *allow_loss: str, options: Sequence[str] = ()) -> dict[str, Any]:
+        """Start meshd and return the event that says how that went."""
+        self.daemon = Meshd(self, release, [*options, *(f"--allow-loss={name}" for name in allow_loss)])
+        return self.daemon.lines.wait_for({"event": ("ready", "upgraded", "error", "config-error")}, 30)
+
+    def next_event(self, **wanted: object) -> dict[str, Any]:
+        assert self.daemon is not None
+        return self.daemon.lines.wait_for({key: (value,) for key, value in wanted.items()}, 15)
+
+    def stop(self) -> dict[str, Any]:
+        """End meshd by SIGTERM and return its last event."""
+        assert self.daemon is not None
+        assert self.daemon.stop() == 0
+        return self.next_event(event="stopped")
+
+    def connect(self, address: str = VIP, count: int = 1, cgroup: str = "clients", port: int = 80) -> dict[str, Any]:
+        done = self.lab.run_python(PEER, "connect", address, str(port), str(count), cgroup=cgroup)
+        assert done.returncode == 0, done.stderr
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
+
+    def hold(self, address: str = VIP, count: int = 1) -> Held:
+        return Held(Lines(self.python("hold", address, "80", str(count), cgroup="clients")))
+
+    def values(self, name: str) -> list[dict[str, Any]]:
+        return [value for _, value in self.node.map(name).items() if isinstance(value, dict)]
+
+    def counters(self, name: str = "service_counter") -> dict[str, int]:
+        """Sums over all services."""
+        sums: dict[str, int] = {}
+        for value in self.values(name):
+            for field, count in value.items():
+                sums[field] = sums.get(field, 0) + count
+        return sums
+
+
+class Meshd:
+    """`meshd run` as a process in the lab but outside of the mesh."""
+
+    def __init__(self, mesh: Mesh, release: int, options: Sequence[str]) -> None:
+        lab = mesh.lab
+        args = ["--release", str(release), "--root", str(mesh.root), "--cgroup", str(lab.cgroup)]
+        args += ["--services", str(mesh.file), "--json", *options]
+        self.process = lab.popen([sys.executable, "-m", "meshd", "run", *args], stdout=subprocess.PIPE)
+        self.lines = Lines(self.process)
+
+    def stop(self) -> int:
+        """Send SIGTERM and return the exit code."""
+        self.process.terminate()
+        return self.process.wait(20)
+
+
+class Held:
+    """Connections that stay open until told otherwise."""
+
+    def __init__(self, lines: Lines) -> None:
+        self._lines = lines
+        self.cookies: list[int] = lines.wait_for({}, 15)["cookies"]
+
+    def alive(self) -> int:
+        """Exchange one message on each, and return on how many that worked."""
+        stdin = self._lines.process.stdin
+        assert stdin is not None
+        stdin.write("\n")
+        stdin.flush()
+        return int(self._lines.wait_for({}, 15)["alive"])
+
+    def close(self) -> None:
+        stdin = self._lines.process.stdin
+        assert stdin is not None
+        stdin.close()
+        self._lines.process.wait(10)
+
+
+def service(name: str, address: str, *backends: str | tuple[str, int], port: int = 80) -> dict[str, Any]:
+    """A service of the file; a backend is an address, or an address and a weight."""
+    weighted = [(one, 1) if isinstance(one, str) else one for one in backends]
+    return {
+        "name": name,
+        "address": address,
+        "port": port,
+        "protocol": "tcp",
+        "backends": [{"address": where, "port": PORT, "weight": weight} for where, weight in weighted],
+    }
+
+
+def denied(service: str, cgroup: str = "denied", action: str = "deny") -> dict[str, Any]:
+    """A policy of the file."""
+    return {"action": action, "service": service, "source": {"cgroup": cgroup}}
+
+
+def until(condition: Callable[[], object], seconds: float = 5.0) -> bool:
+    """Whether ``condition`` came true within ``seconds``."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
