@@ -96,7 +96,9 @@ def test_plan_apply_status_unload_from_nothing_to_nothing(
     assert as_json("status", "--root", node.root)["version"] is None
 
 
-def test_a_refused_loss_is_told_with_what_to_do(node: hitless.Node, release: Release, releases: dict[int, Path]) -> None:
+def test_a_refused_loss_is_told_with_what_to_do(
+    node: hitless.Node, release: Release, releases: dict[int, Path]
+) -> None:
     hitless.apply(node, release(2))
     cgroup = release(2).attach[0].target
     where = ["--root", node.root, "--set", f"cgroup={cgroup}"]

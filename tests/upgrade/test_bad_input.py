@@ -88,7 +88,7 @@ def untouched(node: hitless.Node, kind: type[Exception], words: str, action: Cal
 
 
 def test_a_pin_root_that_is_not_on_a_bpffs_is_refused(release: Release, tmp_path: Path) -> None:
-    with pytest.raises(hitless.NodeError, match="not on a bpffs.*choose a directory under /sys/fs/bpf"):
+    with pytest.raises(hitless.NodeError, match=r"not on a bpffs.*choose a directory under /sys/fs/bpf"):
         hitless.apply(hitless.Node(tmp_path / "mesh"), release(1))
     assert list(tmp_path.iterdir()) == []
 
