@@ -96,23 +96,24 @@ def _headline(name: str, start_type: str, before: str | None, after: str, root: 
 
 
 def _show_maps(maps: Sequence[MapPlan]) -> None:
-    rows = []
-    for entry in maps:
-        name = f"{entry.was} -> {entry.name}" if entry.was else entry.name
-        changes = ", ".join(_kinds(entry)) or entry.verdict
-        rows.append((entry.action, name, changes, "" if entry.exactness == "exact" else entry.exactness))
-    _table("maps", ("action", "map", "changes", "exactness"), rows)
+    rows = [(m.action, f"{m.was} -> {m.name}" if m.was else m.name, _changes(m)) for m in maps]
+    _table("maps", ("action", "map", "changes"), rows)
     for entry in maps:
         for loss in entry.loss:
-            click.echo(f"  {entry.name} loses {loss}{'' if entry.allowed else '  (not allowed)'}")
+            click.echo(f"  {entry.name} loses: {loss}{'' if entry.allowed else '  (not allowed)'}")
+    for entry in maps:
+        if entry.exactness != "exact":
+            click.echo(f"  {entry.name} is {entry.exactness}")
 
 
-def _kinds(entry: MapPlan) -> list[str]:
-    """How many changes of each kind, in the order of their first appearance: ``2 added``, ``1 widened``."""
+def _changes(entry: MapPlan) -> str:
+    """How many changes of each kind, in the order of their first appearance: ``2 added, 1 widened``."""
+    if entry.action != "convert":
+        return entry.verdict if entry.was is None else "renamed"
     counts: dict[str, int] = {}
     for change in entry.changes:
         counts[change.kind] = counts.get(change.kind, 0) + 1
-    return [f"{count} {kind}" for kind, count in counts.items()]
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
 
 def _show_hooks(hooks: Sequence[HookPlan]) -> None:
@@ -135,10 +136,11 @@ def show_result(result: Result) -> None:
                 f"in {entry.rounds} rounds{lost}, {entry.seconds * 1000:.1f} ms"
             )
     if result.cutover.hooks:
+        caught_up = f"; caught up {result.cutover.stale_window_us / 1000:.1f} ms after the first"
         click.echo(
             f"{result.cutover.hooks} {_plural(result.cutover.hooks, 'hook')} switched, "
-            f"{result.cutover.first_to_last_us:.0f} us from first to last; "
-            f"caught up {result.cutover.stale_window_us / 1000:.1f} ms after the first"
+            f"{result.cutover.first_to_last_us:.0f} us from first to last"
+            + (caught_up if result.cutover.stale_window_us else "")
         )
     steps = ", ".join(f"{name} {seconds * 1000:.1f}" for name, seconds in result.steps.items())
     click.echo(f"milliseconds: {steps}")

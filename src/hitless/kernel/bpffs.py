@@ -28,6 +28,10 @@ def require_bpffs(path: Path) -> None:
             path=str(path),
             filesystem=kind,
         )
+    if path.is_mount():
+        raise NodeError(
+            f"pin root {path} is a whole bpffs mount: choose a directory in it, such as {path / 'mesh'}", path=str(path)
+        )
 
 
 def exchange(one: Path, other: Path) -> None:

@@ -75,8 +75,9 @@ class Section(NamedTuple):
 class Btf:
     """A parsed BTF blob. Type ids are as in the blob: 0 is void."""
 
-    def __init__(self, data: bytes, raw: list[_Raw], strings: bytes) -> None:
+    def __init__(self, data: bytes, raw: list[_Raw], strings: bytes, where: str) -> None:
         self._bytes = data
+        self._where = where
         self._raw = raw
         self._strings = strings
         self._types: dict[int, tuple[Type, int]] = {}
@@ -84,47 +85,53 @@ class Btf:
         self._names: dict[str, list[int]] | None = None
 
     @classmethod
-    def parse(cls, data: bytes) -> Btf:
+    def parse(cls, data: bytes, where: str = "BTF") -> Btf:
         """Read a BTF blob (an ELF's ``.BTF`` section, or what BPF_OBJ_GET_INFO_BY_FD gives).
+
+        ``where`` begins the messages of errors, those of later calls too.
 
         Raises :class:`LayoutError` if it is cut short or contradicts itself, :class:`UnsupportedError` if it is of
         the other byte order, or of a version or with a kind that came after this parser.
         """
         if len(data) < _HEADER.size:
-            raise LayoutError(f"BTF: {len(data)} bytes are too few for a header", size=len(data))
+            raise LayoutError(f"{where}: {len(data)} bytes are too few for a header", size=len(data))
         magic, version, _flags, header, type_off, type_len, str_off, str_len = _HEADER.unpack_from(data)
         if magic == 0x9FEB:
-            raise UnsupportedError("BTF: foreign byte order (big-endian) is not supported", feature="big-endian BTF")
+            raise UnsupportedError(
+                f"{where}: foreign byte order (big-endian) is not supported", feature="big-endian BTF"
+            )
         if magic != MAGIC:
-            raise LayoutError(f"BTF: magic is {magic:#06x}, not {MAGIC:#06x}: this is no BTF", magic=magic)
+            raise LayoutError(f"{where}: magic is {magic:#06x}, not {MAGIC:#06x}: this is no BTF", magic=magic)
         if version != 1:
-            raise UnsupportedError(f"BTF: version {version} is not known, only 1 is", feature=f"BTF version {version}")
+            raise UnsupportedError(
+                f"{where}: version {version} is not known, only 1 is", feature=f"BTF version {version}"
+            )
         if header < _HEADER.size or header > len(data):
-            raise LayoutError(f"BTF: header length {header} is impossible", header=header)
+            raise LayoutError(f"{where}: header length {header} is impossible", header=header)
         if header + type_off + type_len > len(data) or header + str_off + str_len > len(data):
-            raise LayoutError("BTF: cut short: the header promises more bytes than there are", size=len(data))
+            raise LayoutError(f"{where}: cut short: the header promises more bytes than there are", size=len(data))
         strings = data[header + str_off : header + str_off + str_len]
         if not strings or strings[0] or strings[-1]:
-            raise LayoutError("BTF: the string table does not begin and end with NUL")
+            raise LayoutError(f"{where}: the string table does not begin and end with NUL")
         raw = [_Raw(VOID, False, 0, 0, 0, 0)]
         at, end = header + type_off, header + type_off + type_len
         while at < end:
             if at + _TYPE.size > end:
-                raise LayoutError(f"BTF: type {len(raw)} is cut short", type_id=len(raw))
+                raise LayoutError(f"{where}: type {len(raw)} is cut short", type_id=len(raw))
             name, info, word = _TYPE.unpack_from(data, at)
             kind, count = info >> 24 & 0x1F, info & 0xFFFF
             if kind not in _EXTRA:
                 raise UnsupportedError(
-                    f"BTF: type {len(raw)} has kind {kind}, which this parser does not know",
+                    f"{where}: type {len(raw)} has kind {kind}, which this parser does not know",
                     feature=f"BTF kind {kind}",
                 )
             fixed, each = _EXTRA[kind]
             at += _TYPE.size
             if at + fixed + each * count > end:
-                raise LayoutError(f"BTF: type {len(raw)} is cut short", type_id=len(raw))
+                raise LayoutError(f"{where}: type {len(raw)} is cut short", type_id=len(raw))
             raw.append(_Raw(kind, bool(info >> 31), count, name, word, at))
             at += fixed + each * count
-        return cls(data, raw, strings)
+        return cls(data, raw, strings, where)
 
     def __len__(self) -> int:
         return len(self._raw)
@@ -164,7 +171,7 @@ class Btf:
         """(name, type id) of each member of a struct or union."""
         raw = self._at(self._resolve(type_id))
         if raw.kind not in (STRUCT, UNION):
-            raise LayoutError(f"BTF: type {type_id} is no struct or union", type_id=type_id)
+            raise LayoutError(f"{self._where}: type {type_id} is no struct or union", type_id=type_id)
         items = (_MEMBER.unpack_from(self._bytes, raw.extra + 12 * i) for i in range(raw.vlen))
         return [(self._string(name), ref) for name, ref, _ in items]
 
@@ -194,7 +201,9 @@ class Btf:
             if var.kind == FUNC:
                 continue  # .ksyms lists functions too
             if var.kind != VAR:
-                raise LayoutError(f"BTF: section {self._string(raw.name)} lists type {ref}, which is no variable")
+                raise LayoutError(
+                    f"{self._where}: section {self._string(raw.name)} lists type {ref}, which is no variable"
+                )
             (linkage,) = struct.unpack_from("<I", self._bytes, var.extra)
             tags = self._tags_of(ref, -1)
             out.append(Variable(self._string(var.name), var.word, offset, size, tags, linkage != 0))
@@ -202,17 +211,19 @@ class Btf:
 
     def _at(self, type_id: int) -> _Raw:
         if not 0 <= type_id < len(self._raw):
-            raise LayoutError(f"BTF: reference to type {type_id}, but there are only {len(self._raw)}", type_id=type_id)
+            raise LayoutError(
+                f"{self._where}: reference to type {type_id}, but there are only {len(self._raw)}", type_id=type_id
+            )
         return self._raw[type_id]
 
     def _string(self, offset: int) -> str:
         end = self._strings.find(b"\0", offset) if offset < len(self._strings) else -1
         if end < 0:
-            raise LayoutError(f"BTF: string offset {offset} is outside the string table", offset=offset)
+            raise LayoutError(f"{self._where}: string offset {offset} is outside the string table", offset=offset)
         try:
             return self._strings[offset:end].decode()
         except UnicodeDecodeError as error:
-            raise LayoutError(f"BTF: the string at {offset} is not UTF-8", offset=offset) from error
+            raise LayoutError(f"{self._where}: the string at {offset} is not UTF-8", offset=offset) from error
 
     def _resolve(self, type_id: int) -> int:
         for _ in range(_MAX_DEPTH):
@@ -220,7 +231,7 @@ class Btf:
             if raw.kind != TYPEDEF and raw.kind not in _MODIFIERS:
                 return type_id
             type_id = raw.word
-        raise LayoutError(f"BTF: type {type_id} is a chain of typedefs without end", type_id=type_id)
+        raise LayoutError(f"{self._where}: type {type_id} is a chain of typedefs without end", type_id=type_id)
 
     def _tags_of(self, type_id: int, component: int) -> tuple[str, ...]:
         if self._tags is None:
@@ -246,12 +257,12 @@ class Btf:
         if type_id in self._types:
             return self._types[type_id]
         if depth > _MAX_DEPTH:
-            raise LayoutError(f"BTF: type {type_id} is nested more than {_MAX_DEPTH} deep", type_id=type_id)
+            raise LayoutError(f"{self._where}: type {type_id} is nested more than {_MAX_DEPTH} deep", type_id=type_id)
         made, nodes = self._make(type_id, depth)
         if nodes > _MAX_NODES:
-            raise LayoutError(f"BTF: type {type_id} has more than {_MAX_NODES} parts", type_id=type_id)
+            raise LayoutError(f"{self._where}: type {type_id} has more than {_MAX_NODES} parts", type_id=type_id)
         if made.size >= _MAX_SIZE:
-            raise LayoutError(f"BTF: type {type_id} claims {made.size} bytes", type_id=type_id)
+            raise LayoutError(f"{self._where}: type {type_id} claims {made.size} bytes", type_id=type_id)
         self._types[type_id] = (made, nodes)
         return made, nodes
 
@@ -266,7 +277,8 @@ class Btf:
             case 3:
                 ref, _index, count = struct.unpack_from("<III", self._bytes, raw.extra)
                 element, nodes = self._layout(ref, depth + 1)
-                return Array(element, count), nodes + 1
+                # Any number of nothing is nothing; a count would only send walkers round in circles.
+                return Array(element, count if element.size else 0), nodes + 1
             case 4 | 5:
                 return self._record(type_id, raw, name, depth)
             case 6:
@@ -291,13 +303,15 @@ class Btf:
                 return self._section(type_id, raw, name, depth)
             case 0 | 7 | 12 | 13:
                 what = {VOID: "void", FWD: "only declared", FUNC: "a function", FUNC_PROTO: "a function"}[raw.kind]
-                raise LayoutError(f"BTF: type {type_id} {name!r} is {what} and has no layout", type_id=type_id)
+                raise LayoutError(
+                    f"{self._where}: type {type_id} {name!r} is {what} and has no layout", type_id=type_id
+                )
             case _:
-                raise LayoutError(f"BTF: type {type_id} {name!r} is a tag, not a type", type_id=type_id)
+                raise LayoutError(f"{self._where}: type {type_id} {name!r} is a tag, not a type", type_id=type_id)
 
     def _scalar_size(self, raw: _Raw, name: str, sizes: tuple[int, ...]) -> int:
         if raw.word not in sizes:
-            raise LayoutError(f"BTF: {name!r} claims a size of {raw.word} bytes", size=raw.word)
+            raise LayoutError(f"{self._where}: {name!r} claims a size of {raw.word} bytes", size=raw.word)
         return raw.word
 
     def _int(self, raw: _Raw, name: str) -> Int:
@@ -319,11 +333,11 @@ class Btf:
             if not bits:
                 bits, offset = self._old_bitfield(ref, offset)
             if bits and (not isinstance(made, Int | Enum) or bits > 8 * made.size):
-                raise LayoutError(f"BTF: {what}: bitfield {member!r} of {bits} bits in {made.name!r}")
+                raise LayoutError(f"{self._where}: {what}: bitfield {member!r} of {bits} bits in {made.name!r}")
             if not bits and offset % 8:
-                raise LayoutError(f"BTF: {what}: member {member!r} begins inside a byte")
+                raise LayoutError(f"{self._where}: {what}: member {member!r} begins inside a byte")
             if offset + (bits or 8 * made.size) > 8 * raw.word:
-                raise LayoutError(f"BTF: {what}: member {member!r} lies outside its {raw.word} bytes")
+                raise LayoutError(f"{self._where}: {what}: member {member!r} lies outside its {raw.word} bytes")
             total += nodes
             fields.append(Field(member, made, offset, bits, self._tags_of(type_id, i)))
         return Record(name, raw.word, tuple(fields), raw.kind == UNION), total
@@ -334,7 +348,7 @@ class Btf:
         for var in self._variables(type_id):
             made, nodes = self._layout(var.type_id, depth + 1)
             if var.offset + made.size > raw.word:
-                raise LayoutError(f"BTF: variable {var.name!r} lies outside section {name}", type_id=type_id)
+                raise LayoutError(f"{self._where}: variable {var.name!r} lies outside section {name}", type_id=type_id)
             total += nodes
             fields.append(Field(var.name, made, 8 * var.offset, 0, var.tags))
         return Record(name, raw.word, tuple(sorted(fields, key=lambda field: field.offset))), total
@@ -366,7 +380,7 @@ class Btf:
                 words.append("void" if raw.kind == VOID else prefix + (name or "(anonymous)"))
                 return " ".join(words)
             type_id = raw.word
-        raise LayoutError(f"BTF: type {type_id} is a chain of pointers without end", type_id=type_id)
+        raise LayoutError(f"{self._where}: type {type_id} is a chain of pointers without end", type_id=type_id)
 
 
 def _join(low: int, high: int, signed: bool) -> int:

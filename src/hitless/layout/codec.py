@@ -265,18 +265,65 @@ def _decode_text(size: int) -> _Decoder:
 
 
 def _decode_array(made: Array) -> _Decoder:
-    inner, step, count = _decoder(made.element), made.element.size, made.count
+    code, step, count = _code(made.element), made.element.size, made.count
+    if code is not None and not code.endswith("s"):
+        whole = struct.Struct(f"<{count}{code}")
+        return lambda data, at: list(whole.unpack_from(data, at))
+    inner = _decoder(made.element)
     return lambda data, at: [inner(data, at + index * step) for index in range(count)]
 
 
 def _decode_record(made: Record) -> _Decoder:
-    parts: list[tuple[str, _Decoder, int]] = []
+    # One struct.Struct reads every plain member at once. The others get an empty place in it, which keeps the order
+    # of the fields, and are filled in after.
+    names: list[str] = []
+    rest: list[tuple[str, _Decoder, int]] = []
+    form, end = "<", 0
     for member in members(made):
-        if member.bits:
-            parts += [(f.name, _decode_bits(f, member.type.size), member.offset) for f in _bit_fields(member)]
-        else:
-            parts.append((member.name, _decoder(member.type), member.offset))
-    return lambda data, at: {name: inner(data, at + offset) for name, inner, offset in parts}
+        code = None if member.bits else _code(member.type)
+        if code is not None and member.offset >= end:
+            form += f"{member.offset - end}x{code}"
+            end = member.offset + member.type.size
+            names.append(member.name)
+            continue
+        parts = _bit_decoders(member) if member.bits else [(member.name, _decoder(member.type), member.offset)]
+        form += "0s" * len(parts)
+        names += [name for name, _, _ in parts]
+        rest += parts
+    plain = struct.Struct(form)
+
+    def get(data: bytes, at: int) -> dict[str, Any]:
+        out = dict(zip(names, plain.unpack_from(data, at), strict=True))
+        for name, inner, offset in rest:
+            out[name] = inner(data, at + offset)
+        return out
+
+    return get
+
+
+def _code(made: Type) -> str | None:
+    """The ``struct`` format of what it can read by itself."""
+    match made:
+        case Int(encoding="bool", size=1):
+            return "?"
+        case Int(encoding="bool") | Int(size=16):
+            return None
+        case Int() | Enum():
+            code = {1: "b", 2: "h", 4: "i", 8: "q"}[made.size]
+            return code if made.signed else code.upper()
+        case Pointer(size=8):
+            return "Q"
+        case Float(size=size) if size in _FLOATS:
+            return _FLOATS[size][1]
+        case Record(union=False):
+            return None
+        case Array() if is_text(made) or not is_bytes(made):
+            return None
+    return f"{made.size}s"
+
+
+def _bit_decoders(member: Member) -> list[tuple[str, _Decoder, int]]:
+    return [(f.name, _decode_bits(f, member.type.size), member.offset) for f in _bit_fields(member)]
 
 
 def _decode_bits(field: Field, size: int) -> _Decoder:

@@ -198,16 +198,23 @@ class Leaf(msgspec.Struct, frozen=True):
         return self.kind == "int" and self.size in (4, 8) and self.offset % self.size == 0
 
 
-def leaves(made: Type, rules: MapRules = MapRules()) -> tuple[Leaf, ...]:  # noqa: B008 - frozen
+def leaves(
+    made: Type,
+    rules: MapRules = MapRules(),  # noqa: B008 - frozen
+    tags: tuple[str, ...] = (),
+) -> tuple[Leaf, ...]:
     """Every leaf of a value, in order, with its merge policy.
 
     A policy on a struct or array holds for all that is inside, unless that says otherwise; a rule wins over a tag.
+    ``tags`` are those of the map itself, whose policy holds for the whole value. A value that is one number has the
+    path ``value``.
     Padding and what the kernel owns (locks, timers) is no leaf. Arrays are unrolled, save arrays of bytes.
 
     Raises :class:`LayoutError` for a policy that the type cannot have: a sum of something that is no number.
     """
     out: list[Leaf] = []
-    _collect(made, "", 0, None, (), rules, out)
+    path = "" if isinstance(made, Record) and not made.union else "value"
+    _collect(made, path, 0, None, tags, rules, out)
     return tuple(out)
 
 
@@ -215,7 +222,7 @@ def _collect(
     made: Type, path: str, offset: int, inherited: Merge | None, tags: tuple[str, ...], rules: MapRules, out: list[Leaf]
 ) -> None:
     rule = rules.field(path) if path else None
-    merge = (rule.merge if rule else None) or parse_tags(tags, path or "value").merge or inherited
+    merge = (rule.merge if rule else None) or parse_tags(tags, path or "the map").merge or inherited
     if len(out) > _MAX_LEAVES:
         raise LayoutError(f"{path}: more than {_MAX_LEAVES} leaves", path=path)
     if isinstance(made, Array) and not is_bytes(made):

@@ -2,7 +2,7 @@
 
 Verdicts, from best to worst:
 
-- ``identical``: the same bytes mean the same thing; the live map can be kept.
+- ``identical``: the same bytes mean the same thing; the live map can be kept, under a new name if it has one.
 - ``lossless``: every old field has a place in the new layout.
 - ``lossy``: something is dropped, cut, or may not fit; every change that loses says what.
 - ``needs-converter``: the meaning changed, or the change is of a kind that is not supported yet; ``reason`` says which.
@@ -176,8 +176,8 @@ def _judge(
     if unknown:
         verdict = "unknown"
     elif not real:
-        # A new name alone moves the pin, not the entries.
-        verdict = "lossless" if was else "identical"
+        # A new name alone moves the pin, not the entries: the live map can be kept.
+        verdict = "identical"
     elif is_constant(new):
         plain = tuple(msgspec.structs.replace(c, loss=None, reason=None) for c in changes)
         return MapDiff(new.name, was, "lossless", plain)
@@ -219,14 +219,15 @@ def _definition(old: MapSpec, new: MapSpec) -> list[Change]:
     if old.extra != new.extra:
         out.append(Change("", "map-extra", f"{old.extra:#x}", f"{new.extra:#x}"))
     if old.max_entries != new.max_entries:
-        loss = None
+        loss = hint = None
         if new.max_entries < old.max_entries:
-            loss = f"only if entries fit: more than {new.max_entries} do not"
             if new.type == "array":
                 loss = f"elements {new.max_entries} and above are dropped"
             elif new.type == "lru_hash":
-                loss = f"only if entries fit: of more than {new.max_entries}, the least recently used are evicted"
-        out.append(Change("", "max-entries", str(old.max_entries), str(new.max_entries), loss))
+                loss = f"of more than {new.max_entries} entries, the least recently used are evicted"
+            else:
+                hint = f"refused when there are more than {new.max_entries} entries"
+        out.append(Change("", "max-entries", str(old.max_entries), str(new.max_entries), loss, hint=hint))
     return out
 
 
@@ -314,7 +315,8 @@ def _split_rules(new: MapSpec, rules: MapRules) -> dict[str, MapRules]:
     out = {}
     for side, fields, made in (("key", keys, new.key), ("value", values, new.value)):
         for path in fields:
-            if made is not None and resolve(made, path) is None:
+            whole = path == "value" and side == "value" and not isinstance(made, Record)
+            if made is not None and not whole and resolve(made, path) is None:
                 raise LayoutError(f"map {new.name!r}: no field {path!r} in its {side}", map=new.name, field=path)
         out[side] = MapRules(fields=fields)
     return out
@@ -331,7 +333,8 @@ def resolve(made: Type, path: str) -> tuple[Type, int] | None:
             number = int(index or 0)
             if index and number >= made.count:
                 return None
-            made, offset = made.element, offset + number * made.element.size
+            offset += number * made.element.size
+            made = made.element
             continue
         if not isinstance(made, Record):
             return None
@@ -416,7 +419,7 @@ class _Walk:
             case (Array(), Int() | Enum() | Float() | Record()) if old.count and _fits_first(new, old.element):
                 loss = None
                 if old.count > 1:
-                    loss = f"elements 1 to {old.count - 1} are dropped"
+                    loss = _dropped("element", 1, old.count - 1)
                     size = old.element.size
                     self.cuts.append(Cut(self.show(path), at + size, old.size - size, repeat))
                 self.change(path, "retyped", _spell(old), _spell(new), loss)
@@ -432,9 +435,7 @@ class _Walk:
             case _:
                 self.refuse(path, old, new, f"no rule makes {_spell(old)} into {_spell(new)}")
 
-    def scalar(
-        self, path: str, old: Int | Enum, at: int, new: Int | Enum, to: int, repeat: tuple[Repeat, ...]
-    ) -> None:
+    def scalar(self, path: str, old: Int | Enum, at: int, new: Int | Enum, to: int, repeat: tuple[Repeat, ...]) -> None:
         old_bool = isinstance(old, Int) and old.encoding == "bool"
         new_bool = isinstance(new, Int) and new.encoding == "bool"
         enums = isinstance(old, Enum) and isinstance(new, Enum)
@@ -504,10 +505,7 @@ class _Walk:
             loss = None
             if old.count > new.count:
                 word = "byte" if is_bytes(old) else "element"
-                rest = old.count - 1
-                loss = f"{word} {rest} is dropped"
-                if rest > new.count:
-                    loss = f"{word}s {new.count} to {rest} are dropped"
+                loss = _dropped(word, new.count, old.count - 1)
                 size = old.element.size
                 self.cuts.append(Cut(self.show(path), at + kept * size, (old.count - kept) * size, repeat))
             self.change(path, "resized", _spell(old), _spell(new), loss)
@@ -547,7 +545,7 @@ class _Walk:
             # Nothing inside changed, so the whole is one block: quicker, and the explanation is shorter.
             del self.moves[moves:]
             self.copy(path, at, to, old.size, repeat)
-        elif len(self.changes) > changes and path and not path.endswith("[]"):
+        elif len(self.changes) > changes and path:
             self.changes.insert(changes, Change(self.show(path), "nested", _spell(old), _spell(new)))
         self.specials = self.specials or specials
 
@@ -675,9 +673,7 @@ class _Walk:
         loss = f"{path} is dropped" + (f", except {', '.join(inside)}" if inside else "")
         self.change(path, "removed", _spell(member.type), None, loss)
 
-    def hinted(
-        self, change: Change, path: str, added: list[Member], old: dict[str, Member], taken: set[str]
-    ) -> Change:
+    def hinted(self, change: Change, path: str, added: list[Member], old: dict[str, Member], taken: set[str]) -> Change:
         if change.kind != "added" or change.hint:
             return change
         for member in added:
@@ -746,9 +742,14 @@ def _only(made: Record) -> Member | None:
 
 
 def _fits_first(one: Type, element: Type) -> bool:
+    """Whether ``one`` can be an element; a number and a text or byte string are never the same thing."""
     if isinstance(one, Record) or isinstance(element, Record):
         return isinstance(one, Record) == isinstance(element, Record)
-    return not isinstance(element, Array)
+    return not isinstance(element, Array) and (one.size == 1 or element.size != 1)
+
+
+def _dropped(word: str, first: int, last: int) -> str:
+    return f"{word} {last} is dropped" if first == last else f"{word}s {first} to {last} are dropped"
 
 
 def _encoding(made: Int | Enum) -> str:
@@ -764,10 +765,8 @@ def _literal(text: str | None, made: Type) -> object:
         return text
     if isinstance(made, Int) and made.encoding == "bool" and text in ("true", "false"):
         return text == "true"
-    if isinstance(made, Float):
-        return float(text)
     try:
-        return int(text, 0)
+        return float(text) if isinstance(made, Float) else int(text, 0)
     except ValueError:
         return text
 

@@ -96,7 +96,7 @@ def read_object(data: bytes, name: str, bindings: Mapping[str, Binding] | None =
     sections = btf.sections()
     maps_part = elf.part(".maps")
     if maps_part is None or ".maps" not in sections:
-        raise LayoutError(f"{name}: no .maps section: the object defines no map with SEC(\".maps\")", object=name)
+        raise LayoutError(f'{name}: no .maps section: the object defines no map with SEC(".maps")', object=name)
     bound = dict(bindings or {})
     maps = [
         _bind(_map(btf, var.type_id, var.name, var.tags, name), bound.pop(var.name, None), btf, name)
@@ -124,10 +124,7 @@ def _read_btf(elf: _Elf, name: str) -> Btf:
     part = elf.part(".BTF")
     if part is None:
         raise LayoutError(f"{name}: no .BTF section: compile with clang -g, and do not strip it", object=name)
-    try:
-        return Btf.parse(part.data)
-    except LayoutError as error:
-        raise LayoutError(f"{name}: {error.message}", object=name, **error.facts) from error
+    return Btf.parse(part.data, f"{name}: BTF")
 
 
 def _read_elf(data: bytes, name: str) -> _Elf:

@@ -57,7 +57,7 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "xdp.frags/devmap": ("xdp", "xdp_devmap"),
     "xdp/cpumap": ("xdp", "xdp_cpumap"),
     "xdp.frags/cpumap": ("xdp", "xdp_cpumap"),
-    "perf_event": ("perf_event", "perf_event"),
+    "perf_event": ("perf_event", ""),
     "lwt_in": ("lwt_in", ""),
     "lwt_out": ("lwt_out", ""),
     "lwt_xmit": ("lwt_xmit", ""),

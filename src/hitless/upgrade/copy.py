@@ -58,8 +58,12 @@ class Carriage(msgspec.Struct):
         """Keys of the source as keys of the target."""
         return self.key.apply(rows).records if self.key else rows
 
+    def convert(self, rows: Rows) -> Rows:
+        """Values of the source as values of the target; one that does not fit becomes the nearest that does."""
+        return self.value.apply(rows).records if self.value else rows
+
     def values(self, rows: Rows, keys: Rows) -> Rows:
-        """Values of the source as values of the target; ``keys`` name the entries in an error.
+        """The same, watched: ``keys`` name the entries in an error.
 
         Raises LossNotAllowedError if some do not fit and that is not allowed; else they are counted in the tally.
         """
@@ -128,7 +132,7 @@ def verify_copy(carriage: Carriage, writing: threading.RLock) -> None:
     # What was touched meanwhile is brought up to date by the merge; the rest must be there as converted.
     untouched = at_base[(source_values[in_both] == base_values[at_base]).all(axis=1)]
     keys = carriage.keys(base_keys[untouched])
-    expected = carriage.values(base_values[untouched], base_keys[untouched])
+    expected = carriage.convert(base_values[untouched])
     there, at_target, missing, _ = match_rows(keys, target_keys)
     if len(missing):
         raise _wrong(carriage, base_keys[untouched[missing[0]]], "is missing in the new map", len(missing))

@@ -42,9 +42,6 @@ def _merge(carriage: Carriage, mode: Mode, keys: Rows, base: Rows, old: Rows) ->
     if not len(keys):
         return
     values = carriage.values(old, keys)
-    if mode is Mode.INSERTED:
-        # A key that both releases inserted merges against a base of zero, whatever the fields' defaults are.
-        converted = np.zeros_like(values)
-    else:
-        converted = carriage.value.apply(base).records if carriage.value else base
+    # A key that both releases inserted merges against a base of zero, whatever the fields' defaults are.
+    converted = np.zeros_like(values) if mode is Mode.INSERTED else carriage.convert(base)
     carriage.merger.merge(mode, keys, carriage.keys(keys), converted, values, old)

@@ -110,16 +110,14 @@ class Node:
             with Link.open(path) as link:
                 links[path.name] = link.info
         current = _generation(self.current) if self.current.exists() else None
-        if current is None and links:
+        unfinished = read_record(self.next / "record") if (self.next / "record").exists() else None
+        if current is None and unfinished is None and links:
             names = ", ".join(sorted(links))
             raise NodeError(
                 f"{self.links} holds links ({names}) but {self.root} has no generation of hitless: they belong to "
                 "another program, or the generation was removed by hand; choose another pin root, or unload",
                 path=str(self.links),
             )
-        unfinished = None
-        if (self.next / "record").exists():
-            unfinished = read_record(self.next / "record")
         previous = self.previous / "record"
         return NodeState(
             root=str(self.root),

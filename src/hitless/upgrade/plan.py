@@ -176,7 +176,7 @@ def _plan_map(
 ) -> MapPlan:
     rules = bundle.rules.get(diff.name, MapRules())
     allowed = rules.on_loss == "discard" or diff.name in allow_loss or diff.was in allow_loss
-    losses = tuple(f"{change.path or diff.name}: {change.loss}" for change in diff.changes if change.loss)
+    losses = tuple(change.loss for change in diff.changes if change.loss)
 
     def planned(action: str, method: str, exactness: str = "exact", loss: tuple[str, ...] = ()) -> MapPlan:
         return MapPlan(diff.name, action, diff.was, diff.verdict, method, exactness, loss, allowed, diff.changes)
@@ -204,6 +204,8 @@ def _obstacle(old: MapSpec, new: MapSpec) -> str | None:
         return f"from a map of type {old.type} to {new.type} is not supported yet"
     if new.type not in _CONVERTIBLE_TYPES:
         return f"converting maps of type {new.type} is not supported yet"
+    if new.type == "array" and new.max_entries < old.max_entries:
+        return "making an array smaller is not supported yet"
     for spec in (old, new):
         if spec.value is not None and (found := _kernel_object(spec.value)):
             return f"its value holds a {found}, and converting such maps is not supported yet"

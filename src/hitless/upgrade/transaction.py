@@ -48,7 +48,8 @@ class Progress(msgspec.Struct, frozen=True):
 
 class MapResult(MapPlan, frozen=True):
     """What became of one map. ``entries`` were in the old map, ``copied`` by the first pass, ``caught_up`` merged
-    in ``rounds`` later ones; ``lost`` values did not fit the new layout (``lost_fields`` by path).
+    in ``rounds`` later ones; ``lost`` counts conversions of values that did not fit the new layout, ``lost_fields``
+    by path.
     """
 
     entries: int = 0
@@ -155,7 +156,7 @@ def _plan_first(node: Node, bundle: Bundle, allow_loss: Collection[str]) -> None
 def _refuse_loss(decided: Plan) -> None:
     if not decided.blocked:
         return
-    lines = [f"  {entry.name}: {loss}" for entry in decided.blocked for loss in entry.loss]
+    lines = [f"  {entry.name} loses: {loss}" for entry in decided.blocked for loss in entry.loss]
     options = " ".join(f"--allow-loss {entry.name}" for entry in decided.blocked)
     raise LossNotAllowedError(
         f"going from {decided.from_version} to {decided.to_version} would lose state:\n"
@@ -511,8 +512,7 @@ def _merge_back(carriage: Carriage, current: Generation | None) -> None:
     base = create_like(carriage.target, f"back_{carriage.name}")
     old_keys, old_values = carriage.base.entries()
     if len(old_keys):
-        values = carriage.value.apply(old_values).records if carriage.value else old_values
-        base.write(carriage.keys(old_keys), values)
+        base.write(carriage.keys(old_keys), carriage.convert(old_values))
     spec = next(live.spec for live in current.maps.values() if live.info.id == carriage.source.info.id)
     assert spec.value is not None
     fields = leaves(spec.value)

@@ -61,7 +61,7 @@ class Traffic:
 
     def _start(self, cgroup: str, kind: str, options: Sequence[str], targets: Sequence[Target]) -> Lines:
         args = [sys.executable, "-m", "meshd.demo.traffic", kind, *options, *map(str, targets)]
-        return Lines(self._lab.popen(args, cgroup, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        return Lines(self._lab.popen(args, cgroup, stdin=subprocess.PIPE, stdout=subprocess.PIPE), f"the {kind} client")
 
     @property
     def short_now(self) -> ShortTraffic:
@@ -86,8 +86,7 @@ class Traffic:
             client.process.stdin.close()
         for client in lines:
             if not client.closed.wait(20.0) or client.process.wait(5.0) or not client.last.get("final"):
-                kind = client.last.get("kind", "unknown")
-                trouble.append(f"the {kind} client did not end well (exit code {client.process.poll()})")
+                trouble.append(f"{client.name} did not end well (exit code {client.process.poll()})")
         return trouble
 
 

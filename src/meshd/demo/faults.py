@@ -1,17 +1,82 @@
 """Upgrades broken on purpose: ``python -m meshd.demo.faults NAME run ...`` is ``meshd run ...`` with one fault.
 
-The demo must be able to fail, or its success would show nothing. Each fault replaces a part of hitless in this
+The demo must be able to fail, or its success would show nothing. Each fault replaces a part of hitless in its own
 process only; no product code knows of them.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from unittest import mock
+
+from hitless.kernel.links import Link
+from hitless.kernel.programs import Program
+from hitless.upgrade import transaction
+from hitless.upgrade.copy import Carriage
+from hitless.upgrade.plan import HookPlan
 
 __all__ = ["FAULTS", "main"]
 
-FAULTS: dict[str, Callable[[], None]] = {}
+# What a daemon takes, at the very least, to load a release between detaching the old and attaching the new one.
+_LOADING = 0.02
+
+
+def _reattach() -> None:
+    """Links are not updated: old ones go away, new ones come, and for a moment there is no mesh."""
+
+    def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path) -> float:
+        started = time.perf_counter()
+        for hook in hooks:
+            if hook.action == "update":
+                with Link.open(links / hook.link) as link:
+                    link.detach()
+                (links / hook.link).unlink()
+        time.sleep(_LOADING)
+        for hook in hooks:
+            if hook.action in ("attach", "update"):
+                with Link.attach_cgroup(programs[hook.program], Path(hook.target), hook.attach_type) as link:
+                    link.pin(links / hook.link)
+        return (time.perf_counter() - started) * 1e6
+
+    mock.patch.object(transaction, "switch_hooks", switch_hooks).start()
+
+
+def _skip_copy() -> None:
+    """A changed map becomes an empty one; the control plane fills in what it knows."""
+
+    def copy_entries(carriage: Carriage, writing: threading.RLock, progress: Callable[[int], None]) -> None:
+        progress(0)
+
+    mock.patch.object(transaction, "copy_entries", copy_entries).start()
+    _skip_catch_up()
+
+
+def _skip_catch_up() -> None:
+    """What old programs wrote after the copy stays behind."""
+    mock.patch.object(transaction, "merge_round", lambda carriage: 0).start()
+
+
+def _overwrite() -> None:
+    """The catch-up copies once more instead of merging, over what the new programs have written already."""
+
+    def merge_round(carriage: Carriage) -> int:
+        keys, values = carriage.source.entries()
+        carriage.target.write(carriage.keys(keys), carriage.values(values, keys))
+        return len(keys)
+
+    mock.patch.object(transaction, "merge_round", merge_round).start()
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "overwrite": _overwrite,
+    "reattach": _reattach,
+    "skip-catch-up": _skip_catch_up,
+    "skip-copy": _skip_copy,
+}
 
 
 def main() -> None:

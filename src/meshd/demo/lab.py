@@ -214,8 +214,8 @@ class Lab:
     def _catch_signals(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == signal.SIG_DFL:
+        for number in _SIGNALS:
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 self._handlers[number] = signal.signal(number, _leave)
 
 
@@ -323,6 +323,11 @@ def _signals_held() -> Iterator[None]:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
+    # One is enough: a second would strike while the first one's exception makes its way to the clean-up.
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     raise SystemExit(128 + number)
 
 

@@ -166,8 +166,9 @@ class Churn:
 class Lines:
     """The JSON lines that a process prints, read as they come; ``last`` is the newest, ``closed`` says it ended."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], name: str) -> None:
         self.process = process
+        self.name = name
         self.last: dict[str, Any] = {}
         self.closed = threading.Event()
         self.queue: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -189,9 +190,10 @@ class Lines:
                 continue
             if all(said.get(key) in values for key, values in wanted.items()):
                 return said
-        what = " ".join(str(arg) for arg in list(self.process.args)[-4:])  # type: ignore[arg-type]
-        noise = "".join(f"\n  {line}" for line in self.noise[-10:])
-        raise NodeError(f"`{what}` did not say {dict(wanted)} within {seconds:g} s{noise}")
+        wants = ", ".join(f"{key} {' or '.join(map(str, values))}" for key, values in wanted.items())
+        ended = self.closed.is_set()
+        when = f"but ended ({self.last})" if ended else f"within {seconds:g} s; its last word was {self.last}"
+        raise NodeError("\n  ".join([f"{self.name} did not say: {wants}, {when}", *self.noise[-8:]]))
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -227,7 +229,7 @@ class MeshdProcess:
             self.process = lab.popen(
                 [sys.executable, "-m", *module, *args], stdout=subprocess.PIPE, stderr=log, env=dict(os.environ)
             )
-        self.lines = Lines(self.process)
+        self.lines = Lines(self.process, f"meshd (release {release})")
 
     def wait_until_ready(self, seconds: float = 30.0) -> dict[str, Any]:
         """Return the event that says the release is live; raises NodeError with what meshd printed."""

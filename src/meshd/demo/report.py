@@ -140,6 +140,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
                 counted = end.counters.get(counter, 0)
                 if counted != opened:
                     losses.append(f"counters: the mesh counted {counted:,} {counter}, its clients opened {opened:,}")
+            if left := sum(count for state, count in end.flows.items() if state != "closed"):
+                losses.append(f"flows: {left:,} entries are left of connections that are over ({end.flows})")
             if end.hits != denied.denied:
                 losses.append(f"policies: the mesh counted {end.hits:,} denials, its clients {denied.denied:,}")
         return cls(

@@ -1,0 +1,125 @@
+"""The commands as a user types them: words, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hitless
+from meshd.demo.lab import Lab
+from tests.upgrade.conftest import Release, node, release, releases
+
+__all__ = ["node", "release", "releases"]  # fixtures
+
+
+def hitless_command(*args: object, code: int = 0) -> str:
+    """Run the command, check its exit code and that it never shows a traceback; returns its standard output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hitless", *map(str, args)], capture_output=True, text=True, timeout=30, check=False,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+def as_json(*args: object, code: int = 0) -> Any:
+    return json.loads(hitless_command(*args, "--json", code=code))
+
+
+def test_inspect_shows_structs_as_c_with_offsets(releases: dict[int, Path]) -> None:
+    text = hitless_command("inspect", releases[2])
+    assert "struct tally {" in text
+    assert "hitless:was=last" in text
+    assert "count4" in text
+    assert "cgroup_inet4_connect" in text
+    facts = as_json("inspect", releases[2])
+    assert set(facts["maps"]) == {"tally", "limits", "owner", "extra"}
+
+
+def test_diff_says_what_changed_and_exits_1(releases: dict[int, Path]) -> None:
+    found = as_json("diff", releases[1], releases[2], code=1)
+    verdicts = {entry["name"]: (entry["was"], entry["verdict"]) for entry in found["maps"]}
+    assert verdicts == {
+        "tally": (None, "lossless"),
+        "limits": ("limit", "lossless"),
+        "owner": (None, "identical"),
+        "extra": (None, "added"),
+    }
+    kinds = {(change["path"], change["kind"]) for entry in found["maps"] for change in entry["changes"]}
+    assert {("since", "added"), ("count", "widened"), ("port", "renamed"), ("class", "added")} <= kinds
+    assert hitless_command("diff", releases[1], releases[2], code=1).endswith("All state survives the upgrade.\n")
+
+
+def test_diff_of_the_same_exits_0_and_of_nothing_2(releases: dict[int, Path], tmp_path: Path) -> None:
+    assert as_json("diff", releases[1], releases[1])["verdict"] == "identical"
+    found = as_json("diff", releases[1], tmp_path / "nothing", code=2)
+    assert found["error"]["code"] == "bundle"
+    assert "is not there" in found["error"]["message"]
+
+
+def test_a_snapshot_file_stands_for_its_release(releases: dict[int, Path], tmp_path: Path) -> None:
+    file = tmp_path / "one.json"
+    file.write_text(hitless_command("snapshot", releases[1]))
+    assert as_json("diff", file, releases[1])["verdict"] == "identical"
+    assert as_json("diff", file, releases[2], code=1)["verdict"] == "lossless"
+    assert set(as_json("inspect", file)["maps"]) == {"tally", "limit", "owner"}
+
+
+def test_plan_apply_status_unload_from_nothing_to_nothing(
+    node: hitless.Node, releases: dict[int, Path], lab: Lab
+) -> None:
+    where = ["--root", node.root, "--set", f"cgroup={lab.cgroup}"]
+    assert as_json("plan", releases[1], *where, code=2)["start_type"] == "normal"
+    assert as_json("apply", releases[1], *where)["committed"] is True
+    assert as_json("plan", releases[1], *where)["start_type"] == "restart"
+    planned = as_json("plan", releases[2], *where, code=2)
+    done = as_json("apply", releases[2], *where)
+    keys = ("name", "was", "action", "method", "exactness", "loss")
+    assert [[entry[key] for key in keys] for entry in planned["maps"]] == [
+        [entry[key] for key in keys] for entry in done["maps"]
+    ]
+    assert planned["hooks"] == done["hooks"]
+    assert (done["from"], done["to"], done["generation"]) == ("1.0", "2.0", 2)
+    assert {"hooks", "first_to_last_us", "stale_window_us"} <= set(done["cutover"])
+    assert {"entries", "copied", "rounds", "caught_up", "lost", "seconds"} <= set(done["maps"][0])
+    seen = as_json("status", "--root", node.root)
+    assert (seen["generation"], seen["version"], seen["phase"], seen["problems"]) == (2, "2.0", "committed", [])
+    assert as_json("diff", node.root / "maps" / "tally", node.root / "maps" / "tally")["verdict"] == "identical"
+    assert "struct tally" in hitless_command("inspect", node.root / "maps" / "tally")
+    assert as_json("unload", "--root", node.root)["removed"]
+    assert as_json("status", "--root", node.root)["version"] is None
+
+
+def test_a_refused_loss_is_told_with_what_to_do(
+    node: hitless.Node, release: Release, releases: dict[int, Path]
+) -> None:
+    hitless.apply(node, release(2))
+    cgroup = release(2).attach[0].target
+    where = ["--root", node.root, "--set", f"cgroup={cgroup}"]
+    found = as_json("apply", releases[1], *where, code=1)
+    assert found["error"]["code"] == "loss"
+    assert found["error"]["maps"] == ["tally", "limit"]
+    assert "--allow-loss tally --allow-loss limit" in found["error"]["message"]
+    assert "apply will refuse this" in hitless_command("plan", releases[1], *where, code=2)
+    hitless_command("apply", releases[1], *where, "--allow-loss", "tally", "--allow-loss", "limit")
+
+
+@pytest.mark.parametrize("command", ["inspect", "diff", "snapshot", "plan", "apply", "status", "unload"])
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    assert f"Example: hitless {command}" in hitless_command(command, "--help")
+
+
+def test_an_error_goes_to_stderr_and_a_traceback_only_with_debug(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hitless", "inspect", str(tmp_path / "gone")]
+    plain = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (plain.returncode, plain.stdout) == (1, "")
+    assert plain.stderr.startswith("hitless: ")
+    assert plain.stderr.count("\n") == 1
+    debug = subprocess.run([*command, "--debug"], capture_output=True, text=True, timeout=30, check=False)
+    assert "Traceback" in debug.stderr

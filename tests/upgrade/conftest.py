@@ -1,0 +1,37 @@
+"""A node in a lab of its own, and two releases of a small data path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import hitless
+from meshd.demo.lab import Lab
+from tests.releases import ATTACH, COUNTING, FIRST, SECOND, write_release
+
+Release = Callable[[int], hitless.Bundle]
+
+
+@pytest.fixture(scope="session")
+def releases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Two releases: 2 has another layout in most maps, and 1 says how to come back."""
+    top = tmp_path_factory.mktemp("releases")
+    back = ATTACH + '[map.limit]\nwas = "limits"\n[map.extra]\non_loss = "discard"\n'
+    return {
+        1: write_release(top / "1", "1.0", FIRST + COUNTING, back),
+        2: write_release(top / "2", "2.0", SECOND + COUNTING, ATTACH + '[map.limits]\nwas = "limit"\n'),
+    }
+
+
+@pytest.fixture
+def release(releases: dict[int, Path], lab: Lab) -> Release:
+    """Load release 1 or 2, attached to the lab's cgroup."""
+    return lambda number: hitless.Bundle.load(releases[number], {"cgroup": str(lab.cgroup)})
+
+
+@pytest.fixture
+def node(lab: Lab) -> hitless.Node:
+    """A pin root of its own."""
+    return hitless.Node(lab.bpffs / "store")

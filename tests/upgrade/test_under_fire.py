@@ -1,0 +1,164 @@
+"""Counters under writers on every CPU, and upgrades whose process is killed: nothing is lost, nothing counted twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import hitless
+from hitless.upgrade import transaction
+from hitless.upgrade.status import status
+from meshd.demo.lab import Lab
+from tests.upgrade.conftest import Release
+
+BACK = ("tally", "limit")
+
+# Connects to a port that nobody listens on: the program on the hook counts each try before the refusal.
+CLIENT = """
+import signal, socket, sys
+port, tries, go = int(sys.argv[1]), 0, True
+def stop(*_):
+    global go
+    go = False
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+while go and tries < 5_000_000:
+    with socket.socket() as client:
+        client.connect_ex(("127.0.0.1", port))
+    tries += 1
+print(tries, flush=True)
+"""
+
+
+@contextmanager
+def clients(lab: Lab) -> Iterator[dict[int, int]]:
+    """Clients that connect as fast as they can, two to one port and one to another; then how often each port."""
+    counts: dict[int, int] = {}
+    ports = [7, 7, 9]
+    running = [
+        lab.popen([sys.executable, "-c", CLIENT, str(port)], cgroup="clients", stdout=subprocess.PIPE) for port in ports
+    ]
+    try:
+        for client in running:
+            assert client.stdout is not None
+            assert client.stdout.readline() == "ready\n"
+        yield counts
+    finally:
+        for client in running:
+            client.send_signal(signal.SIGTERM)
+        for port, client in zip(ports, running, strict=True):
+            counts[port] = counts.get(port, 0) + int(client.communicate(timeout=10)[0])
+
+
+def counted(node: hitless.Node) -> dict[int, int]:
+    return {port: value["count"] for port, value in node.map("tally").items()}
+
+
+def test_no_increment_is_lost_or_gained_while_upgrades_go_back_and_forth(
+    node: hitless.Node, release: Release, lab: Lab
+) -> None:
+    hitless.apply(node, release(1))
+    with clients(lab) as tries:
+        until = time.monotonic() + 8
+        rounds = 0
+        while time.monotonic() < until:
+            hitless.apply(node, release(2))
+            hitless.apply(node, release(1), allow_loss=BACK)
+            rounds += 1
+    assert rounds > 20
+    assert sum(tries.values()) > 20_000
+    assert counted(node) == tries
+
+
+def test_without_the_catch_up_increments_are_lost(
+    node: hitless.Node, release: Release, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transaction, "merge_round", lambda carriage: 0)
+    monkeypatch.setattr(transaction, "verify_copy", lambda carriage, writing: None)
+    hitless.apply(node, release(1))
+    with clients(lab) as tries:
+        for _ in range(10):
+            hitless.apply(node, release(2))
+            hitless.apply(node, release(1), allow_loss=BACK)
+    assert sum(counted(node).values()) < sum(tries.values())
+
+
+def test_an_error_after_the_cutover_takes_the_new_counts_back_too(
+    node: hitless.Node, release: Release, lab: Lab
+) -> None:
+    hitless.apply(node, release(1))
+
+    def late(event: hitless.Progress) -> None:
+        if event.step in ("catch-up", "merge"):
+            time.sleep(0.02)  # the new release counts for a while
+        if event.step == "commit":
+            raise ZeroDivisionError
+
+    with clients(lab) as tries:
+        for _ in range(10):
+            with pytest.raises(ZeroDivisionError):
+                hitless.apply(node, release(2), progress=late)
+            assert node.observe().version == "1.0"
+    assert counted(node) == tries
+    assert status(node).problems == ()
+
+
+KILLED = """
+import json, os, signal, sys
+import hitless
+root, bundle, variables, step = json.loads(sys.argv[1])
+def progress(event):
+    if event.step == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+hitless.apply(hitless.Node(root), hitless.Bundle.load(bundle, variables), progress=progress)
+"""
+STEPS = ["stage", "copy", "prepare", "verify", "cutover", "catch-up", "merge", "commit", "clean-up"]
+
+
+def test_a_killed_upgrade_is_undone_or_finished_by_the_next_apply_and_counts_stay_exact(
+    node: hitless.Node, release: Release, releases: dict[int, Path], lab: Lab
+) -> None:
+    hitless.apply(node, release(1))
+    with clients(lab) as tries:
+        for step in STEPS:
+            task = json.dumps([str(node.root), str(releases[2]), {"cgroup": str(lab.cgroup)}, step])
+            killed = subprocess.run([sys.executable, "-c", KILLED, task], timeout=30, check=False)
+            assert killed.returncode == -signal.SIGKILL
+            result = hitless.apply(node, release(2))
+            switched = step in ("cutover", "catch-up", "merge", "commit", "clean-up")
+            assert (result.recovered is None) == (step == "stage"), "before the first step nothing was begun"
+            assert result.start_type == ("restart" if switched else "update"), step
+            assert status(node).problems == ()
+            hitless.apply(node, release(1), allow_loss=BACK)
+    assert counted(node) == tries
+
+
+def test_a_first_start_that_was_killed_is_finished_by_the_next_apply(
+    node: hitless.Node, release: Release, releases: dict[int, Path], lab: Lab
+) -> None:
+    for step in STEPS:
+        task = json.dumps([str(node.root), str(releases[1]), {"cgroup": str(lab.cgroup)}, step])
+        killed = subprocess.run([sys.executable, "-c", KILLED, task], timeout=30, check=False)
+        assert killed.returncode == -signal.SIGKILL
+        hitless.apply(node, release(1))
+        assert status(node).problems == ()
+        assert status(node).hooks[0].program == "count4"
+        hitless.unload(node)
+
+
+def test_a_second_apply_waits_and_then_names_the_holder(node: hitless.Node, release: Release) -> None:
+    hitless.apply(node, release(1))
+    with (
+        node.lock(),
+        pytest.raises(hitless.BusyError, match=f"process {os.getpid()}"),
+    ):
+        hitless.apply(node, release(2), wait=0.1)
