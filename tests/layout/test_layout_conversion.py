@@ -258,6 +258,14 @@ def test_a_sum_of_what_is_no_number_is_refused(a_map: MakeMap, field: str) -> No
         leaves(made)
 
 
+@pytest.mark.parametrize("field", ["_Bool a", "enum { A } a", "char a"])
+def test_a_sum_of_a_number_that_stands_for_something_else_is_refused(a_map: MakeMap, field: str) -> None:
+    made = a_map(f'struct value {{ {field} TAG("hitless:merge=sum"); }};').value
+    assert made is not None
+    with pytest.raises(LayoutError, match=r"merge=sum of .* has no meaning"):
+        leaves(made)
+
+
 NUMBERS = [
     Int(f"{'s' if signed else 'u'}{8 * size}", size, signed) for size in (1, 2, 4, 8) for signed in (False, True)
 ]
