@@ -23,9 +23,9 @@ from hitless.errors import (
 )
 from hitless.upgrade.bundle import Bundle
 from hitless.upgrade.handle import MapHandle
-from hitless.upgrade.node import Node, NodeState
-from hitless.upgrade.plan import Plan
-from hitless.upgrade.transaction import Progress, Result, apply, plan, recover, unload
+from hitless.upgrade.model import NodeState, Plan, Progress, Result
+from hitless.upgrade.node import Node
+from hitless.upgrade.transaction import apply, plan, recover, unload
 
 __all__ = [
     "Bundle",

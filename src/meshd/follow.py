@@ -102,7 +102,8 @@ class Follower:
                 if self.superseded:
                     return
                 if due:
-                    sync_at = now + (_RESYNC if self._sync() else _POLL)
+                    self._sync()
+                    sync_at = now + _RESYNC
                 if now >= self._sweep_at:
                     self._sweep_at = now + _SWEEP
                     self._sweep()
@@ -127,16 +128,12 @@ class Follower:
             self.superseded = True
             self._events.tell("superseded", version=version)
 
-    def _sync(self) -> bool:
-        """Take over the file and put the maps right; tell whether that was possible now."""
-        with self._node.writing:
-            if not self._settled and self._node.staged is None:
-                return False  # between the commit and its end, or undone: whose maps these are is not known
+    def _sync(self) -> None:
+        """Take over the file and put the maps right."""
         loaded = self._reload()
         changes = reconcile(self._node, desired(self._config, self._release))
         if loaded or changes:
             self._tell_config(changes)
-        return True
 
     def _tell_config(self, changes: Changes) -> None:
         self._events.tell(

@@ -9,7 +9,7 @@ import pytest
 
 from hitless.errors import LayoutError
 from hitless.layout.codec import decode, encode
-from hitless.layout.model import MapSpec, Type
+from hitless.layout.model import Int, MapSpec, Type
 
 MakeMap = Callable[..., MapSpec]
 
@@ -86,3 +86,10 @@ def test_text_ends_at_the_first_nul_and_bytes_that_are_no_utf8_come_back(a_map: 
     assert decode(made, b"ab\0cd\0") == {"n": "ab"}
     assert encode(made, decode(made, b"\xff\xfe\0\0\0\0")) == b"\xff\xfe\0\0\0\0"
     assert decode(made, encode(made, {"n": "éa"})) == {"n": "éa"}
+
+
+def test_types_that_come_and_go_do_not_get_each_others_values() -> None:
+    for size in (1, 2, 4, 8) * 200:
+        made = Int(f"u{8 * size}", size, False)
+        assert encode(made, 1) == b"\1" + bytes(size - 1)
+        assert decode(made, b"\2" + bytes(size - 1)) == 2

@@ -258,6 +258,14 @@ def test_a_sum_of_what_is_no_number_is_refused(a_map: MakeMap, field: str) -> No
         leaves(made)
 
 
+@pytest.mark.parametrize("field", ["_Bool a", "enum { A } a", "char a"])
+def test_a_sum_of_a_number_that_stands_for_something_else_is_refused(a_map: MakeMap, field: str) -> None:
+    made = a_map(f'struct value {{ {field} TAG("hitless:merge=sum"); }};').value
+    assert made is not None
+    with pytest.raises(LayoutError, match=r"merge=sum of .* has no meaning"):
+        leaves(made)
+
+
 NUMBERS = [
     Int(f"{'s' if signed else 'u'}{8 * size}", size, signed) for size in (1, 2, 4, 8) for signed in (False, True)
 ]
@@ -350,3 +358,27 @@ def test_any_value_is_the_same_after_encoding_and_decoding(data: st.DataObject, 
     made = laid_out(list(parts.items()))
     value = decode(made, data.draw(st.binary(min_size=made.size, max_size=made.size)))
     assert decode(made, encode(made, value)) == value
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data(), fields, fields)
+def test_any_two_layouts_get_a_verdict_and_a_conversion_that_stays_inside_its_records(
+    data: st.DataObject, before: dict[str, Type], after: dict[str, Type]
+) -> None:
+    old, new = laid_out(list(before.items())), laid_out(list(after.items()))
+    diff = diff_map(
+        MapSpec("m", "hash", 4, old.size, 1, 0, NUMBERS[4], old),
+        MapSpec("m", "hash", 4, new.size, 1, 0, NUMBERS[4], new),
+    )
+    assert diff.verdict in ("identical", "lossless", "lossy", "needs-converter")
+    assert (diff.verdict == "lossy") <= any(change.loss for change in diff.changes)
+    assert (diff.verdict == "needs-converter") == any(change.reason for change in diff.changes)
+    if diff.value is None:
+        return
+    ends = [m.new_offset + m.new_size + sum((r.count - 1) * r.new_stride for r in m.repeat) for m in diff.value.moves]
+    assert all(end <= new.size for end in ends)
+    count = data.draw(st.integers(1, 3))
+    records = rows(*(data.draw(st.binary(min_size=old.size, max_size=old.size)) for _ in range(count)))
+    done = diff.value.apply(records)
+    assert done.records.shape == (count, new.size)
+    assert not done.misfits or diff.verdict == "lossy"

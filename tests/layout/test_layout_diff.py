@@ -140,6 +140,26 @@ def test_a_rule_brings_a_field_into_a_new_nested_array(compare: Compare) -> None
     assert diff.value is not None and diff.value.inverse().moves[0].old_size == 8
 
 
+def test_a_rule_renames_in_every_element_of_an_array(compare: Compare) -> None:
+    text = "struct e {{ __u32 x; __u32 {}; }}; struct value {{ struct e list[4]; }};"
+    rules = MapRules(fields={"list[].weight": FieldRule("list[].share")})
+    diff = compare(text.format("share"), text.format("weight"), rules)
+    assert (diff.verdict, kinds(diff)) == ("lossless", [("list[]", "nested"), ("list[].weight", "renamed")])
+
+
+def test_a_rule_brings_a_nested_field_out_and_the_rest_of_its_struct_is_lost(compare: Compare) -> None:
+    rules = MapRules(fields={"inside": FieldRule("s.inside")})
+    diff = compare("struct { __u32 inside; __u32 other; } s;", "__u64 inside;", rules)
+    assert ("inside", "renamed") in kinds(diff) and ("inside", "widened") in kinds(diff)
+    assert only(diff, "removed").loss == "s is dropped, except s.inside"
+
+
+def test_a_rule_that_cannot_be_applied_is_an_error(compare: Compare) -> None:
+    rules = MapRules(fields={"list[1]": FieldRule("a")})
+    with pytest.raises(LayoutError, match="cannot be applied"):
+        compare("__u32 a; __u32 list[2];", "__u32 list[2];", rules)
+
+
 def test_a_rule_for_a_field_that_does_not_exist_is_an_error_that_names_it(compare: Compare) -> None:
     with pytest.raises(LayoutError, match="no field 'missing'"):
         compare("__u32 a;", "__u32 a;", MapRules(fields={"missing": FieldRule("a")}))
@@ -377,6 +397,13 @@ def test_flags_and_the_map_type_change_without_loss(a_map: MakeMap) -> None:
     diff = diff_map(a_map(value), a_map(value, kind=9, more="__uint(map_flags, 2);"))
     assert diff.verdict == "lossless"
     assert kinds(diff) == [("", "map-type"), ("", "flags")]
+
+
+def test_a_hash_that_becomes_an_array_loses_the_keys_beyond_it(a_map: MakeMap) -> None:
+    value = "struct value { __u32 x; };"
+    diff = diff_map(a_map(value), a_map(value, kind=2))
+    assert diff.verdict == "lossy"
+    assert only(diff, "map-type").loss == "entries whose key is 64 or more have no element"
 
 
 def test_inner_maps_are_compared_too(read: Read) -> None:

@@ -14,9 +14,8 @@ from hitless.layout.show import show_diff, show_map
 
 if TYPE_CHECKING:
     from hitless.sources import Comparison, Source
-    from hitless.upgrade.plan import HookPlan, MapPlan, Plan
+    from hitless.upgrade.model import HookPlan, MapPlan, Plan, Progress, Result
     from hitless.upgrade.status import Status
-    from hitless.upgrade.transaction import Progress, Result
 
 __all__ = [
     "print_json",

@@ -46,12 +46,27 @@ class Codec:
 
 def encode(made: Type, value: object) -> bytes:
     """The bytes of a value of this type; see :class:`Codec`."""
-    return Codec(made).encode(value)
+    return _codec(made).encode(value)
 
 
 def decode(made: Type, data: bytes) -> Any:
     """The value of this type in these bytes; see :class:`Codec`."""
-    return Codec(made).decode(data)
+    return _codec(made).decode(data)
+
+
+# By identity, as hashing a deep type costs more than it saves. A codec holds its type, so an id cannot come to mean
+# another one while it is here.
+_codecs: dict[int, Codec] = {}
+_MAX_CODECS = 256
+
+
+def _codec(made: Type) -> Codec:
+    found = _codecs.get(id(made))
+    if found is None:
+        if len(_codecs) >= _MAX_CODECS:
+            _codecs.clear()
+        found = _codecs[id(made)] = Codec(made)
+    return found
 
 
 def _bad(path: str, why: str) -> LayoutError:

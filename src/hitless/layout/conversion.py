@@ -253,6 +253,8 @@ def _leaf(path: str, offset: int, made: Type, merge: Merge) -> Leaf:
     number = isinstance(made, Int | Enum) and made.size in (1, 2, 4, 8)
     # Network byte order: neither its sum nor its maximum is what the processor would compute.
     plain = number and not made.name.startswith(("__be", "__sum16", "__wsum"))
+    if merge == "sum" and plain and (isinstance(made, Enum) or (isinstance(made, Int) and made.encoding)):
+        raise LayoutError(f"{path}: merge=sum of {made.name or 'an enum'} has no meaning", path=path, merge=merge)
     if not plain and merge in ("sum", "max", "min"):
         raise LayoutError(
             f"{path or 'value'}: merge={merge} needs an integer in the processor's byte order, but this is "

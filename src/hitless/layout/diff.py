@@ -213,7 +213,10 @@ def _definition(old: MapSpec, new: MapSpec) -> list[Change]:
     out = []
     if old.type != new.type:
         hint = "a full lru_hash evicts entries by itself" if new.type == "lru_hash" else None
-        out.append(Change("", "map-type", old.type, new.type, hint=hint))
+        loss = None
+        if new.type == "array":
+            loss = f"entries whose key is {new.max_entries} or more have no element"
+        out.append(Change("", "map-type", old.type, new.type, loss, hint=hint))
     if old.flags != new.flags:
         out.append(Change("", "flags", f"{old.flags:#x}", f"{new.flags:#x}"))
     if old.extra != new.extra:

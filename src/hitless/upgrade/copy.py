@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from hitless.errors import KernelError, LossNotAllowedError, VerifyError
 from hitless.kernel.codegen import Merger
-from hitless.kernel.maps import Map, Rows
+from hitless.kernel.maps import Map, Rows, create_like
 from hitless.layout.conversion import Conversion, Converted, Leaf
+from hitless.layout.diff import MapDiff
 
-__all__ = ["Carriage", "Tally", "copy_entries", "match_rows", "verify_copy"]
+__all__ = ["Carriage", "Tally", "copy_entries", "match_rows", "prepare_carriage", "verify_copy", "way_back"]
 
 Indices = npt.NDArray[np.intp]
 
@@ -85,6 +86,52 @@ class Carriage(msgspec.Struct):
                     count=misfit.count,
                 )
             self.tally.lost[misfit.path] = self.tally.lost.get(misfit.path, 0) + misfit.count
+
+
+def prepare_carriage(
+    name: str, source: Map, target: Map, base: Map, diff: MapDiff, fields: tuple[Leaf, ...], lossy_allowed: bool
+) -> Carriage:
+    """The carriage for map ``name``, its merge program loaded. Raises KernelError if the verifier refuses that."""
+    return Carriage(
+        name=name,
+        source=source,
+        target=target,
+        base=base,
+        key=diff.key,
+        value=diff.value,
+        back_key=diff.key.inverse() if diff.key else None,
+        back_value=diff.value.inverse() if diff.value else None,
+        leaves=fields,
+        lossy_allowed=lossy_allowed,
+        merger=Merger(name, source, target, base, fields),
+        tally=Tally(),
+        written=set(),
+    )
+
+
+def way_back(carriage: Carriage, fields: tuple[Leaf, ...]) -> Carriage:
+    """The same map with the sides changed, for what the target gained since its base; ``fields`` are the source's.
+
+    What the source's layout cannot hold stays behind with the release that is taken back.
+    """
+    base = create_like(carriage.target, f"back_{carriage.name}")
+    keys, values = carriage.base.entries()
+    base.write(carriage.keys(keys), carriage.convert(values))
+    return Carriage(
+        name=carriage.name,
+        source=carriage.target,
+        target=carriage.source,
+        base=base,
+        key=carriage.back_key,
+        value=carriage.back_value,
+        back_key=carriage.key,
+        back_value=carriage.value,
+        leaves=fields,
+        lossy_allowed=True,
+        merger=Merger(f"{carriage.name}_back", carriage.target, carriage.source, base, fields),
+        tally=Tally(),
+        written=set(),
+    )
 
 
 def copy_entries(carriage: Carriage, writing: threading.RLock, progress: Callable[[int], None]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hitless.kernel.links import Link
 from hitless.kernel.programs import Program
-from hitless.upgrade.plan import HookPlan
+from hitless.upgrade.model import HookPlan
 
 __all__ = ["detach_hooks", "switch_back", "switch_hooks"]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,10 +18,7 @@ from hitless.layout.model import MapSpec, Type
 from hitless.upgrade.copy import Carriage
 from hitless.upgrade.record import read_record
 
-if TYPE_CHECKING:
-    from hitless.upgrade.node import Node
-
-__all__ = ["MapHandle", "Staged"]
+__all__ = ["Access", "MapHandle", "Staged"]
 
 
 class Staged(msgspec.Struct):
@@ -30,6 +29,18 @@ class Staged(msgspec.Struct):
     carried: dict[str, Carriage]
 
 
+class Access:
+    """Where writes to the maps under ``root`` go: the running generation, and ``staged`` if one is being built.
+
+    ``writing`` is held by every write, and by an upgrade around each step that must not meet one.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.writing = threading.RLock()
+        self.staged: Staged | None = None
+
+
 class MapHandle:
     """One map of the running release by name, opened anew at each use, so that it follows upgrades.
 
@@ -38,8 +49,8 @@ class MapHandle:
     both maps. Safe to use from several threads.
     """
 
-    def __init__(self, node: Node, name: str) -> None:
-        self._node = node
+    def __init__(self, access: Access, name: str) -> None:
+        self._access = access
         self._name = name
 
     @property
@@ -86,26 +97,27 @@ class MapHandle:
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Map, MapSpec, Carriage | None]]:
-        node = self._node
-        with node.writing:
-            if node.staged is not None:
-                if self._name not in node.staged.maps:
-                    raise self._absent(node.staged.maps)
-                yield node.staged.maps[self._name], node.staged.specs[self._name], node.staged.carried.get(self._name)
+        access = self._access
+        with access.writing:
+            staged = access.staged
+            if staged is not None:
+                if self._name not in staged.maps:
+                    raise self._absent(staged.maps)
+                yield staged.maps[self._name], staged.specs[self._name], staged.carried.get(self._name)
                 return
-            path = node.root / "maps" / self._name
+            path = access.root / "maps" / self._name
             if not path.exists():
-                known = (node.root / "maps").iterdir() if (node.root / "maps").exists() else ()
+                known = (access.root / "maps").iterdir() if (access.root / "maps").exists() else ()
                 raise self._absent(path.name for path in known)
             with Map.open(path) as live:
                 spec = live.spec(self._name)
                 if spec.key is None or spec.value is None:
-                    spec = read_record(node.current / "record").maps[self._name]
+                    spec = read_record(access.root / "current" / "record").maps[self._name]
                 yield live, spec, None
 
     def _absent(self, known: Iterable[str]) -> NodeError:
         names = ", ".join(sorted(known)) or "none"
-        return NodeError(f"{self._node.root} has no map {self._name}; its maps: {names}", map=self._name)
+        return NodeError(f"{self._access.root} has no map {self._name}; its maps: {names}", map=self._name)
 
 
 def _key(spec: MapSpec) -> Type:

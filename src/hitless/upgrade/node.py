@@ -14,75 +14,28 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from hitless.errors import BusyError, NodeError
 from hitless.kernel.bpffs import require_bpffs
-from hitless.kernel.links import Link, LinkInfo
-from hitless.kernel.maps import Map, MapInfo
-from hitless.kernel.programs import Program, ProgramInfo
+from hitless.kernel.links import Link
+from hitless.kernel.maps import Map
+from hitless.kernel.programs import Program
 from hitless.layout.model import MapSpec
-from hitless.upgrade.record import Record, read_record
+from hitless.upgrade.handle import Access, MapHandle
+from hitless.upgrade.model import Generation, LiveMap, NodeState
+from hitless.upgrade.record import read_record
 
-if TYPE_CHECKING:
-    from hitless.upgrade.handle import MapHandle, Staged
-
-__all__ = ["Generation", "LiveMap", "Node", "NodeState"]
+__all__ = ["Node"]
 
 _DIRECTORIES = ("current", "next", "previous", "links")
 _PUBLIC = ("maps", "progs")
 _SUBDIRECTORIES = ("maps", "progs", "base")
-
-
-class LiveMap(msgspec.Struct, frozen=True):
-    """A pinned map: the kernel's facts, and its layouts from ``source``.
-
-    ``kernel`` when the map itself carries BTF, ``record`` when only the release's record knows, ``none``.
-    """
-
-    info: MapInfo
-    spec: MapSpec
-    source: str
-
-
-class Generation(msgspec.Struct, frozen=True):
-    """One generation as it is pinned."""
-
-    record: Record
-    maps: dict[str, LiveMap]
-    programs: dict[str, ProgramInfo]
-
-
-class NodeState(msgspec.Struct, frozen=True):
-    """What was seen under a pin root at one time.
-
-    ``unfinished`` is the record of an upgrade that began and did not end; ``litter`` is true when ``next/`` is
-    there without a readable beginning of one.
-    """
-
-    root: str
-    current: Generation | None
-    links: dict[str, LinkInfo]
-    unfinished: Record | None = None
-    litter: bool = False
-    previous: str | None = None
-
-    @property
-    def version(self) -> str | None:
-        """Version of the running release, None if nothing of ours runs."""
-        return self.current.record.version if self.current else None
-
-    @property
-    def generation(self) -> int | None:
-        """Number of the running generation, None if nothing of ours runs."""
-        return self.current.record.generation if self.current else None
 
 
 class Node:
@@ -94,10 +47,7 @@ class Node:
         self.next = self.root / "next"
         self.previous = self.root / "previous"
         self.links = self.root / "links"
-        # Held by every write through a map handle, and by an upgrade around each step that must not meet one.
-        self.writing = threading.RLock()
-        # The generation being built by an upgrade in this process: writes then go to both.
-        self.staged: Staged | None = None
+        self.access = Access(self.root)
 
     def observe(self) -> NodeState:
         """Look at what is live. Raises NodeError if the root is no place for pins or holds what is not ours."""
@@ -130,9 +80,7 @@ class Node:
 
     def map(self, name: str) -> MapHandle:
         """A handle on the map ``name`` of the running release; writes reach both releases during an upgrade."""
-        from hitless.upgrade.handle import MapHandle
-
-        return MapHandle(self, name)
+        return MapHandle(self.access, name)
 
     @contextmanager
     def lock(self, seconds: float = 10.0) -> Iterator[None]:

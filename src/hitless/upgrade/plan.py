@@ -8,88 +8,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from hitless.errors import BundleError, UnsupportedError
 from hitless.layout.conversion import leaves
-from hitless.layout.diff import Change, MapDiff, diff_maps
+from hitless.layout.diff import MapDiff, diff_maps
 from hitless.layout.model import Array, MapSpec, Record, Type
 from hitless.layout.rules import MapRules
+from hitless.upgrade.bundle import Attach, Bundle, unite_maps
+from hitless.upgrade.model import Generation, HookPlan, MapPlan, NodeState, Plan
 
-if TYPE_CHECKING:
-    from hitless.upgrade.bundle import Attach, Bundle
-    from hitless.upgrade.node import Generation, NodeState
-
-__all__ = ["HookPlan", "MapPlan", "Plan", "make_plan"]
+__all__ = ["make_plan"]
 
 _CONVERTIBLE_TYPES = ("hash", "lru_hash", "array")
 # Values with these inside hold kernel objects, which a copy of bytes would not carry.
 _KERNEL_OBJECTS = ("bpf_spin_lock", "bpf_res_spin_lock", "bpf_timer", "bpf_wq", "bpf_list_head", "bpf_rb_root")
-
-
-class MapPlan(msgspec.Struct, frozen=True):
-    """What becomes of one map.
-
-    ``action``: ``keep`` (the same map), ``convert`` (a new map, filled from the old), ``create`` (new and empty),
-    ``drop`` (the release has it no more), ``discard`` (a new empty map takes its place). ``method`` is how
-    entries travel, ``exactness`` what is promised of them meanwhile. ``loss`` names each thing that is lost;
-    ``allowed`` tells whether all of it may be.
-    """
-
-    name: str
-    action: str
-    was: str | None = None
-    verdict: str = "identical"
-    method: str = "none"
-    exactness: str = "exact"
-    loss: tuple[str, ...] = ()
-    allowed: bool = True
-    changes: tuple[Change, ...] = ()
-
-
-class HookPlan(msgspec.Struct, frozen=True):
-    """What becomes of one hook: ``keep``, ``update`` in place, ``attach`` or ``detach``.
-
-    ``expected`` is the kernel's id of the program that must be running there for the update to happen.
-    """
-
-    link: str
-    action: str
-    program: str
-    hook: str
-    target: str
-    attach_type: str
-    was: str | None = None
-    expected: int | None = None
-
-
-class Plan(msgspec.Struct, frozen=True):
-    """What ``apply`` would do on one node. ``start_type`` is ``normal``, ``restart`` or ``update``."""
-
-    root: str
-    name: str
-    start_type: str
-    from_version: str | None = msgspec.field(name="from")
-    to_version: str = msgspec.field(name="to")
-    digest: str = ""
-    generation: int = 1
-    maps: tuple[MapPlan, ...] = ()
-    hooks: tuple[HookPlan, ...] = ()
-    schema: int = 1
-
-    @property
-    def blocked(self) -> tuple[MapPlan, ...]:
-        """The maps that would lose something nobody allowed to be lost; ``apply`` refuses while there are any."""
-        return tuple(entry for entry in self.maps if entry.loss and not entry.allowed)
-
-    @property
-    def changes_anything(self) -> bool:
-        """Whether ``apply`` would do anything at all."""
-        if self.start_type != "restart":
-            return True
-        return any(hook.action != "keep" for hook in self.hooks)
 
 
 def make_plan(
@@ -144,8 +78,6 @@ def _check_names(current: Generation | None, bundle: Bundle, allow_loss: Collect
 
 
 def _globals_of(current: Generation) -> list[MapSpec]:
-    from hitless.upgrade.bundle import unite_maps
-
     united = unite_maps(current.record.objects)
     return [msgspec.structs.replace(spec, name=name) for name, spec in united.items() if _is_global(name)]
 

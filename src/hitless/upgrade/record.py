@@ -14,50 +14,14 @@ import msgspec
 
 from hitless.errors import NodeError
 from hitless.kernel.maps import Map, create
-from hitless.layout.model import MapSpec, ObjectSpec
-from hitless.layout.rules import MapRules
-from hitless.upgrade.plan import Plan
+from hitless.upgrade.model import SCHEMA, Record
 
-__all__ = ["PHASES", "Hook", "Record", "create_record", "read_record", "write_record"]
+__all__ = ["create_record", "read_record", "write_record"]
 
-PHASES = ("staging", "copying", "cutover", "committed")
-"""How far a generation came. Until ``cutover`` no hook runs it; from then on it is finished forward."""
-
-_SCHEMA = 1
 _MAGIC = b"hitless\x01"
 _HEADER = struct.Struct("<8sI")
 _KEY = b"\0\0\0\0"
 _MAP_TYPE_ARRAY = 2
-
-
-class Hook(msgspec.Struct, frozen=True):
-    """A hook of a generation: the link's pin name, and the program that it runs."""
-
-    link: str
-    program: str
-    hook: str
-    target: str
-    attach_type: str
-
-
-class Record(msgspec.Struct, frozen=True):
-    """What a generation is. ``generation`` counts up from 1; ``digest`` is the bundle's.
-
-    ``objects`` is the release's MapSpec snapshot; ``maps`` holds the spec of each pinned map by pin name, as the
-    release defines it. ``plan`` and ``rules`` are set while the upgrade to this generation runs.
-    """
-
-    generation: int
-    name: str
-    version: str
-    digest: str
-    phase: str
-    objects: tuple[ObjectSpec, ...]
-    maps: dict[str, MapSpec]
-    hooks: tuple[Hook, ...]
-    plan: Plan | None = None
-    rules: dict[str, MapRules] = {}
-    schema: int = _SCHEMA
 
 
 def create_record(path: Path, record: Record) -> None:
@@ -86,10 +50,10 @@ def read_record(path: Path) -> Record:
     try:
         text = zlib.decompress(data[_HEADER.size : _HEADER.size + length])
         schema = msgspec.json.decode(text, type=dict[str, msgspec.Raw]).get("schema")
-        if schema is not None and int(bytes(schema)) > _SCHEMA:
+        if schema is not None and int(bytes(schema)) > SCHEMA:
             raise NodeError(
                 f"{path} was written by a newer hitless (record schema {bytes(schema).decode()}, this one knows "
-                f"{_SCHEMA}); use that version",
+                f"{SCHEMA}); use that version",
                 path=str(path),
             )
         return msgspec.json.decode(text, type=Record)

@@ -17,74 +17,35 @@ import msgspec
 from hitless.errors import InterruptedUpgradeError, LossNotAllowedError, NodeError, VerifyError
 from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.bpffs import exchange, remove_tree, require_bpffs
-from hitless.kernel.codegen import Merger
 from hitless.kernel.links import Link, cgroup_id
 from hitless.kernel.maps import Map, create_like
 from hitless.kernel.programs import Program, load_object
 from hitless.layout.conversion import leaves
 from hitless.layout.diff import diff_map
-from hitless.layout.model import MapSpec
+from hitless.layout.model import MapSpec, Type
 from hitless.layout.rules import MapRules
 from hitless.upgrade.bundle import Bundle
-from hitless.upgrade.copy import Carriage, Tally, copy_entries, verify_copy
+from hitless.upgrade.copy import Carriage, Tally, copy_entries, prepare_carriage, verify_copy, way_back
 from hitless.upgrade.cutover import detach_hooks, switch_back, switch_hooks
 from hitless.upgrade.handle import Staged
 from hitless.upgrade.merge import merge_round
-from hitless.upgrade.node import Generation, Node, NodeState
-from hitless.upgrade.plan import HookPlan, MapPlan, Plan, make_plan
-from hitless.upgrade.record import Hook, Record, create_record, read_record, write_record
+from hitless.upgrade.model import (
+    Cutover,
+    Generation,
+    Hook,
+    MapPlan,
+    MapResult,
+    NodeState,
+    Plan,
+    Progress,
+    Record,
+    Result,
+)
+from hitless.upgrade.node import Node
+from hitless.upgrade.plan import make_plan
+from hitless.upgrade.record import create_record, read_record, write_record
 
-__all__ = ["Cutover", "MapResult", "Progress", "Result", "apply", "plan", "recover", "unload"]
-
-
-class Progress(msgspec.Struct, frozen=True):
-    """Something that is going on: the ``step``, and for the copy the map with entries ``done`` of ``total``."""
-
-    step: str
-    map: str | None = None
-    done: int = 0
-    total: int | None = None
-
-
-class MapResult(MapPlan, frozen=True):
-    """What became of one map. ``entries`` were in the old map, ``copied`` by the first pass, ``caught_up`` merged
-    in ``rounds`` later ones; ``lost`` counts conversions of values that did not fit the new layout, ``lost_fields``
-    by path.
-    """
-
-    entries: int = 0
-    copied: int = 0
-    rounds: int = 0
-    caught_up: int = 0
-    lost: int = 0
-    lost_fields: Mapping[str, int] = {}
-    seconds: float = 0.0
-
-
-class Cutover(msgspec.Struct, frozen=True):
-    """The switch of ``hooks`` hooks: microseconds from first to last, and from the first until the catch-up ended."""
-
-    hooks: int = 0
-    first_to_last_us: float = 0.0
-    stale_window_us: float = 0.0
-
-
-class Result(msgspec.Struct, frozen=True):
-    """What an apply did; the plan's facts and what came of them. ``steps`` are seconds by step."""
-
-    root: str
-    name: str
-    start_type: str
-    from_version: str | None = msgspec.field(name="from")
-    to_version: str = msgspec.field(name="to")
-    generation: int = 1
-    maps: tuple[MapResult, ...] = ()
-    hooks: tuple[HookPlan, ...] = ()
-    cutover: Cutover = Cutover()
-    steps: Mapping[str, float] = {}
-    recovered: str | None = None
-    committed: bool = True
-    schema: int = 1
+__all__ = ["apply", "plan", "recover", "unload"]
 
 
 def plan(node: Node, bundle: Bundle, allow_loss: Collection[str] = ()) -> Plan:
@@ -254,8 +215,8 @@ class _Upgrade:
             with self._step("copy"):
                 write_record(node.next / "record", self._phase("copying"))
                 self._carry(bundle.maps, bundle.rules, fresh=True)
-                with node.writing:
-                    node.staged = Staged(self._maps, self._specs(), self._carried)
+                with node.access.writing:
+                    node.access.staged = Staged(self._maps, self._specs(), self._carried)
                 for carriage in self._carried.values():
                     self._copy(carriage)
             with self._step("prepare"):
@@ -263,7 +224,7 @@ class _Upgrade:
                     prepare(node)
             with self._step("verify"):
                 for carriage in self._carried.values():
-                    verify_copy(carriage, node.writing)
+                    verify_copy(carriage, node.access.writing)
         except BaseException:
             self._drop()
             raise
@@ -289,7 +250,7 @@ class _Upgrade:
                 # A first merge at once keeps short the time in which new programs miss what old ones wrote last.
                 self._merge()
                 wait_for_running_programs()
-            with node.writing:
+            with node.access.writing:
                 with self._step("merge"):
                     self._merge()
                     stale = (time.perf_counter() - started) * 1e6
@@ -362,24 +323,8 @@ class _Upgrade:
                 base.pin(pin)
             else:
                 base = Map.open(pin)
-            value = specs[name].value
-            assert value is not None  # the plan converts no map without layouts
-            fields = leaves(value, rule)
-            target = self._maps[name]
-            self._carried[name] = Carriage(
-                name=name,
-                source=source,
-                target=target,
-                base=base,
-                key=diff.key,
-                value=diff.value,
-                back_key=diff.key.inverse() if diff.key else None,
-                back_value=diff.value.inverse() if diff.value else None,
-                leaves=fields,
-                lossy_allowed=entry.allowed,
-                merger=Merger(name, source, target, base, fields),
-                tally=Tally(),
-                written=set(),
+            self._carried[name] = prepare_carriage(
+                name, source, self._maps[name], base, diff, leaves(_value_of(specs[name]), rule), entry.allowed
             )
 
     def _copy(self, carriage: Carriage) -> None:
@@ -389,16 +334,16 @@ class _Upgrade:
         def copied(done: int) -> None:
             self._tell(Progress("copy", name, done))
 
-        copy_entries(carriage, node.writing, copied)
+        copy_entries(carriage, node.access.writing, copied)
         carriage.tally.entries = carriage.tally.copied
-        with node.writing:
+        with node.access.writing:
             merge_round(carriage)
         carriage.tally.seconds = time.perf_counter() - started
 
     def _merge(self) -> None:
         for carriage in self._carried.values():
             started = time.perf_counter()
-            with self._node.writing:
+            with self._node.access.writing:
                 merge_round(carriage)
             carriage.tally.seconds += time.perf_counter() - started
 
@@ -428,12 +373,12 @@ class _Upgrade:
             node.next.rename(node.current)
         else:
             exchange(node.current, node.next)
-        node.staged = None
+        node.access.staged = None
 
     def _drop(self) -> None:
         """Undo before the cutover: nothing public changed."""
-        with self._node.writing:
-            self._node.staged = None
+        with self._node.access.writing:
+            self._node.access.staged = None
         remove_tree(self._node.next)
 
     def _take_back(self) -> None:
@@ -441,9 +386,11 @@ class _Upgrade:
         node = self._node
         switch_back(self._plan.hooks, self._programs, node.links)
         wait_for_running_programs()
-        with node.writing:
-            for carriage in self._carried.values():
-                _merge_back(carriage, self._current)
+        with node.access.writing:
+            for entry in self._plan.maps:
+                if self._current is not None and entry.name in self._carried:
+                    old = self._current.maps[entry.was or entry.name].spec
+                    merge_round(way_back(self._carried[entry.name], leaves(_value_of(old))))
         self._drop()
 
     def _is_committed(self) -> bool:
@@ -506,33 +453,9 @@ class _Upgrade:
         )
 
 
-def _merge_back(carriage: Carriage, current: Generation | None) -> None:
-    """The same merge with the sides changed: what the new map gained since its base, into the old map."""
-    assert current is not None  # a map is carried from something
-    base = create_like(carriage.target, f"back_{carriage.name}")
-    old_keys, old_values = carriage.base.entries()
-    if len(old_keys):
-        base.write(carriage.keys(old_keys), carriage.convert(old_values))
-    spec = next(live.spec for live in current.maps.values() if live.info.id == carriage.source.info.id)
-    assert spec.value is not None
-    fields = leaves(spec.value)
-    merger = Merger(f"{carriage.name}_back", carriage.target, carriage.source, base, fields)
-    back = Carriage(
-        name=carriage.name,
-        source=carriage.target,
-        target=carriage.source,
-        base=base,
-        key=carriage.back_key,
-        value=carriage.back_value,
-        back_key=carriage.key,
-        back_value=carriage.value,
-        leaves=fields,
-        lossy_allowed=True,  # what the old layout cannot hold goes with the release that is taken back
-        merger=merger,
-        tally=Tally(),
-        written=set(),
-    )
-    merge_round(back)
+def _value_of(spec: MapSpec) -> Type:
+    assert spec.value is not None  # the plan converts no map without layouts
+    return spec.value
 
 
 def _finish(node: Node) -> None:

@@ -155,12 +155,10 @@ class Demo:
         ready = self.meshd.wait_until_ready()
         say(f"meshd {ready.get('version')} is live (start type {ready.get('start_type')}), with nginx behind it.")
         self.traffic = Traffic(self.lab, options.held)
-        churn.start()
         start = time.monotonic()
-        with self.screen.showing():
+        with churn, self.screen.showing():
             done = self._keep_upgrading(start)
         elapsed = time.monotonic() - start
-        churn.stop()
         say("The traffic ends, and the books are compared.")
         self.trouble += self.traffic.stop(*self.traffic.short, self.traffic.denied)
         if done:

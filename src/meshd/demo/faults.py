@@ -17,7 +17,7 @@ from hitless.kernel.links import Link
 from hitless.kernel.programs import Program
 from hitless.upgrade import transaction
 from hitless.upgrade.copy import Carriage
-from hitless.upgrade.plan import HookPlan
+from hitless.upgrade.model import HookPlan
 
 __all__ = ["FAULTS", "main"]
 

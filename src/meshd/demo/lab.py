@@ -281,9 +281,18 @@ def _remove(name: str) -> None:
         if _libc.umount2(os.fsencode(path), _MNT_DETACH) and ctypes.get_errno() not in (errno.EINVAL, errno.ENOENT):
             raise NodeError(f"cannot unmount {path}: {os.strerror(ctypes.get_errno())}")
     (_NETNS / name).unlink(missing_ok=True)
-    # Not with ignore_errors: what cannot be removed must be seen. Only a concurrent sweep may win the race.
+    _remove_scratch(_RUN / name)
+
+
+def _remove_scratch(path: Path) -> None:
+    # A thread of the owner may still write there, and another sweep may do the same: try more than once.
+    for _ in range(20):
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(0.01)
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(_RUN / name)
+        shutil.rmtree(path)
 
 
 def _remove_cgroup(top: Path) -> None:

@@ -110,7 +110,8 @@ class Churn:
     """The control plane: rewrites the service file several times a second, always a valid one, by a rename.
 
     Weights change, backends come and go, and so does a whole service with its policy. What clients rely on stays:
-    every service has a backend, and the denied clients stay denied.
+    every service has a backend, and the denied clients stay denied. It writes from a thread of its own while it is
+    used as a context manager; the last file stays.
     """
 
     def __init__(self, path: Path, every: float = 0.2, seed: int = 2) -> None:
@@ -123,15 +124,13 @@ class Churn:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.write()
 
-    def start(self) -> None:
-        """Begin to rewrite."""
+    def __enter__(self) -> Churn:
         self._thread.start()
+        return self
 
-    def stop(self) -> None:
-        """Stop; the last file stays."""
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._thread.join()
 
     def write(self) -> None:
         """Write one more variant."""
@@ -166,7 +165,7 @@ class Churn:
 class Lines:
     """The JSON lines that a process prints, read as they come; ``last`` is the newest, ``closed`` says it ended."""
 
-    def __init__(self, process: subprocess.Popen[str], name: str) -> None:
+    def __init__(self, process: subprocess.Popen[str], name: str = "a process") -> None:
         self.process = process
         self.name = name
         self.last: dict[str, Any] = {}

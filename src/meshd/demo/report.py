@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -203,30 +205,23 @@ def _lost_by(upgrade: Upgrade, held: int) -> list[str]:
 def print_report(report: Report, console: Console) -> None:
     """Print it for a person."""
     console.print()
-    table = Table(title="Upgrades", title_justify="left", title_style="bold")
-    for heading in ("#", "from", "to", "kept", "converted", "created", "dropped"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("entries", "s", "first to last", "stale"):
-        table.add_column(heading, justify="right")
+    table = _table("Upgrades", "#", "release", "maps", ">seconds", ">first to last", ">stale")
     for one in report.upgrades:
-        names = [", ".join(one.maps.get(action, [])) or "-" for action in ("keep", "convert", "create")]
-        gone = ", ".join([*one.maps.get("drop", []), *one.maps.get("discard", [])]) or "-"
+        maps = "\n".join(f"{action} {', '.join(names)}" for action, names in one.maps.items())
         table.add_row(
-            str(one.number), one.source, one.to, *names, gone, f"{one.entries:,}", f"{one.seconds:.2f}",
+            str(one.number), f"{one.source} > {one.to}", maps, f"{one.seconds:.2f}",
             _micro(one.first_to_last_us), _micro(one.stale_window_us),
         )  # fmt: skip
     console.print(table)
 
-    table = Table(title="Before and after each upgrade, under traffic", title_justify="left", title_style="bold")
-    for heading in ("#", "flows", "held", "policies", "denials", "opened", "closed", "connections meanwhile"):
-        table.add_column(heading, justify="right")
+    headings = ("#", ">flows", ">held", ">policies", ">denials", ">connections counted")
+    table = _table("Before > after each upgrade", *headings)
     for one in report.upgrades:
         a, b = one.before, one.after
         table.add_row(
             str(one.number), _pair(sum(a.flows.values()), sum(b.flows.values())), _pair(a.held, b.held),
             _pair(a.policies, b.policies), _pair(a.hits, b.hits),
             _pair(a.counters.get("opened", 0), b.counters.get("opened", 0)),
-            _pair(a.counters.get("closed", 0), b.counters.get("closed", 0)), f"{one.connections:,}",
         )  # fmt: skip
     console.print(table)
 
@@ -236,29 +231,30 @@ def print_report(report: Report, console: Console) -> None:
             steps.setdefault(step, []).append(seconds)
     if steps:
         told = (f"{name} {sum(all_) / len(all_) * 1e3:.1f} ({max(all_) * 1e3:.1f})" for name, all_ in steps.items())
-        console.print("Milliseconds a step, mean (most): " + ", ".join(told))
+        console.print("Milliseconds a step, mean (most): " + ", ".join(told), highlight=False)
         console.print()
 
     short, held, denied = report.connections, report.held, report.denied
-    console.print(
+    say = functools.partial(console.print, highlight=False)
+    say(
         f"Connections:       {short.tried:,} tried, {sum(short.failed.values()):,} failed, {short.reset:,} reset, "
         f"{short.stalled:,} stalled; slowest {short.slowest * 1000:.0f} ms; "
         f"{short.tried / report.seconds if report.seconds else 0:,.0f} a second"
     )
-    console.print(
+    say(
         f"Held connections:  {held.alive} of {held.connections} alive; {held.received:,} of {held.sent:,} numbered "
         f"messages came back in order, {held.stalled:,} stalled"
     )
-    console.print(
+    say(
         f"Denied client:     {denied.tried:,} attempts, {denied.denied:,} denied, {denied.through:,} got through; "
         f"never more than {denied.longest_gap * 1000:.0f} ms between two attempts"
     )
     if report.end is not None:
-        console.print(
+        say(
             f"Counters:          the mesh counted {report.end.counters.get('opened', 0):,} opened connections and "
             f"{report.end.hits:,} denials; its clients {report.opened_by_clients:,} and {denied.denied:,}"
         )
-    console.print(
+    say(
         f"Upgrades:          {len(report.upgrades)} in {report.seconds:.0f} s of traffic, while the service file "
         f"changed {report.config_changes:,} times"
     )
@@ -269,6 +265,14 @@ def print_report(report: Report, console: Console) -> None:
     console.print("LOST:", style="bold red")
     for loss in report.losses:
         console.print(f"  - {loss}", style="red", highlight=False)
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for heading in headings:
+        justify: Literal["left", "right"] = "right" if heading.startswith(">") else "left"
+        table.add_column(heading.removeprefix(">"), justify=justify, no_wrap=heading != "maps")
+    return table
 
 
 def _pair(before: int, after: int) -> str:

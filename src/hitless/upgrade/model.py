@@ -1,0 +1,224 @@
+"""The values that an upgrade is made of: what was seen, what is planned, what is recorded, what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from hitless.kernel.links import LinkInfo
+from hitless.kernel.maps import MapInfo
+from hitless.kernel.programs import ProgramInfo
+from hitless.layout.diff import Change
+from hitless.layout.model import MapSpec, ObjectSpec
+from hitless.layout.rules import MapRules
+
+__all__ = [
+    "PHASES",
+    "SCHEMA",
+    "Cutover",
+    "Generation",
+    "Hook",
+    "HookPlan",
+    "LiveMap",
+    "MapPlan",
+    "MapResult",
+    "NodeState",
+    "Plan",
+    "Progress",
+    "Record",
+    "Result",
+]
+
+PHASES = ("staging", "copying", "cutover", "committed")
+"""How far a generation came. Until ``cutover`` no hook runs it; from then on it is finished forward."""
+
+SCHEMA = 1
+"""Version of the record's format; a hitless that knows less refuses to touch what is newer."""
+
+
+class MapPlan(msgspec.Struct, frozen=True):
+    """What becomes of one map.
+
+    ``action``: ``keep`` (the same map), ``convert`` (a new map, filled from the old), ``create`` (new and empty),
+    ``drop`` (the release has it no more), ``discard`` (a new empty map takes its place). ``method`` is how
+    entries travel, ``exactness`` what is promised of them meanwhile. ``loss`` names each thing that is lost;
+    ``allowed`` tells whether all of it may be.
+    """
+
+    name: str
+    action: str
+    was: str | None = None
+    verdict: str = "identical"
+    method: str = "none"
+    exactness: str = "exact"
+    loss: tuple[str, ...] = ()
+    allowed: bool = True
+    changes: tuple[Change, ...] = ()
+
+
+class HookPlan(msgspec.Struct, frozen=True):
+    """What becomes of one hook: ``keep``, ``update`` in place, ``attach`` or ``detach``.
+
+    ``expected`` is the kernel's id of the program that must be running there for the update to happen.
+    """
+
+    link: str
+    action: str
+    program: str
+    hook: str
+    target: str
+    attach_type: str
+    was: str | None = None
+    expected: int | None = None
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What ``apply`` would do on one node. ``start_type`` is ``normal``, ``restart`` or ``update``."""
+
+    root: str
+    name: str
+    start_type: str
+    from_version: str | None = msgspec.field(name="from")
+    to_version: str = msgspec.field(name="to")
+    digest: str = ""
+    generation: int = 1
+    maps: tuple[MapPlan, ...] = ()
+    hooks: tuple[HookPlan, ...] = ()
+    schema: int = 1
+
+    @property
+    def blocked(self) -> tuple[MapPlan, ...]:
+        """The maps that would lose something nobody allowed to be lost; ``apply`` refuses while there are any."""
+        return tuple(entry for entry in self.maps if entry.loss and not entry.allowed)
+
+    @property
+    def changes_anything(self) -> bool:
+        """Whether ``apply`` would do anything at all."""
+        if self.start_type != "restart":
+            return True
+        return any(hook.action != "keep" for hook in self.hooks)
+
+
+class Hook(msgspec.Struct, frozen=True):
+    """A hook of a generation: the link's pin name, and the program that it runs."""
+
+    link: str
+    program: str
+    hook: str
+    target: str
+    attach_type: str
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What a generation is. ``generation`` counts up from 1; ``digest`` is the bundle's.
+
+    ``objects`` is the release's MapSpec snapshot; ``maps`` holds the spec of each pinned map by pin name, as the
+    release defines it. ``plan`` and ``rules`` are set while the upgrade to this generation runs.
+    """
+
+    generation: int
+    name: str
+    version: str
+    digest: str
+    phase: str
+    objects: tuple[ObjectSpec, ...]
+    maps: dict[str, MapSpec]
+    hooks: tuple[Hook, ...]
+    plan: Plan | None = None
+    rules: dict[str, MapRules] = {}
+    schema: int = SCHEMA
+
+
+class LiveMap(msgspec.Struct, frozen=True):
+    """A pinned map: the kernel's facts, and its layouts from ``source``.
+
+    ``kernel`` when the map itself carries BTF, ``record`` when only the release's record knows, ``none``.
+    """
+
+    info: MapInfo
+    spec: MapSpec
+    source: str
+
+
+class Generation(msgspec.Struct, frozen=True):
+    """One generation as it is pinned."""
+
+    record: Record
+    maps: dict[str, LiveMap]
+    programs: dict[str, ProgramInfo]
+
+
+class NodeState(msgspec.Struct, frozen=True):
+    """What was seen under a pin root at one time.
+
+    ``unfinished`` is the record of an upgrade that began and did not end; ``litter`` is true when ``next/`` is
+    there without a readable beginning of one.
+    """
+
+    root: str
+    current: Generation | None
+    links: dict[str, LinkInfo]
+    unfinished: Record | None = None
+    litter: bool = False
+    previous: str | None = None
+
+    @property
+    def version(self) -> str | None:
+        """Version of the running release, None if nothing of ours runs."""
+        return self.current.record.version if self.current else None
+
+    @property
+    def generation(self) -> int | None:
+        """Number of the running generation, None if nothing of ours runs."""
+        return self.current.record.generation if self.current else None
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """Something that is going on: the ``step``, and for the copy the map with entries ``done`` of ``total``."""
+
+    step: str
+    map: str | None = None
+    done: int = 0
+    total: int | None = None
+
+
+class MapResult(MapPlan, frozen=True):
+    """What became of one map. ``entries`` were in the old map, ``copied`` by the first pass, ``caught_up`` merged
+    in ``rounds`` later ones; ``lost`` counts conversions of values that did not fit the new layout, ``lost_fields``
+    by path.
+    """
+
+    entries: int = 0
+    copied: int = 0
+    rounds: int = 0
+    caught_up: int = 0
+    lost: int = 0
+    lost_fields: Mapping[str, int] = {}
+    seconds: float = 0.0
+
+
+class Cutover(msgspec.Struct, frozen=True):
+    """The switch of ``hooks`` hooks: microseconds from first to last, and from the first until the catch-up ended."""
+
+    hooks: int = 0
+    first_to_last_us: float = 0.0
+    stale_window_us: float = 0.0
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What an apply did; the plan's facts and what came of them. ``steps`` are seconds by step."""
+
+    root: str
+    name: str
+    start_type: str
+    from_version: str | None = msgspec.field(name="from")
+    to_version: str = msgspec.field(name="to")
+    generation: int = 1
+    maps: tuple[MapResult, ...] = ()
+    hooks: tuple[HookPlan, ...] = ()
+    cutover: Cutover = Cutover()
+    steps: Mapping[str, float] = {}
+    recovered: str | None = None
+    committed: bool = True
+    schema: int = 1
