@@ -167,13 +167,19 @@ def _generation(directory: Path) -> Generation:
 
 
 def _live(pinned: Map, name: str, declared: MapSpec) -> LiveMap:
+    """The kernel's word first; the record's for what the kernel does not tell (inner maps, tags, lost BTF)."""
     seen = pinned.spec(name)
-    if seen.key is not None and seen.value is not None:
-        return LiveMap(pinned.info, seen, "kernel")
-    if declared.key is not None and (declared.key_size, declared.value_size) == (seen.key_size, seen.value_size):
-        spec = msgspec.structs.replace(seen, key=declared.key, value=declared.value)
-        return LiveMap(pinned.info, spec, "record")
-    return LiveMap(pinned.info, seen, "none")
+    typed = seen.key is not None and seen.value is not None
+    if (seen.type, seen.key_size, seen.value_size) != (declared.type, declared.key_size, declared.value_size):
+        return LiveMap(pinned.info, seen, "kernel" if typed else "none")
+    spec = msgspec.structs.replace(
+        declared,
+        max_entries=seen.max_entries if declared.max_entries else 0,  # 0 lets the kernel decide
+        flags=seen.flags,
+        key=seen.key or declared.key,
+        value=seen.value or declared.value,
+    )
+    return LiveMap(pinned.info, spec, "kernel" if typed else "record" if declared.value is not None else "none")
 
 
 def _children(directory: Path) -> list[Path]:
