@@ -261,6 +261,7 @@ class _Upgrade:
             if not self._is_committed():
                 self._take_back()
                 raise
+            node.access.staged = None
             _finish(node)
             raise
         with self._step("clean-up"):
