@@ -9,6 +9,9 @@
 All errors are subclasses of :class:`HitlessError`.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from hitless.errors import (
     BundleError,
     BusyError,
@@ -21,11 +24,13 @@ from hitless.errors import (
     UnsupportedError,
     VerifyError,
 )
-from hitless.upgrade.bundle import Bundle
-from hitless.upgrade.handle import MapHandle
-from hitless.upgrade.model import NodeState, Plan, Progress, Result
-from hitless.upgrade.node import Node
-from hitless.upgrade.transaction import apply, plan, recover, unload
+
+if TYPE_CHECKING:
+    from hitless.upgrade.bundle import Bundle
+    from hitless.upgrade.handle import MapHandle
+    from hitless.upgrade.model import NodeState, Plan, Progress, Result
+    from hitless.upgrade.node import Node
+    from hitless.upgrade.transaction import apply, plan, recover, unload
 
 __all__ = [
     "Bundle",
@@ -50,3 +55,24 @@ __all__ = [
     "recover",
     "unload",
 ]
+
+# Layouts can be read and compared where there is no libbpf, so the rest is imported when it is asked for.
+_ROOMS = {
+    "Bundle": "bundle",
+    "MapHandle": "handle",
+    "Node": "node",
+    "NodeState": "model",
+    "Plan": "model",
+    "Progress": "model",
+    "Result": "model",
+    "apply": "transaction",
+    "plan": "transaction",
+    "recover": "transaction",
+    "unload": "transaction",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"hitless.upgrade.{_ROOMS[name]}"), name)

@@ -1,4 +1,4 @@
-"""Whatever describes maps, as one thing: an object file, a bundle, a snapshot file, a pinned map or generation."""
+"""Whatever describes maps, as one thing: an object file, a bundle, a snapshot file, a pinned map, a pin root."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Comparison", "Source", "compare", "read_objects", "read_source"]
 class Source(msgspec.Struct, frozen=True):
     """Maps by name from ``path``, with the rules of its manifest and the objects where there are any.
 
-    ``kind`` is ``object``, ``bundle``, ``snapshot`` or ``pinned map``.
+    ``kind`` is ``object``, ``bundle``, ``snapshot``, ``pinned map`` or ``pin root``.
     """
 
     path: str
@@ -36,8 +36,10 @@ def read_source(what: str) -> Source:
     path = Path(what)
     if not path.exists():
         raise BundleError(
-            f"{what} is not there; name a .o file, a bundle directory, a snapshot file or a pinned map", path=what
+            f"{what} is not there; name a .o file, a bundle, a snapshot file, a pinned map or a pin root", path=what
         )
+    if path.is_dir() and _on_bpffs(path):
+        return _read_node(path)
     if path.is_dir():
         if not (path / MANIFEST).exists():
             raise BundleError(f"{what} is a directory without a {MANIFEST}, so it is no bundle", path=what)
@@ -56,6 +58,16 @@ def read_source(what: str) -> Source:
         return Source(what, "object", unite_maps([read]), {read.name: read})
     registry = snapshot.load(data)
     return Source(what, "snapshot", unite_maps(registry.values()), registry)
+
+
+def _read_node(root: Path) -> Source:
+    from hitless.upgrade.node import Node
+
+    current = Node(root).observe().current
+    if current is None:
+        raise BundleError(f"{root} is a pin root where nothing of hitless runs", path=str(root))
+    maps = {name: live.spec for name, live in current.maps.items()}
+    return Source(str(root), "pin root", maps, {item.name: item for item in current.record.objects})
 
 
 def _on_bpffs(path: Path) -> bool:

@@ -92,6 +92,7 @@ def test_plan_apply_status_unload_from_nothing_to_nothing(
     assert (seen["generation"], seen["version"], seen["phase"], seen["problems"]) == (2, "2.0", "committed", [])
     assert as_json("diff", node.root / "maps" / "tally", node.root / "maps" / "tally")["verdict"] == "identical"
     assert "struct tally" in hitless_command("inspect", node.root / "maps" / "tally")
+    assert as_json("diff", node.root, releases[2])["verdict"] == "identical"
     assert as_json("unload", "--root", node.root)["removed"]
     assert as_json("status", "--root", node.root)["version"] is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -10,6 +11,8 @@ import pytest
 import hitless
 from hitless.kernel.maps import Map
 from hitless.upgrade.status import status
+from meshd.demo.lab import Lab
+from tests.releases import ATTACH, write_release
 from tests.upgrade.conftest import Release
 
 BACK = ("tally", "limit")
@@ -147,6 +150,65 @@ def test_what_a_program_writes_to_the_old_map_after_the_copy_is_merged(node: hit
     result = hitless.apply(node, release(2), prepare=meanwhile)
     assert {key: value["count"] for key, value in tally.items()} == {0: 105, 2: 100, 3: 100, 9: 3}
     assert next(entry for entry in result.maps if entry.name == "tally").caught_up == 3
+
+
+BLIND = """
+struct limit {{ __u32 rate; {burst} burst; }};
+struct limit *type_in_btf;
+struct {{ __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 64); __uint(key_size, 4);
+          __uint(value_size, sizeof(struct limit)); }} limit SEC(".maps");
+SEC("cgroup/connect4") int count4(struct bpf_sock_addr *ctx)
+{{ __u32 key = 0; return type_in_btf != bpf_map_lookup_elem(&limit, &key); }}
+char _license[] SEC("license") = "GPL";
+"""
+
+
+def test_types_from_the_manifest_carry_a_map_that_has_only_sizes(
+    node: hitless.Node, lab: Lab, tmp_path: Path
+) -> None:
+    bound = ATTACH + '[map.limit]\nkey = "__u32"\nvalue = "limit"\n[map."store.bss"]\non_loss = "discard"\n'
+    for version, burst in (("1", "__u16"), ("2", "__u64")):
+        directory = write_release(tmp_path / version, version, BLIND.format(burst=burst), bound)
+        result = hitless.apply(node, hitless.Bundle.load(directory, {"cgroup": str(lab.cgroup)}))
+        if version == "1":
+            node.map("limit")[3] = {"rate": 7, "burst": 9}
+    assert actions(result.maps)["limit"] == "convert"
+    assert node.map("limit").get(3) == {"rate": 7, "burst": 9}
+
+
+KEPT = """
+struct inner { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 2); __type(key, __u32); __type(value, __u64); };
+struct inner first SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS); __uint(max_entries, 2); __type(key, __u32);
+         __array(values, struct inner); } outer SEC(".maps") = { .values = { &first } };
+struct { __uint(type, BPF_MAP_TYPE_RINGBUF); __uint(max_entries, 4096); } ring SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_LPM_TRIE); __uint(map_flags, BPF_F_NO_PREALLOC); __uint(max_entries, 8);
+         __type(key, __u64); __type(value, __u64); } trie SEC(".maps");
+MAP(percpu, PERCPU_HASH, 8, __u32, __u64);
+MAP(plain, HASH, 8, __u32, %s);
+SEC("cgroup/connect4") int count4(struct bpf_sock_addr *ctx) { return 1; }
+char _license[] SEC("license") = "GPL";
+"""
+
+
+def test_maps_of_every_type_are_kept_while_their_definition_stays(node: hitless.Node, lab: Lab, tmp_path: Path) -> None:
+    for version, value in (("1", "__u32"), ("2", "__u64")):
+        directory = write_release(tmp_path / version, version, KEPT % value)
+        result = hitless.apply(node, hitless.Bundle.load(directory, {"cgroup": str(lab.cgroup)}))
+    wanted = dict.fromkeys(("first", "outer", "ring", "trie", "percpu"), "keep")
+    assert actions(result.maps) == {**wanted, "plain": "convert"}
+
+
+def test_a_map_that_cannot_be_carried_yet_is_named_with_the_reason(
+    node: hitless.Node, lab: Lab, tmp_path: Path
+) -> None:
+    old = write_release(tmp_path / "1", "1", KEPT % "__u32")
+    changed = KEPT.replace("MAP(percpu, PERCPU_HASH, 8, __u32, __u64)", "MAP(percpu, PERCPU_HASH, 8, __u32, __u32)")
+    new = hitless.Bundle.load(write_release(tmp_path / "2", "2", changed % "__u32"), {"cgroup": str(lab.cgroup)})
+    hitless.apply(node, hitless.Bundle.load(old, {"cgroup": str(lab.cgroup)}))
+    with pytest.raises(hitless.LossNotAllowedError, match=r"percpu loses: all entries: .*percpu_hash"):
+        hitless.apply(node, new)
+    assert actions(hitless.apply(node, new, allow_loss=["percpu"]).maps)["percpu"] == "discard"
 
 
 def test_unload_leaves_nothing(node: hitless.Node, release: Release) -> None:

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -162,3 +164,27 @@ def test_a_second_apply_waits_and_then_names_the_holder(node: hitless.Node, rele
         pytest.raises(hitless.BusyError, match=f"process {os.getpid()}"),
     ):
         hitless.apply(node, release(2), wait=0.1)
+
+
+def test_looking_while_upgrades_commit_always_sees_one_whole_release(node: hitless.Node, release: Release) -> None:
+    hitless.apply(node, release(1))
+    maps = {"1.0": {"tally", "limit", "owner"}, "2.0": {"tally", "limits", "owner", "extra"}}
+    seen: list[str | None] = []
+    done = threading.Event()
+
+    def look() -> None:
+        other = hitless.Node(node.root)
+        while not done.is_set():
+            state = other.observe()
+            assert state.current is not None
+            assert set(state.current.maps) == maps[state.current.record.version]
+            seen.append(state.version)
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        for _ in range(15):
+            hitless.apply(node, release(2))
+            hitless.apply(node, release(1), allow_loss=BACK)
+        done.set()
+        looking.result()
+    assert {"1.0", "2.0"} == set(seen)

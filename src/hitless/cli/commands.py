@@ -86,7 +86,7 @@ def main() -> None:
 @click.argument("what")
 @_command()
 def inspect(what: str, as_json: bool) -> None:
-    """Show maps, programs and layouts of WHAT: a .o file, a bundle, a snapshot file or a pinned map."""
+    """Show maps, programs and layouts of WHAT: a .o file, a bundle, a snapshot, a pinned map or a pin root."""
     from hitless.cli.output import print_json, show_source
     from hitless.sources import read_source
 

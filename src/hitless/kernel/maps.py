@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hitless.errors import KernelError, NodeError
+from hitless.errors import KernelError, NodeError, UnsupportedError
 from hitless.kernel.libbpf import Object, check, ffi, lib, options, pinned_kind
 from hitless.layout.btf import Btf
 from hitless.layout.model import MapSpec
@@ -88,8 +88,17 @@ class Map(Object):
             value=types.layout(info.value_type_id) if types and info.value_type_id else None,
         )
 
+    def _require_plain(self) -> None:
+        """Refuse maps whose values user space sees as one per CPU: their bytes are not ``value_size``."""
+        if "percpu" in self.info.type:
+            raise UnsupportedError(
+                f"map {self.info.name} is a {self.info.type}: reading and writing per-CPU values is not supported yet",
+                feature=self.info.type,
+            )
+
     def lookup(self, key: bytes) -> bytes | None:
-        """The value at ``key``, or None."""
+        """The value at ``key``, or None. Raises UnsupportedError for a per-CPU map, as all that follow."""
+        self._require_plain()
         value = bytearray(self.info.value_size)
         result = lib().bpf_map_lookup_elem(self.fd, ffi.from_buffer(key), ffi.from_buffer(value))
         if result < 0 and ffi.errno == errno.ENOENT:
@@ -99,6 +108,7 @@ class Map(Object):
 
     def update(self, key: bytes, value: bytes, flags: int = ANY) -> None:
         """Set ``key`` to ``value``. Raises KernelError (E2BIG when the map is full)."""
+        self._require_plain()
         result = lib().bpf_map_update_elem(self.fd, ffi.from_buffer(key), ffi.from_buffer(value), flags)
         check(result, "BPF_MAP_UPDATE_ELEM", self.info.name)
 
@@ -117,6 +127,7 @@ class Map(Object):
         the protocol document); with no writer it is exact. Only maps whose user-space value is ``value_size``
         bytes (no per-CPU maps).
         """
+        self._require_plain()
         info = self.info
         size = _BATCH
         opts = options("bpf_map_batch_opts")
@@ -152,6 +163,7 @@ class Map(Object):
 
     def write(self, keys: Rows, values: Rows) -> None:
         """Set many entries by BPF_MAP_UPDATE_BATCH. Raises KernelError with ``written``, how many went in before."""
+        self._require_plain()
         if not len(keys):
             return
         keys, values = np.ascontiguousarray(keys), np.ascontiguousarray(values)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from hitless.errors import BundleError, LayoutError, UnsupportedError
-from hitless.layout.elf import read_object
+from hitless.layout.elf import Binding, read_object
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec
 from hitless.layout.rules import FieldRule, MapRules
 
@@ -25,6 +25,7 @@ _NOT_YET = {
     "object.program": "program types and skipped programs",
     "map.convert": "user converters",
     "map.on_collision": "colliding keys",
+    "map.old_value": "types of maps that another loader made",
 }
 _HOOKS = ("cgroup",)
 _HOOKS_NOT_YET = (
@@ -137,8 +138,12 @@ class _Reader:
             raise BundleError(f"{self._file} is not TOML: {error}", file=str(self._file)) from None
         self._check(manifest, "", ())
         self._check(manifest.get("bundle", {}), "bundle", ("bundle",))
+        for name, entry in manifest.get("map", {}).items():
+            self._check(entry, "map", ("map", name))
+        bindings = {name: Binding(rule.get("key"), rule.get("value")) for name, rule in manifest.get("map", {}).items()}
         objects = [
-            self._object(entry, ("object", str(index))) for index, entry in enumerate(manifest.get("object", []))
+            self._object(entry, bindings, ("object", str(index)))
+            for index, entry in enumerate(manifest.get("object", []))
         ]
         if not objects:
             self._fail((), "names no object: add [[object]] with file = \"NAME.bpf.o\"")
@@ -192,7 +197,7 @@ class _Reader:
             if key not in table:
                 self._fail(path, f"[{kind}] needs {key}")
 
-    def _object(self, entry: Any, path: tuple[str, ...]) -> BundleObject:
+    def _object(self, entry: Any, bindings: Mapping[str, Binding], path: tuple[str, ...]) -> BundleObject:
         self._check(entry, "object", path)
         file = self._file.parent / entry["file"]
         if file.resolve().parent != self._file.parent.resolve():
@@ -201,7 +206,10 @@ class _Reader:
             data = file.read_bytes()
         except OSError as error:
             self._fail((*path, "file"), f"{file} cannot be read: {error.strerror}; was the object compiled?")
-        return BundleObject(read_object(data, file.name.removesuffix(".o").removesuffix(".bpf")), data)
+        name = file.name.removesuffix(".o").removesuffix(".bpf")
+        spec = read_object(data, name)
+        bound = {item.name: bindings[item.name] for item in spec.maps if any(bindings.get(item.name, ()))}
+        return BundleObject(read_object(data, name, bound) if bound else spec, data)
 
     def _programs(self, objects: Iterable[ObjectSpec]) -> dict[str, ProgramSpec]:
         programs: dict[str, ProgramSpec] = {}
@@ -214,7 +222,6 @@ class _Reader:
 
     def _rules(self, entry: Any, maps: Mapping[str, MapSpec], name: str) -> MapRules:
         path = ("map", name)
-        self._check(entry, "map", path)
         # A map that the release no longer has may be named only to say that dropping it is fine.
         if name not in maps and set(entry) != {"on_loss"}:
             self._fail(path, f"no object of this bundle has a map {name}; its maps: {', '.join(sorted(maps))}")
@@ -232,7 +239,6 @@ class _Reader:
             was=entry.get("was"),
             key=entry.get("key"),
             value=entry.get("value"),
-            old_value=entry.get("old_value"),
             on_loss=on_loss,
             fields=fields,
         )

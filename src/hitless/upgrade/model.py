@@ -175,12 +175,11 @@ class NodeState(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """Something that is going on: the ``step``, and for the copy the map with entries ``done`` of ``total``."""
+    """Something that is going on: the ``step``, and for the copy the map with the entries ``done`` so far."""
 
     step: str
     map: str | None = None
     done: int = 0
-    total: int | None = None
 
 
 class MapResult(MapPlan, frozen=True):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import msgspec
 
-from hitless.errors import BusyError, NodeError
+from hitless.errors import BusyError, HitlessError, NodeError
 from hitless.kernel.bpffs import require_bpffs
 from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
@@ -35,6 +35,7 @@ __all__ = ["Node"]
 
 _DIRECTORIES = ("current", "next", "previous", "links")
 _PUBLIC = ("maps", "progs")
+_LOOKS = 20
 _SUBDIRECTORIES = ("maps", "progs", "base")
 
 
@@ -50,7 +51,27 @@ class Node:
         self.access = Access(self.root)
 
     def observe(self) -> NodeState:
-        """Look at what is live. Raises NodeError if the root is no place for pins or holds what is not ours."""
+        """Look at what is live; needs no lock, and looks again if an upgrade commits meanwhile.
+
+        Raises NodeError if the root is no place for pins or holds what is not ours, BusyError if it never rests.
+        """
+        for _ in range(_LOOKS):
+            before = self._identity()
+            try:
+                state = self._look()
+            except HitlessError:
+                if self._identity() == before:
+                    raise
+                continue
+            if self._identity() == before:
+                return state
+        raise BusyError(f"{self.root} changes too fast to be looked at; try again", path=str(self.root), pid=None)
+
+    def _identity(self) -> list[int | None]:
+        """The directories of the generations; each is another one after an upgrade's steps."""
+        return [_inode(path) for path in (self.root, self.current, self.next, self.previous)]
+
+    def _look(self) -> NodeState:
         require_bpffs(self.root)
         if not self.root.exists():
             return NodeState(str(self.root), None, {})
@@ -101,6 +122,10 @@ class Node:
                     if time.monotonic() > deadline:
                         raise self._busy(descriptor, seconds) from None
                     time.sleep(0.02)
+            if _inode(self.root) != os.fstat(descriptor).st_ino:
+                raise BusyError(
+                    f"{self.root} was unloaded by another process meanwhile; try again", path=str(self.root), pid=None
+                )
             yield
         finally:
             os.close(descriptor)
@@ -167,13 +192,26 @@ def _generation(directory: Path) -> Generation:
 
 
 def _live(pinned: Map, name: str, declared: MapSpec) -> LiveMap:
+    """The kernel's word first; the record's for what the kernel does not tell (inner maps, tags, lost BTF)."""
     seen = pinned.spec(name)
-    if seen.key is not None and seen.value is not None:
-        return LiveMap(pinned.info, seen, "kernel")
-    if declared.key is not None and (declared.key_size, declared.value_size) == (seen.key_size, seen.value_size):
-        spec = msgspec.structs.replace(seen, key=declared.key, value=declared.value)
-        return LiveMap(pinned.info, spec, "record")
-    return LiveMap(pinned.info, seen, "none")
+    typed = seen.key is not None and seen.value is not None
+    if (seen.type, seen.key_size, seen.value_size) != (declared.type, declared.key_size, declared.value_size):
+        return LiveMap(pinned.info, seen, "kernel" if typed else "none")
+    spec = msgspec.structs.replace(
+        declared,
+        max_entries=seen.max_entries if declared.max_entries else 0,  # 0 lets the kernel decide
+        flags=seen.flags,
+        key=seen.key or declared.key,
+        value=seen.value or declared.value,
+    )
+    return LiveMap(pinned.info, spec, "kernel" if typed else "record" if declared.value is not None else "none")
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _children(directory: Path) -> list[Path]:

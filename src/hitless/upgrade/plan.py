@@ -126,8 +126,8 @@ def _plan_map(
             exactness = _exactness(bundle.maps[diff.name], rules)
             return planned("convert", "batch copy, merge in the kernel", exactness, losses)
         return planned("discard", "empty", loss=(f"all entries: {obstacle}", *losses))
-    why = losses or (f"all entries: {diff.verdict}",)
-    return planned("discard", "empty", loss=why)
+    reasons = tuple(f"all entries: {change.reason}" for change in diff.changes if change.reason)
+    return planned("discard", "empty", loss=reasons or (f"all entries: {diff.verdict}",))
 
 
 def _obstacle(old: MapSpec, new: MapSpec) -> str | None:
@@ -159,7 +159,7 @@ def _exactness(spec: MapSpec, rules: MapRules) -> str:
     if spec.type == "lru_hash":
         return "best-effort: an LRU map may evict entries at any time"
     # Elements of one array are told once: `backends[].addr`.
-    paths = (re.sub(r"\[\d+\]", "[]", leaf.path) for leaf in leaves(spec.value, rules) if not leaf.atomic)
+    paths = (re.sub(r"\[\d+\]", "[]", leaf.path) for leaf in leaves(spec.value, rules, spec.tags) if not leaf.atomic)
     loose = list(dict.fromkeys(paths))
     if not loose:
         return "exact"

@@ -261,6 +261,7 @@ class _Upgrade:
             if not self._is_committed():
                 self._take_back()
                 raise
+            node.access.staged = None
             _finish(node)
             raise
         with self._step("clean-up"):
@@ -323,8 +324,9 @@ class _Upgrade:
                 base.pin(pin)
             else:
                 base = Map.open(pin)
+            fields = leaves(_value_of(specs[name]), rule, specs[name].tags)
             self._carried[name] = prepare_carriage(
-                name, source, self._maps[name], base, diff, leaves(_value_of(specs[name]), rule), entry.allowed
+                name, source, self._maps[name], base, diff, fields, entry.allowed
             )
 
     def _copy(self, carriage: Carriage) -> None:
@@ -390,7 +392,7 @@ class _Upgrade:
             for entry in self._plan.maps:
                 if self._current is not None and entry.name in self._carried:
                     old = self._current.maps[entry.was or entry.name].spec
-                    merge_round(way_back(self._carried[entry.name], leaves(_value_of(old))))
+                    merge_round(way_back(self._carried[entry.name], leaves(_value_of(old), tags=old.tags)))
         self._drop()
 
     def _is_committed(self) -> bool:
