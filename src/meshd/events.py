@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -32,8 +33,12 @@ class Events:
         else:
             line = f"meshd: {event}{_plain(facts)}"
         with self._lock:
-            self._out.write(line + "\n")
-            self._out.flush()
+            try:
+                self._out.write(line + "\n")
+                self._out.flush()
+            except BrokenPipeError:
+                # Nobody reads any more. That must not end the mesh's upkeep, nor fail once more at exit.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
 
     def error(self, error: HitlessError) -> None:
         """Tell an error with its code and facts; in plain lines on standard error."""

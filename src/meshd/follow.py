@@ -22,7 +22,7 @@ _POLL = 0.05  # s between looks at the services file
 _GLANCE = 1.0  # s between looks at the live release, and at clients' cgroups, which may be made anew under their path
 _RESYNC = 10.0  # s between looks at maps and file even if nothing seems to have changed
 _RETRY = 1.0  # s until what failed is tried again
-_SWEEP_FIRST = 3.0  # s after an upgrade, by when its tombstones have done their work
+_SWEEP_FIRST = 0.5  # s after an upgrade, from when on nothing brings back what is over
 _SWEEP = 10.0  # s
 
 _Signature = tuple[int, int, int]

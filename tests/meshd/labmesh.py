@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -57,8 +58,13 @@ class Mesh:
 
     def try_start(self, release: int, *allow_loss: str, options: Sequence[str] = ()) -> dict[str, Any]:
         """Start meshd and return the event that says how that went."""
-        self.daemon = Meshd(self, release, [*options, *(f"--allow-loss={name}" for name in allow_loss)])
-        return self.daemon.lines.wait_for({"event": ("ready", "upgraded", "error", "config-error")}, 30)
+        launched = self.launch(release, *options, *(f"--allow-loss={name}" for name in allow_loss))
+        return launched.lines.wait_for({"event": ("ready", "upgraded", "error", "config-error")}, 30)
+
+    def launch(self, release: int, *options: str) -> Meshd:
+        """Start meshd and do not wait for anything."""
+        self.daemon = Meshd(self, release, options)
+        return self.daemon
 
     def next_event(self, **wanted: object) -> dict[str, Any]:
         assert self.daemon is not None
@@ -100,6 +106,15 @@ class Meshd:
         args += ["--services", str(mesh.file), "--json", *options]
         self.process = lab.popen([sys.executable, "-m", "meshd", "run", *args], stdout=subprocess.PIPE)
         self.lines = Lines(self.process)
+
+    def stop_reading(self) -> None:
+        """Close the end of the pipe at which its events arrive."""
+        stdout = self.process.stdout
+        assert stdout is not None
+        # Closing the file would wait for the thread that reads it.
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, stdout.fileno())
+        os.close(nothing)
 
     def stop(self) -> int:
         """Send SIGTERM and return the exit code."""

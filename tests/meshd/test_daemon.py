@@ -168,6 +168,16 @@ def test_a_daemon_gives_way_when_another_release_takes_over(mesh: Mesh) -> None:
     assert mesh.connect(VIP)["answers"] == {A: 1}
 
 
+def test_the_file_is_followed_even_when_nobody_reads_the_events_any_more(mesh: Mesh) -> None:
+    mesh.start(1)
+    assert mesh.daemon is not None
+    mesh.daemon.stop_reading()
+    for backend in (B, A, B):
+        mesh.write([service("web", VIP, backend)])
+        assert until(lambda wanted=backend: mesh.connect(VIP)["answers"] == {wanted: 1})  # type: ignore[misc]
+    assert mesh.daemon.stop() == 0
+
+
 def test_flows_that_are_over_are_swept_and_living_ones_stay(mesh: Mesh) -> None:
     mesh.start(2)
     held = mesh.hold(VIP, 3)

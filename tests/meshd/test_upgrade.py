@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from tests.meshd.labmesh import A6, VIP, VIP6, A, B, Mesh, denied, service, until
 
 # What release 1 has no place for, given up by name.
@@ -103,6 +105,29 @@ def test_a_file_that_changes_all_the_time_is_obeyed_during_upgrades(mesh: Mesh) 
     assert result["errors"] == {}
     assert len(mesh.values("service")) == 2
     assert set(mesh.connect(VIP, count=20)["answers"]) == {B}
+
+
+@pytest.mark.parametrize("step", ["stage", "copy", "prepare", "cutover", "catch-up", "commit", "clean-up"])
+def test_an_upgrade_whose_daemon_is_killed_is_finished_by_the_next_one(mesh: Mesh, step: str) -> None:
+    mesh.write([service("web", VIP, A, B)], [denied("web")])
+    mesh.start(1)
+    held = mesh.hold(VIP, 10)
+    with traffic(mesh, VIP) as result, traffic(mesh, VIP, "denied") as blocked:
+        mesh.stop()
+        killed = mesh.launch(2)
+        killed.lines.wait_for({"event": ("progress",), "step": (step,)}, 15)
+        killed.process.kill()
+        killed.process.wait()
+        mesh.start(2)
+    assert result["errors"] == {}
+    assert set(blocked["errors"]) == {"EPERM"}
+    assert not blocked["answers"]
+    assert held.alive() == 10
+    tried = sum(result["answers"].values()) + 10
+    counted = mesh.counters()
+    assert (counted["opened"], counted["established"]) == (tried, tried)
+    assert set(held.cookies) <= {key for key, _ in mesh.node.map("flow").items()}
+    held.close()
 
 
 def test_going_back_without_leave_to_lose_is_refused_and_changes_nothing(mesh: Mesh) -> None:

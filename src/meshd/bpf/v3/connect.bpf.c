@@ -2,6 +2,7 @@
 // mesh 3.0.0: a connect to a service's address goes to one of its backends, unless a policy denies it.
 #include "mesh.h"
 
+#define MAX_PICKS 4
 #define MAX_BACKENDS 16
 #define ECONNREFUSED 111
 #define REFUSE 0 // EPERM unless said otherwise
@@ -96,14 +97,21 @@ static __always_inline void note_denial(const struct endpoint *to, __u64 client)
 	found->last_ns = bpf_ktime_get_ns();
 }
 
-static __always_inline int choose(const struct service *from, struct endpoint *backend)
+enum choice {
+	NO_SERVICE,
+	NO_BACKEND,
+	CHOSEN,
+};
+
+static __always_inline enum choice pick(const struct service *from, struct endpoint *backend)
 {
+	__u32 total = from->total_weight;
 	__u32 left;
 	int i;
 
-	if (!from->total_weight)
-		return 0;
-	left = bpf_get_prandom_u32() % from->total_weight;
+	if (!total)
+		return NO_BACKEND;
+	left = bpf_get_prandom_u32() % total;
 	for (i = 0; i < MAX_BACKENDS && i < from->count; i++) {
 		const struct backend *one = &from->backends[i];
 
@@ -111,19 +119,39 @@ static __always_inline int choose(const struct service *from, struct endpoint *b
 			__builtin_memcpy(backend->addr, one->addr, sizeof(backend->addr));
 			backend->port = one->port;
 			backend->proto = IPPROTO_TCP;
-			return 1;
+			return CHOSEN;
 		}
 		left -= one->weight;
 	}
-	return 0;
+	return NO_BACKEND;
 }
 
-// Leaves backend->port 0 when the connect is none of ours.
+// A value that is replaced is at once free for another service, even while it is read here. So what was picked counts
+// only if the value is still this service's afterwards.
+static __always_inline enum choice choose(const struct endpoint *to, struct endpoint *backend)
+{
+	struct service *found = bpf_map_lookup_elem(&service, to);
+	enum choice choice = NO_SERVICE;
+	int i;
+
+	for (i = 0; i < MAX_PICKS && found; i++) {
+		struct service *picked_from = found;
+
+		choice = pick(picked_from, backend);
+		found = bpf_map_lookup_elem(&service, to);
+		if (found == picked_from)
+			return choice;
+	}
+	return found ? choice : NO_SERVICE;
+}
+
+// Leaves backend->port 0 when the connect is not to be sent elsewhere.
 static __always_inline int route(struct bpf_sock_addr *ctx, const struct endpoint *to, struct endpoint *backend)
 {
 	struct bpf_sock *sk = ctx->sk;
-	struct service *found;
-	struct origin *from;
+	struct endpoint chosen = {};
+	struct origin *from = 0;
+	enum choice choice;
 	__u64 client;
 
 	if (!sk || ctx->protocol != IPPROTO_TCP)
@@ -133,18 +161,20 @@ static __always_inline int route(struct bpf_sock_addr *ctx, const struct endpoin
 		note_denial(to, client);
 		return REFUSE;
 	}
-	found = bpf_map_lookup_elem(&service, to);
-	if (!found) {
+	choice = choose(to, &chosen);
+	if (choice == NO_SERVICE) {
 		// The socket may have tried a service before.
 		bpf_sk_storage_delete(&origin, sk);
 		return PROCEED;
 	}
-	from = choose(found, backend) ? bpf_sk_storage_get(&origin, sk, 0, BPF_SK_STORAGE_GET_F_CREATE) : 0;
+	if (choice == CHOSEN)
+		from = bpf_sk_storage_get(&origin, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!from) {
 		COUNT(to, refused);
 		bpf_set_retval(-ECONNREFUSED);
 		return REFUSE;
 	}
+	*backend = chosen;
 	from->service = *to;
 	from->release = RELEASE;
 	from->opened_ns = bpf_ktime_get_ns();
