@@ -157,6 +157,81 @@ def test_a_first_start_that_was_killed_is_finished_by_the_next_apply(
         hitless.unload(node)
 
 
+KILLED_UNDOING = """
+import json, os, signal, sys
+import hitless
+from hitless.kernel.bpffs import remove_tree
+from hitless.upgrade import transaction
+from hitless.upgrade.cutover import detach_hooks
+root, bundle, variables, phase, when = json.loads(sys.argv[1])
+write_record = transaction.write_record
+def write(path, record):
+    if (record.phase, when) == (phase, "before"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_record(path, record)
+    if record.phase == phase:
+        os.kill(os.getpid(), signal.SIGKILL)
+transaction.write_record = write
+def progress(event):
+    if event.step == "commit":
+        raise ZeroDivisionError
+hitless.apply(hitless.Node(root), hitless.Bundle.load(bundle, variables), progress=progress)
+"""
+
+
+def test_an_upgrade_killed_while_it_is_taken_back_is_taken_back_and_counts_stay_exact(
+    node: hitless.Node, release: Release, releases: dict[int, Path], lab: Lab
+) -> None:
+    hitless.apply(node, release(1))
+    with clients(lab) as tries:
+        for phase in ("undoing", "merging-back", "undone"):
+            for when in ("before", "after"):
+                task = json.dumps([str(node.root), str(releases[2]), {"cgroup": str(lab.cgroup)}, phase, when])
+                killed = subprocess.run([sys.executable, "-c", KILLED_UNDOING, task], timeout=30, check=False)
+                assert killed.returncode == -signal.SIGKILL
+                recovered = hitless.recover(node)
+                finished = (phase, when) == ("undoing", "before")  # nothing says yet that it is to be undone
+                assert recovered is not None
+                assert node.observe().version == ("2.0" if finished else "1.0"), recovered
+                assert status(node).problems == ()
+                hitless.apply(node, release(1), allow_loss=BACK)
+    assert counted(node) == tries
+
+
+def test_status_during_upgrades_names_the_upgrader_and_no_problem(node: hitless.Node, release: Release) -> None:
+    hitless.apply(node, release(1))
+    over = threading.Event()
+
+    def upgrades() -> None:
+        for _ in range(15):
+            hitless.apply(node, release(2))
+            hitless.apply(node, release(1), allow_loss=BACK)
+        over.set()
+
+    upgrading = threading.Thread(target=upgrades)
+    upgrading.start()
+    looker, busy, looks = hitless.Node(node.root), 0, 0
+    both = ({"tally", "limit", "owner"}, {"tally", "limits", "owner", "extra"})
+    while not over.is_set():
+        seen = status(looker)
+        assert seen.problems == ()
+        assert {entry.name for entry in seen.maps} in both
+        busy += seen.upgrading == os.getpid()
+        looks += 1
+    upgrading.join()
+    assert 0 < busy <= looks
+
+
+def test_a_plan_during_an_upgrade_says_who_upgrades(node: hitless.Node, release: Release) -> None:
+    hitless.apply(node, release(1))
+
+    def planned(_: hitless.Node) -> None:
+        with pytest.raises(hitless.BusyError, match=f"being upgraded by process {os.getpid()}"):
+            hitless.plan(node, release(2))
+
+    hitless.apply(node, release(2), prepare=planned)
+
+
 def test_a_second_apply_waits_and_then_names_the_holder(node: hitless.Node, release: Release) -> None:
     hitless.apply(node, release(1))
     with (

@@ -162,6 +162,8 @@ def show_status(status: Status) -> None:
         _table("hooks", ("link", "attach type", "program", "id", "target"), hooks)
     for problem in status.problems:
         click.secho(f"problem: {problem}", fg="red")
+    if status.upgrading is not None:
+        click.echo(f"process {status.upgrading} is upgrading this root right now")
     if not status.problems:
         click.echo("no problems")
 

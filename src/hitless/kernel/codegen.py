@@ -76,10 +76,13 @@ class Merger:
         code = _merge_code(self._record, leaves, self._records.fd, new.fd, base.fd)
         self._program = _load(name, code)
 
-    def merge(self, mode: Mode, old_keys: Rows, new_keys: Rows, base: Rows, values: Rows, old: Rows) -> None:
+    def merge(
+        self, mode: Mode, old_keys: Rows, new_keys: Rows, base: Rows, values: Rows, old: Rows, leave_out: bool = False
+    ) -> None:
         """Merge entries, one row each: keys in both layouts, base and old values in the new layout, old as it is.
 
-        Raises KernelError (E2BIG when the new map is full); entries before the failing one are merged.
+        ``leave_out``: pass over entries that a full new map has no room for. Raises KernelError (E2BIG when the new
+        map is full); entries before the failing one are merged.
         """
         layout = self._record
         for start in range(0, len(old_keys), _SLOTS):
@@ -95,16 +98,17 @@ class Merger:
                 rows[:, offset : offset + column.shape[1]] = column[part]
             self._records.write(np.arange(len(rows), dtype=np.uint32).view(np.uint8).reshape(-1, 4), rows)
             for slot in range(len(rows)):
-                self._run(slot, mode)
+                self._run(slot, mode, leave_out)
 
-    def _run(self, slot: int, mode: Mode) -> None:
+    def _run(self, slot: int, mode: Mode, leave_out: bool) -> None:
         context = ffi.new("__u32[2]", [slot, mode])
         opts = options("bpf_test_run_opts", ctx_in=context, ctx_size_in=8)
         while True:
             check(lib().bpf_prog_test_run_opts(self._program.fd, opts), "BPF_PROG_RUN", f"merge of map {self._name}")
             result = ffi.cast("int32_t", opts.retval)
             if int(result) != -errno.EAGAIN:  # a busy field is tried again, a few swaps at a time
-                check(int(result), "merging an entry", f"map {self._name}")
+                if not (leave_out and int(result) == -errno.E2BIG):
+                    check(int(result), "merging an entry", f"map {self._name}")
                 return
 
     def close(self) -> None:

@@ -15,7 +15,16 @@ from hitless.kernel.maps import Map, Rows, create_like
 from hitless.layout.conversion import Conversion, Converted, Leaf
 from hitless.layout.diff import MapDiff
 
-__all__ = ["Carriage", "Tally", "copy_entries", "match_rows", "prepare_carriage", "verify_copy", "way_back"]
+__all__ = [
+    "Carriage",
+    "Tally",
+    "copy_entries",
+    "fill_way_back",
+    "match_rows",
+    "prepare_carriage",
+    "verify_copy",
+    "way_back",
+]
 
 Indices = npt.NDArray[np.intp]
 
@@ -38,7 +47,8 @@ class Carriage(msgspec.Struct):
     ``base`` is shaped like ``source`` and holds each value as it was when it was last converted. ``key`` or
     ``value`` is None where the bytes stay as they are. ``back_value`` is the conversion from target to source.
     ``leaves`` are the fields of the target's value. ``lossy_allowed`` says whether values may be cut to fit.
-    ``written`` are the source's keys that this process has written since the copy began.
+    ``written`` are the source's keys that this process has written since the copy began. ``going_back``: the target
+    is the old release's map, and an entry that it has no room for stays out, as it would have without an upgrade.
     """
 
     name: str
@@ -54,10 +64,18 @@ class Carriage(msgspec.Struct):
     merger: Merger
     tally: Tally
     written: set[bytes]
+    going_back: bool = False
 
     def keys(self, rows: Rows) -> Rows:
         """Keys of the source as keys of the target."""
         return self.key.apply(rows).records if self.key else rows
+
+    def representable(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        """Which of these keys of the source the target can hold too; the others would become a different key."""
+        if self.key is None or self.back_key is None:
+            return np.ones(len(rows), np.bool_)
+        there_and_back = self.back_key.apply(self.key.apply(rows).records).records
+        return np.asarray((there_and_back == rows).all(axis=1), np.bool_)
 
     def convert(self, rows: Rows) -> Rows:
         """Values of the source as values of the target; one that does not fit becomes the nearest that does."""
@@ -109,14 +127,19 @@ def prepare_carriage(
     )
 
 
-def way_back(carriage: Carriage, fields: tuple[Leaf, ...]) -> Carriage:
-    """The same map with the sides changed, for what the target gained since its base; ``fields`` are the source's.
-
-    What the source's layout cannot hold stays behind with the release that is taken back.
-    """
+def fill_way_back(carriage: Carriage) -> Map:
+    """A new base for :func:`way_back`: what both sides have in common, in the target's layout."""
     base = create_like(carriage.target, f"back_{carriage.name}")
     keys, values = carriage.base.entries()
     base.write(carriage.keys(keys), carriage.convert(values))
+    return base
+
+
+def way_back(carriage: Carriage, base: Map, fields: tuple[Leaf, ...]) -> Carriage:
+    """The same map with the sides changed, for what the target gained since ``base``; ``fields`` are the source's.
+
+    What the source's layout cannot hold stays behind with the release that is taken back.
+    """
     return Carriage(
         name=carriage.name,
         source=carriage.target,
@@ -131,6 +154,7 @@ def way_back(carriage: Carriage, fields: tuple[Leaf, ...]) -> Carriage:
         merger=Merger(f"{carriage.name}_back", carriage.target, carriage.source, base, fields),
         tally=Tally(),
         written=set(),
+        going_back=True,
     )
 
 

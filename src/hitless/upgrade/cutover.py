@@ -23,10 +23,10 @@ def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], lin
     # Everything that can be opened is opened before the first hook changes, so that the gap holds nothing else.
     changes: list[Callable[[], None]] = []
     for hook in hooks:
-        program = programs.get(hook.program)
-        if hook.action == "attach" and program is not None:
-            changes.append(_attaching(hook, program, links / hook.link))
-        elif hook.action == "update" and program is not None and hook.expected is not None:
+        if hook.action == "attach":
+            changes.append(_attaching(hook, programs[hook.program], links / hook.link))
+        elif hook.action == "update" and hook.expected is not None:
+            program = programs[hook.program]
             link = Link.open(_pin_of(hook, links))
             if link.info.program_id != program.info.id:
                 changes.append(_updating(link, program, Program.by_id(hook.expected)))

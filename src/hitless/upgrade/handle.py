@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from hitless.errors import NodeError
+from hitless.errors import KernelError, NodeError
 from hitless.kernel.maps import Map
 from hitless.layout.codec import decode, encode
 from hitless.layout.model import MapSpec, Type
@@ -46,7 +47,8 @@ class MapHandle:
 
     Keys and values are what :mod:`hitless.layout.codec` makes of their types: dicts for structs, ints, bytes,
     str, lists. While an upgrade in this process runs, they are in the layout of the new release, and writes go to
-    both maps. Safe to use from several threads.
+    both maps; an entry that the old release has no place or no room for is in the new one's only. Safe to use from
+    several threads.
     """
 
     def __init__(self, access: Access, name: str) -> None:
@@ -79,8 +81,8 @@ class MapHandle:
         with self._opened() as (live, spec, carriage):
             raw = encode(_key(spec), key)
             there = live.delete(raw)
-            if carriage is not None:
-                old_key = _back_key(carriage, raw)
+            old_key = None if carriage is None else _back_key(carriage, raw)
+            if carriage is not None and old_key is not None:
                 there |= carriage.source.delete(old_key)
                 carriage.base.delete(old_key)
             if not there:
@@ -137,21 +139,30 @@ def _write(live: Map, carriage: Carriage | None, key: bytes, value: bytes) -> No
     if carriage is None:
         return
     old_key = _back_key(carriage, key)
+    if old_key is None:
+        return
     rows = np.frombuffer(value, np.uint8).reshape(1, -1)
     if carriage.back_value is not None:
         # Fields that only the old release has keep what they hold.
         held = carriage.source.lookup(old_key)
         onto = np.frombuffer(held, np.uint8).reshape(1, -1) if held is not None else None
         rows = carriage.back_value.apply(rows, onto).records
-    carriage.source.update(old_key, rows.tobytes())
+    try:
+        carriage.source.update(old_key, rows.tobytes())
+    except KernelError as error:
+        if error.facts["errno"] != errno.E2BIG:
+            raise
+        return  # only the new release has room for it: that is what the map was made larger for
     # The base moves along, so that the merge sees no difference and leaves what was written in the new map alone.
     carriage.base.update(old_key, rows.tobytes())
     carriage.written.add(old_key)
 
 
-def _back_key(carriage: Carriage, key: bytes) -> bytes:
+def _back_key(carriage: Carriage, key: bytes) -> bytes | None:
+    """The key in the old layout, None if it has no place there: it would become that of another entry."""
     if carriage.back_key is None:
         return key
-    return carriage.back_key.apply(np.frombuffer(key, np.uint8).reshape(1, -1)).records.tobytes()
+    old_key = carriage.back_key.apply(np.frombuffer(key, np.uint8).reshape(1, -1)).records
+    return old_key.tobytes() if carriage.keys(old_key).tobytes() == key else None
 
 

@@ -24,14 +24,17 @@ def merge_round(carriage: Carriage) -> int:
     LossNotAllowedError.
     """
     old_keys, old_values = carriage.source.entries()
+    placed = carriage.representable(old_keys)
+    old_keys, old_values = old_keys[placed], old_values[placed]
     base_keys, base_values = carriage.base.entries()
     in_both, at_base, inserted, deleted = match_rows(old_keys, base_keys)
     differs = (old_values[in_both] != base_values[at_base]).any(axis=1)
     changed, changed_base = in_both[differs], at_base[differs]
+    # Deletions first: a map that was full has room only for what follows them.
+    _merge(carriage, Mode.DELETED, base_keys[deleted], base_values[deleted], base_values[deleted])
     _merge(carriage, Mode.CHANGED, old_keys[changed], base_values[changed_base], old_values[changed])
     zeros = np.zeros((len(inserted), old_values.shape[1]), np.uint8)
     _merge(carriage, Mode.INSERTED, old_keys[inserted], zeros, old_values[inserted])
-    _merge(carriage, Mode.DELETED, base_keys[deleted], base_values[deleted], base_values[deleted])
     found = len(changed) + len(inserted) + len(deleted)
     carriage.tally.rounds += 1
     carriage.tally.caught_up += found
@@ -44,4 +47,4 @@ def _merge(carriage: Carriage, mode: Mode, keys: Rows, base: Rows, old: Rows) ->
     values = carriage.values(old, keys)
     # A key that both releases inserted merges against a base of zero, whatever the fields' defaults are.
     converted = np.zeros_like(values) if mode is Mode.INSERTED else carriage.convert(base)
-    carriage.merger.merge(mode, keys, carriage.keys(keys), converted, values, old)
+    carriage.merger.merge(mode, keys, carriage.keys(keys), converted, values, old, leave_out=carriage.going_back)

@@ -30,8 +30,9 @@ __all__ = [
     "Result",
 ]
 
-PHASES = ("staging", "copying", "cutover", "committed")
-"""How far a generation came. Until ``cutover`` no hook runs it; from then on it is finished forward."""
+PHASES = ("staging", "copying", "cutover", "undoing", "merging-back", "undone", "committed")
+"""How far a generation came. Until ``cutover`` no hook runs it; from then on it is finished forward, or, once its
+upgrader met an error, taken back through ``undoing`` (hooks), ``merging-back`` (maps) and ``undone``."""
 
 SCHEMA = 1
 """Version of the record's format; a hitless that knows less refuses to touch what is newer."""

@@ -16,7 +16,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -36,14 +36,15 @@ __all__ = ["Node"]
 _DIRECTORIES = ("current", "next", "previous", "links")
 _PUBLIC = ("maps", "progs")
 _LOOKS = 20
-_SUBDIRECTORIES = ("maps", "progs", "base")
+_SUBDIRECTORIES = ("maps", "progs", "base", "back")
 
 
 class Node:
     """The pin root at ``root``, a directory on a bpffs that may not exist yet. Making a Node has no effect."""
 
     def __init__(self, root: Path | str) -> None:
-        self.root = Path(root).absolute()
+        # Real, since removing a symbolic link to the root would leave all that is behind it.
+        self.root = Path(os.path.realpath(root))
         self.current = self.root / "current"
         self.next = self.root / "next"
         self.previous = self.root / "previous"
@@ -51,25 +52,29 @@ class Node:
         self.access = Access(self.root)
 
     def observe(self) -> NodeState:
-        """Look at what is live; needs no lock, and looks again if an upgrade commits meanwhile.
+        """Look at what is live; needs no lock, and looks again if an upgrade takes a step meanwhile.
 
         Raises NodeError if the root is no place for pins or holds what is not ours, BusyError if it never rests.
         """
         for _ in range(_LOOKS):
-            before = self._identity()
+            before = self._outline()
             try:
                 state = self._look()
-            except HitlessError:
-                if self._identity() == before:
+            except (HitlessError, FileNotFoundError):
+                if self._outline() == before:
                     raise
                 continue
-            if self._identity() == before:
+            if self._outline() == before:
                 return state
         raise BusyError(f"{self.root} changes too fast to be looked at; try again", path=str(self.root), pid=None)
 
-    def _identity(self) -> list[int | None]:
-        """The directories of the generations; each is another one after an upgrade's steps."""
-        return [_inode(path) for path in (self.root, self.current, self.next, self.previous)]
+    def _outline(self) -> list[tuple[int, list[str], list[str]]]:
+        """All directories under the root, by inode and names: an upgrade that takes a step changes it."""
+        outline = []
+        for top, directories, files in os.walk(self.root):
+            with suppress(FileNotFoundError):
+                outline.append((Path(top).stat().st_ino, sorted(directories), sorted(files)))
+        return outline
 
     def _look(self) -> NodeState:
         require_bpffs(self.root)
@@ -120,7 +125,7 @@ class Node:
                     if error.errno not in (errno.EWOULDBLOCK, errno.EINTR):
                         raise
                     if time.monotonic() > deadline:
-                        raise self._busy(descriptor, seconds) from None
+                        raise self._busy(seconds) from None
                     time.sleep(0.02)
             if _inode(self.root) != os.fstat(descriptor).st_ino:
                 raise BusyError(
@@ -130,19 +135,26 @@ class Node:
         finally:
             os.close(descriptor)
 
-    def _busy(self, descriptor: int, seconds: float) -> BusyError:
-        inode = os.fstat(descriptor).st_ino
+    def holder(self) -> int | None:
+        """Process id of who holds the lock, that is: upgrades this root now; None if nobody does."""
+        if not self.root.exists():
+            return None
+        seen = self.root.stat()
+        place = f"{os.major(seen.st_dev):02x}:{os.minor(seen.st_dev):02x}:{seen.st_ino}"
         for line in Path("/proc/locks").read_text().splitlines():
             fields = line.split()  # "1: FLOCK ADVISORY WRITE 1234 00:2a:17 0 EOF", waiters have "->" second
-            if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
-                pid = int(fields[4])
-                return BusyError(
-                    f"{self.root} is being upgraded by process {pid} ({_command(pid)}); waited {seconds:g} s; "
-                    "try again when it is done",
-                    path=str(self.root),
-                    pid=pid,
-                )
-        return BusyError(f"{self.root} is locked by another process; try again", path=str(self.root), pid=None)
+            if fields[1] == "FLOCK" and fields[5] == place:
+                return int(fields[4])
+        return None
+
+    def _busy(self, seconds: float) -> BusyError:
+        pid = self.holder()
+        who = "another process" if pid is None else f"process {pid} ({_command(pid)})"
+        return BusyError(
+            f"{self.root} is being upgraded by {who}; waited {seconds:g} s; try again when it is done",
+            path=str(self.root),
+            pid=pid,
+        )
 
     def refuse_foreign(self) -> None:
         """Raise NodeError if there is anything under the root that hitless does not put there."""
@@ -188,6 +200,14 @@ def _generation(directory: Path) -> Generation:
     for path in _children(directory / "progs"):
         with Program.open(path) as program:
             programs[path.name] = program.info
+    for hook in record.hooks:
+        if hook.program not in programs:
+            path = directory / "progs" / hook.program
+            raise NodeError(
+                f"{path} is missing: the record of generation {record.generation} has it on hook {hook.link}, so the "
+                "pin was removed by hand; pin the program there again (bpftool prog pin), or unload and start anew",
+                path=str(path),
+            )
     return Generation(record, maps, programs)
 
 

@@ -22,6 +22,8 @@ from hitless.upgrade.model import Generation, HookPlan, MapPlan, NodeState, Plan
 __all__ = ["make_plan"]
 
 _CONVERTIBLE_TYPES = ("hash", "lru_hash", "array")
+_PROGRAMS_BARRED = 1 << 7 | 1 << 8  # BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG
+_MAX_WORDS = 2000  # what surely fits one merge program: its jumps reach 32767 instructions
 # Values with these inside hold kernel objects, which a copy of bytes would not carry.
 _KERNEL_OBJECTS = ("bpf_spin_lock", "bpf_res_spin_lock", "bpf_timer", "bpf_wq", "bpf_list_head", "bpf_rb_root")
 
@@ -36,7 +38,6 @@ def make_plan(
     for changes that this version cannot make.
     """
     current = state.current
-    _check_names(current, bundle, allow_loss)
     if current is None:
         start_type = "normal"
         maps = tuple(_created(name) for name in bundle.maps)
@@ -54,6 +55,8 @@ def make_plan(
                 running=current.record.name,
                 bundle=bundle.name,
             )
+        # In a start or restart nothing can be lost, and the same command must do on every node, and twice.
+        _check_names(current, bundle, allow_loss)
         maps = _plan_maps(current, bundle, allow_loss)
         hooks = _plan_hooks(state, current, bundle, cgroups, restart=False)
     return Plan(
@@ -69,8 +72,8 @@ def make_plan(
     )
 
 
-def _check_names(current: Generation | None, bundle: Bundle, allow_loss: Collection[str]) -> None:
-    live = set(current.record.maps) | {s.name for s in _globals_of(current)} if current else set()
+def _check_names(current: Generation, bundle: Bundle, allow_loss: Collection[str]) -> None:
+    live = set(current.record.maps) | {s.name for s in _globals_of(current)}
     for name in allow_loss:
         if name not in live and name not in bundle.maps:
             known = ", ".join(sorted(live | set(bundle.maps)))
@@ -117,11 +120,14 @@ def _plan_map(
         return planned("create", "empty")
     if diff.verdict == "removed":
         return planned("drop", "none", loss=("all entries: the release has no such map",))
+    if diff.verdict == "identical" and bundle.maps[diff.name].type == "prog_array":
+        # libbpf fills the slots that the object names when it loads: in a kept array that would go live at once.
+        return planned("discard", "from the release's object", loss=("slots that the object does not fill itself",))
     if diff.verdict == "identical":
         return planned("keep", "same map")
     if diff.verdict in ("lossless", "lossy"):
         spec = old[diff.was or diff.name]
-        obstacle = _obstacle(spec, bundle.maps[diff.name])
+        obstacle = _obstacle(spec, bundle.maps[diff.name], rules)
         if obstacle is None:
             exactness = _exactness(bundle.maps[diff.name], rules)
             return planned("convert", "batch copy, merge in the kernel", exactness, losses)
@@ -130,7 +136,7 @@ def _plan_map(
     return planned("discard", "empty", loss=reasons or (f"all entries: {diff.verdict}",))
 
 
-def _obstacle(old: MapSpec, new: MapSpec) -> str | None:
+def _obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
     """Why entries of ``old`` cannot be converted into ``new`` by this version, or None."""
     if old.type != new.type:
         return f"from a map of type {old.type} to {new.type} is not supported yet"
@@ -139,9 +145,18 @@ def _obstacle(old: MapSpec, new: MapSpec) -> str | None:
     if new.type == "array" and new.max_entries < old.max_entries:
         return "making an array smaller is not supported yet"
     for spec in (old, new):
+        if spec.flags & _PROGRAMS_BARRED:
+            return "its flags bar programs from it (BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG), and the merge is one"
         if spec.value is not None and (found := _kernel_object(spec.value)):
             return f"its value holds a {found}, and converting such maps is not supported yet"
+    if new.value is not None and (words := _words_to_merge(new.value, rules)) > _MAX_WORDS:
+        return f"its value takes {words} steps to merge, and more than {_MAX_WORDS} are not supported yet"
     return None
+
+
+def _words_to_merge(value: Type, rules: MapRules) -> int:
+    """Size of the merge program: a step for a field or 8 bytes of one; max and min try again and again."""
+    return sum(4 if leaf.merge in ("max", "min") else max(1, leaf.size // 8) for leaf in leaves(value, rules))
 
 
 def _kernel_object(layout: Type) -> str | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
 import msgspec
 
+from hitless.errors import KernelError
 from hitless.kernel.maps import Map
 from hitless.upgrade.node import Node
 
@@ -38,7 +41,10 @@ class HookStatus(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True):
-    """What is live. ``problems`` are sentences, each with what to do; empty when all is well."""
+    """What is live. ``problems`` are sentences, each with what to do; empty when all is well.
+
+    ``upgrading`` is the id of the process that upgrades right now: what is between two releases is no problem then.
+    """
 
     root: str
     name: str | None
@@ -49,12 +55,15 @@ class Status(msgspec.Struct, frozen=True):
     maps: tuple[MapStatus, ...]
     hooks: tuple[HookStatus, ...]
     problems: tuple[str, ...]
+    upgrading: int | None = None
     schema: int = 1
 
 
 def status(node: Node) -> Status:
     """Look at ``node`` and judge. Raises NodeError if the root cannot be read as one of hitless."""
+    upgrading = node.holder()
     state = node.observe()
+    upgrading = upgrading or node.holder()
     problems = []
     if state.unfinished is not None:
         record = state.unfinished
@@ -65,7 +74,8 @@ def status(node: Node) -> Status:
     elif state.litter:
         problems.append(f"{node.next} is the rest of an interrupted upgrade: the next apply removes it")
     if state.current is None:
-        return Status(state.root, None, None, None, state.previous, None, (), (), tuple(problems))
+        told = () if upgrading else tuple(problems)
+        return Status(state.root, None, None, None, state.previous, None, (), (), told, upgrading)
     record = state.current.record
     if record.phase != "committed":
         problems.append(f"the upgrade to {record.version} is done but not cleaned up: the next apply does that")
@@ -115,10 +125,16 @@ def status(node: Node) -> Status:
         phase=record.phase,
         maps=maps,
         hooks=tuple(hooks),
-        problems=tuple(problems),
+        problems=() if upgrading else tuple(problems),
+        upgrading=upgrading,
     )
 
 
-def _count(node: Node, name: str) -> int:
-    with Map.open(node.current / "maps" / name) as live:
-        return sum(len(keys) for keys, _ in live.batches())
+def _count(node: Node, name: str) -> int | None:
+    try:
+        with Map.open(node.current / "maps" / name) as live:
+            return sum(len(keys) for keys, _ in live.batches())
+    except KernelError as error:
+        if error.facts["errno"] != errno.ENOENT:
+            raise
+        return None  # an upgrade has dropped the map since it was seen

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from hitless.errors import InterruptedUpgradeError, LossNotAllowedError, NodeError, VerifyError
+from hitless.errors import BusyError, InterruptedUpgradeError, LossNotAllowedError, NodeError, VerifyError
 from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.bpffs import exchange, remove_tree, require_bpffs
 from hitless.kernel.links import Link, cgroup_id
@@ -25,7 +25,7 @@ from hitless.layout.diff import diff_map
 from hitless.layout.model import MapSpec, Type
 from hitless.layout.rules import MapRules
 from hitless.upgrade.bundle import Bundle
-from hitless.upgrade.copy import Carriage, Tally, copy_entries, prepare_carriage, verify_copy, way_back
+from hitless.upgrade.copy import Carriage, Tally, copy_entries, fill_way_back, prepare_carriage, verify_copy, way_back
 from hitless.upgrade.cutover import detach_hooks, switch_back, switch_hooks
 from hitless.upgrade.handle import Staged
 from hitless.upgrade.merge import merge_round
@@ -45,13 +45,30 @@ from hitless.upgrade.node import Node
 from hitless.upgrade.plan import make_plan
 from hitless.upgrade.record import create_record, read_record, write_record
 
+# Phases in which no hook runs the new release: undoing is removing what was built.
+_NOT_SWITCHED = ("staging", "copying", "undone")
+
 __all__ = ["apply", "plan", "recover", "unload"]
 
 
 def plan(node: Node, bundle: Bundle, allow_loss: Collection[str] = ()) -> Plan:
-    """What :func:`apply` would do now; looks only. Raises HitlessError by kind, InterruptedUpgradeError."""
+    """What :func:`apply` would do now; looks only.
+
+    Raises HitlessError by kind, BusyError while another process upgrades, InterruptedUpgradeError after one was killed.
+    """
     state = node.observe()
     if state.unfinished is not None or state.litter:
+        pid = node.holder()
+        if pid is None:
+            state = node.observe()  # whose upgrade it was may have ended between the two looks
+    if state.unfinished is not None or state.litter:
+        if pid is not None:
+            raise BusyError(
+                f"{node.root} is being upgraded by process {pid}, so what runs is about to change; plan again when "
+                "it is done",
+                path=str(node.root),
+                pid=pid,
+            )
         what = f"to {state.unfinished.version} " if state.unfinished else ""
         raise InterruptedUpgradeError(
             f"{node.root}: an upgrade {what}was interrupted, so what runs is about to change; "
@@ -87,8 +104,8 @@ def apply(
     _plan_first(node, bundle, allow_loss)
     made = not node.root.exists()
     node.root.mkdir(exist_ok=True)
-    try:
-        with node.lock(wait):
+    with node.lock(wait):
+        try:
             recovered = _recover(node, tell)
             state = node.observe()
             decided = _plan(state, bundle, allow_loss)
@@ -100,10 +117,10 @@ def apply(
                 upgrade.build(bundle, prepare)
                 result = upgrade.switch()
             return msgspec.structs.replace(result, recovered=recovered)
-    except BaseException:
-        if made:
-            _remove_if_empty(node)
-        raise
+        except BaseException:
+            if made and not node.current.exists():
+                _remove_if_empty(node)
+            raise
 
 
 def _plan_first(node: Node, bundle: Bundle, allow_loss: Collection[str]) -> None:
@@ -141,7 +158,7 @@ def _recover(node: Node, tell: Callable[[Progress], None]) -> str | None:
     if state.current is not None and state.current.record.phase != "committed":
         _finish(node)
         return f"finished the clean-up after the upgrade to {state.version}"
-    if state.litter or (state.unfinished is not None and state.unfinished.phase in ("staging", "copying")):
+    if state.litter or (state.unfinished is not None and state.unfinished.phase in _NOT_SWITCHED):
         remove_tree(node.next)
         return "undid an upgrade that had not switched any hook"
     if state.unfinished is None:
@@ -156,6 +173,9 @@ def _recover(node: Node, tell: Callable[[Progress], None]) -> str | None:
     tell(Progress("recover"))
     upgrade = _Upgrade(node, record.plan, state.current, tell)
     upgrade.reopen(record)
+    if record.phase in ("undoing", "merging-back"):
+        upgrade.take_back(filled=record.phase == "merging-back")
+        return f"took back the upgrade to {record.version}, which had failed"
     upgrade.switch()
     return f"finished the interrupted upgrade to {record.version}"
 
@@ -259,9 +279,10 @@ class _Upgrade:
                     self._commit()
         except BaseException:
             if not self._is_committed():
-                self._take_back()
+                self.take_back()
                 raise
-            node.access.staged = None
+            with node.access.writing:
+                node.access.staged = None
             _finish(node)
             raise
         with self._step("clean-up"):
@@ -383,17 +404,41 @@ class _Upgrade:
             self._node.access.staged = None
         remove_tree(self._node.next)
 
-    def _take_back(self) -> None:
-        """Undo after the cutover: old programs back on the hooks, then what the new ones learned into the old maps."""
+    def take_back(self, filled: bool = False) -> None:
+        """Undo after the cutover: old programs back on the hooks, then what the new ones learned into the old maps.
+
+        Each phase may be repeated after a kill; ``filled`` says that the bases of the way back were made already.
+        """
         node = self._node
+        record = node.next / "record"
+        if not filled:
+            write_record(record, self._phase("undoing"))
         switch_back(self._plan.hooks, self._programs, node.links)
         wait_for_running_programs()
         with node.access.writing:
-            for entry in self._plan.maps:
-                if self._current is not None and entry.name in self._carried:
-                    old = self._current.maps[entry.was or entry.name].spec
-                    merge_round(way_back(self._carried[entry.name], leaves(_value_of(old), tags=old.tags)))
+            backs = self._ways_back(node.next / "back", filled)
+            if not filled:
+                write_record(record, self._phase("merging-back"))
+            for back in backs:
+                merge_round(back)
+            write_record(record, self._phase("undone"))
         self._drop()
+
+    def _ways_back(self, directory: Path, filled: bool) -> list[Carriage]:
+        """The carried maps with the sides changed; their bases are made new, or opened if they are ``filled``."""
+        if not filled:
+            remove_tree(directory)
+            directory.mkdir()
+        backs = []
+        for entry in self._plan.maps:
+            if self._current is None or entry.name not in self._carried:
+                continue
+            carriage, old = self._carried[entry.name], self._current.maps[entry.was or entry.name].spec
+            base = Map.open(directory / entry.name) if filled else fill_way_back(carriage)
+            if not filled:
+                base.pin(directory / entry.name)
+            backs.append(way_back(carriage, base, leaves(_value_of(old), tags=old.tags)))
+        return backs
 
     def _is_committed(self) -> bool:
         """Whether the exchange happened, by what is there: a signal may come right behind it."""
