@@ -124,3 +124,35 @@ def test_an_error_goes_to_stderr_and_a_traceback_only_with_debug(tmp_path: Path)
     assert plain.stderr.count("\n") == 1
     debug = subprocess.run([*command, "--debug"], capture_output=True, text=True, timeout=30, check=False)
     assert "Traceback" in debug.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["plan", "x"], 1, "Missing option '--root'"),
+        (["plan", "x", "--root", "/r", "--set", "y"], 1, "'y' is not NAME=VALUE"),
+        (["diff", "x"], 2, "Missing argument 'NEW'"),
+        (["nonsense"], 1, "No such command 'nonsense'"),
+    ],
+)
+def test_bad_arguments_are_trouble_and_json_where_that_was_asked_for(
+    arguments: list[str], code: int, words: str
+) -> None:
+    found = as_json(*arguments, code=code)
+    assert found["error"]["code"] == "usage"
+    assert words in found["error"]["message"]
+    assert hitless_command(*arguments, code=code) == ""
+
+
+def test_an_upgrade_whose_progress_nobody_reads_goes_on(
+    node: hitless.Node, release: Release, releases: dict[int, Path]
+) -> None:
+    hitless.apply(node, release(1))
+    command = [sys.executable, "-m", "hitless", "apply", str(releases[2]), "--root", str(node.root)]
+    with Path("/dev/full").open("w") as nowhere:
+        done = subprocess.run(
+            [*command, "--set", f"cgroup={release(2).attach[0].target}"],
+            stdout=subprocess.DEVNULL, stderr=nowhere, stdin=subprocess.DEVNULL, timeout=30, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0
+    assert node.observe().version == "2.0"

@@ -76,7 +76,27 @@ _allow_loss = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Bad arguments are trouble like any other: the command's exit code for it, and JSON where that was asked for."""
+
+    def main(self, args: Any = None, *more: Any, **extra: Any) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        try:
+            code = super().main(given, *more, **{**extra, "standalone_mode": False})
+        except click.ClickException as error:
+            if "--json" in given:
+                _complain(True, "usage", error.format_message(), {})
+            else:
+                error.show()
+            # click's own 2 would be "changes" of plan.
+            sys.exit(2 if given[:1] == ["diff"] else TROUBLE)
+        except click.Abort:
+            click.echo("Aborted!", err=True)
+            sys.exit(TROUBLE)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hitless")
 def main() -> None:
     """Upgrade a running eBPF daemon with no connection reset and no state lost."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -174,6 +175,11 @@ def progress_line() -> Callable[[Progress], None]:
     started = time.monotonic()
 
     def tell(progress: Progress) -> None:
+        # Nobody may be reading any more (a closed pipe, a lost terminal): no reason to undo an upgrade.
+        with suppress(OSError):
+            show(progress)
+
+    def show(progress: Progress) -> None:
         if terminal:
             detail = f" {progress.map}: {progress.done} entries" if progress.map else ""
             click.echo(f"\r\033[K{time.monotonic() - started:6.2f} s  {progress.step}{detail}", nl=False, err=True)

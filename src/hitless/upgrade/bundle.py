@@ -199,6 +199,8 @@ class _Reader:
 
     def _object(self, entry: Any, bindings: Mapping[str, Binding], path: tuple[str, ...]) -> BundleObject:
         self._check(entry, "object", path)
+        if "\0" in entry["file"]:
+            self._fail((*path, "file"), f"{entry['file']!r} cannot be the name of a file")
         file = self._file.parent / entry["file"]
         if file.resolve().parent != self._file.parent.resolve():
             self._fail((*path, "file"), f"{entry['file']} is not a file beside the manifest")
