@@ -26,7 +26,7 @@ from hitless.errors import (
 )
 
 if TYPE_CHECKING:
-    from hitless.upgrade.bundle import Bundle
+    from hitless.bundle import Bundle
     from hitless.upgrade.handle import MapHandle
     from hitless.upgrade.model import NodeState, Plan, Progress, Result
     from hitless.upgrade.node import Node
@@ -59,20 +59,20 @@ __all__ = [
 # Layouts can be read and compared where there is no libbpf, so the rest is imported when it is asked for.
 _ROOMS = {
     "Bundle": "bundle",
-    "MapHandle": "handle",
-    "Node": "node",
-    "NodeState": "model",
-    "Plan": "model",
-    "Progress": "model",
-    "Result": "model",
-    "apply": "transaction",
-    "plan": "transaction",
-    "recover": "transaction",
-    "unload": "transaction",
+    "MapHandle": "upgrade.handle",
+    "Node": "upgrade.node",
+    "NodeState": "upgrade.model",
+    "Plan": "upgrade.model",
+    "Progress": "upgrade.model",
+    "Result": "upgrade.model",
+    "apply": "upgrade.transaction",
+    "plan": "upgrade.transaction",
+    "recover": "upgrade.transaction",
+    "unload": "upgrade.transaction",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"hitless.upgrade.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"hitless.{_ROOMS[name]}"), name)
