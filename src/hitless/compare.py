@@ -74,7 +74,7 @@ class Comparison(msgspec.Struct, frozen=True):
             return f"An upgrade loses {_listed(accepted)}, which is accepted; all other state survives."
         if self.verdict == "identical":
             return "The maps are the same: an upgrade keeps them as they are."
-        return "All state survives an upgrade; nothing is to be done."
+        return "All state survives the upgrade."
 
     def to_dict(self) -> dict[str, Any]:
         """What ``--json`` prints: the documented keys, as plain values."""
@@ -176,8 +176,11 @@ def _advice(items: Collection[Judged]) -> str:
     """What a person can do, the most useful first."""
     verdicts = {item.diff.verdict for item in items}
     options = " ".join(f"--allow-loss {item.name}" for item in items)
-    if any(change.hint and "under a new name" in change.hint for item in items for change in item.diff.changes):
+    hints = " ".join(change.hint or "" for item in items for change in item.diff.changes)
+    if "under a new name" in hints:
         first = "name what was renamed (hitless:was)"
+    elif "old release's objects" in hints:
+        first = "compare with the old release's objects instead of a snapshot that does not tell"
     elif "unknown" in verdicts:
         first = "bind types to the maps whose layout is unknown"
     elif verdicts == {"removed"}:

@@ -58,7 +58,7 @@ def made(tmp_path: Path) -> Release:
 def test_it_ends_with_0_when_all_state_survives(made: Release) -> None:
     old, new = made("1", "__u32 last;"), made("2", "__u64 last;")
     assert as_json("check", old, new)["survives"] is True
-    assert hitless_command("check", old, new).endswith("All state survives an upgrade; nothing is to be done.\n")
+    assert hitless_command("check", old, new).endswith("All state survives the upgrade.\n")
 
 
 def test_it_ends_with_1_and_names_each_map_and_field_that_would_be_lost(made: Release) -> None:

@@ -185,13 +185,19 @@ def _width() -> int | None:
 
 @main.command(epilog="Example: hitless snapshot release-1/ > release-1.json")
 @click.argument("what")
+@click.option(
+    "--format", "form", type=click.Choice(["hitless", "kmesh"]), default="hitless", show_default=True,
+    help="kmesh is the shape of Kmesh's mapspecs_by_prog.json, which tells less.",
+)  # fmt: skip
 @_command()
-def snapshot(what: str, as_json: bool) -> None:
-    """Print the layouts of WHAT as JSON, for `hitless diff` and `hitless inspect` to read later."""
-    from hitless.layout.snapshot import dump
+def snapshot(what: str, form: str, as_json: bool) -> None:
+    """Print the layouts of WHAT as JSON, for `hitless check`, `diff` and `inspect` to read later."""
+    from hitless.layout import kmesh, snapshot
     from hitless.sources import read_objects
 
-    click.echo(dump(read_objects(what)).decode(), nl=False)
+    objects = read_objects(what)
+    text = kmesh.dump(objects) if form == "kmesh" else snapshot.dump(objects)
+    click.echo(text.decode(), nl=False)
 
 
 @main.command(epilog="Example: hitless plan release-2/ --root /sys/fs/bpf/mesh --set cgroup=/sys/fs/cgroup/mesh")

@@ -129,15 +129,20 @@ def _plain(path: str) -> str:
 
 
 def _paths(path: str) -> Iterator[str]:
-    """The path without indices and without groups; that of each member if it names a group of them."""
+    """The path without indices and without groups around it; that of each bitfield if it names a run of them."""
     parts = _plain(path).split(".") if "{" not in path else _split(_plain(path))
     *parents, last = parts
     base = ".".join(part for part in parents if not part.startswith("{"))
-    if last.startswith("{") and last.endswith("}"):
-        for name in re.split(r"[,|]", last[1:-1]):
-            yield join(base, name.strip("{}"))
+    if last.startswith("{") and "|" in last:
+        yield join(base, _group(last[1:-1].split("|")))
+    elif last.startswith("{"):
+        yield from (join(base, name) for name in last[1:-1].split(","))
     else:
         yield join(base, last)
+
+
+def _group(names: Iterable[str]) -> str:
+    return f"{{{'|'.join(sorted(names))}}}"
 
 
 def _split(path: str) -> list[str]:
@@ -156,21 +161,26 @@ def _pair(
     old: Field | None, new: Field | None, was: str, path: str, at: int, to: int, depth: int, index: _Index
 ) -> Iterator[Row]:
     """One field of either side or both; ``at`` and ``to`` are where their structs begin, in bits."""
-    here = path if new is not None else was
-    changes = index.at(here, old is not None, new is not None)
-    if old is None and new is None:
+    field = new or old
+    if field is None:
         return
+    here = path if new is not None else was
+    if not field.name and depth:
+        here = join(here, _group(_names(element(field.type)[0])))
+    changes = index.at(here, old is not None, new is not None)
     before, after = _record(old), _record(new)
     same = old is not None and new is not None and old.type == new.type
-    if same or (before is None and after is None):
+    if (same and field.name) or (before is None and after is None):
         yield Row(here, _cell(old, at, depth), _cell(new, to, depth), changes)
         return
-    yield Row(here, _cell(old, at, depth, "open"), _cell(new, to, depth, "open"))
+    # Where a struct stands beside something else, that is the change, and where it begins they stand side by side.
+    mixed = old is not None and new is not None and (before is None or after is None)
+    yield Row(here, _cell(old, at, depth, "open"), _cell(new, to, depth, "open"), changes if mixed else ())
     yield from _members(
         before, after, was, path, at + (old.offset if old else 0), to + (new.offset if new else 0), depth + 1, index
     )
     closing = _cell(old, at, depth, "close") if before else None, _cell(new, to, depth, "close") if after else None
-    yield Row(here, *closing, changes)
+    yield Row(here, *closing, () if mixed else changes)
 
 
 class _Item(NamedTuple):

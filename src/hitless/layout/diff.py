@@ -156,6 +156,7 @@ def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDif
         _check_size(new.name, side, after, new_size)
         walk = _Walk(side, before, after, fields[side])
         found, conversion = walk.run()
+        unknown += [change for change in found if change.kind == "unknown"]
         if side == "key":
             found = [_for_key(change) for change in found]
         changes += found
@@ -434,7 +435,9 @@ class _Walk:
                 self.change(path, "nested", _spell(old), _spell(new))
                 self.pair(join(old_path, inner.name), path, inner.type, at + inner.offset, new, to, repeat)
             case (Opaque(), _) | (_, Opaque()):
-                self.refuse(path, old, new, "bytes without a known type are equal to nothing")
+                reason = "bytes without a known type are equal to nothing"
+                hint = "compare with the old release's objects: this snapshot does not tell"
+                self.change(path, "unknown", _spell(old), _spell(new), reason=reason, hint=hint)
             case _:
                 self.refuse(path, old, new, f"no rule makes {_spell(old)} into {_spell(new)}")
 
