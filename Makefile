@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-DEBIAN := libbpf1 libbpf-dev clang-19 iproute2 nginx-light
+DEBIAN := libbpf1 libbpf-dev clang-19 gcc iproute2 nginx-light
 BINDING := src/hitless/kernel/_libbpf.py
 BPF := $(MAKE) --no-print-directory -s -C src/meshd/bpf
 

@@ -10,6 +10,7 @@ All errors are subclasses of :class:`HitlessError`.
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hitless.errors import (
@@ -51,6 +52,7 @@ __all__ = [
     "UnsupportedError",
     "VerifyError",
     "apply",
+    "include_dir",
     "plan",
     "recover",
     "unload",
@@ -76,3 +78,8 @@ def __getattr__(name: str) -> object:
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"hitless.{_ROOMS[name]}"), name)
+
+
+def include_dir() -> str:
+    """The directory of ``hitless.h``, for a compiler's ``-I``."""
+    return str(Path(__file__).parent / "include")

@@ -44,7 +44,7 @@ def read_source(what: str) -> Source:
         )
     if path.is_dir():
         # A bpffs refuses a dot in any name, so what has a manifest needs no kernel to be told from a pin root.
-        if not (path / MANIFEST).exists():
+        if not any(entry.name == MANIFEST for entry in path.iterdir()):
             if _on_bpffs(path):
                 return _read_node(path)
             raise BundleError(f"{what} is a directory without a {MANIFEST}, so it is no bundle", path=what)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 import sys
 import time
@@ -124,6 +126,24 @@ def test_a_name_cannot_end_an_annotation_or_speak_to_the_terminal(made: Release,
     assert not any(line.startswith("::error::") for line in lines)
     assert "x\\x0a%3A%3Aerror%3A%3Abad%2C%25\\x1b[31m" in "".join(lines)
     assert "\x1b" not in hitless_command("check", file, new, code=1)
+
+
+def test_colours_are_for_a_terminal_that_wants_them(made: Release) -> None:
+    old, new = made("1", "__u32 last;"), made("2", "")
+    assert "\x1b[31m" in _on_a_terminal(["check", str(old), str(new)])
+    assert "\x1b" not in _on_a_terminal(["check", str(old), str(new)], NO_COLOR="1")
+    assert "\x1b" not in hitless_command("check", old, new, code=1)
+
+
+def _on_a_terminal(arguments: list[str], **variables: str) -> str:
+    master, slave = pty.openpty()
+    with os.fdopen(master, "rb", 0) as terminal:
+        subprocess.run(
+            [sys.executable, "-m", "hitless", *arguments],
+            stdout=slave, stderr=subprocess.PIPE, timeout=30, check=False, env={**os.environ, **variables},
+        )  # fmt: skip
+        os.close(slave)
+        return terminal.read(65536).decode()
 
 
 def test_nine_objects_a_side_take_less_than_half_a_second(nine: tuple[Path, Path]) -> None:

@@ -200,6 +200,20 @@ def snapshot(what: str, form: str, as_json: bool) -> None:
     click.echo(text.decode(), nl=False)
 
 
+@main.command(epilog='Example: clang -target bpf -g -O2 -I"$(hitless include)" -c connect.bpf.c')
+@_command()
+def include(as_json: bool) -> None:
+    """Print the directory of hitless.h, whose macros say in C what was renamed and how counters are merged."""
+    import hitless
+
+    if as_json:
+        from hitless.cli.output import print_json
+
+        print_json({"schema": 1, "include": hitless.include_dir()})
+    else:
+        click.echo(hitless.include_dir())
+
+
 @main.command(epilog="Example: hitless plan release-2/ --root /sys/fs/bpf/mesh --set cgroup=/sys/fs/cgroup/mesh")
 @click.argument("bundle")
 @_root

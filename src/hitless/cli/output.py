@@ -72,12 +72,13 @@ def show_diffs(comparison: Comparison, width: int | None = None) -> str:
     same = sum(not item.changed for item in comparison.maps)
     if same:
         parts.append(f"{same} {_plural(same, 'map')} unchanged")
-    parts.append(click.style(printable(comparison.sentence), bold=True))
+    parts.append(_coloured("=", comparison.sentence))
     return "\n\n".join(parts)
 
 
 _MARKS: dict[str, dict[str, Any]] = {
     "+": {"fg": "green"}, "-": {"fg": "red"}, "!": {"fg": "red", "bold": True}, "~": {"fg": "cyan"}, "#": {"dim": True},
+    "=": {"bold": True},
 }  # fmt: skip
 
 
