@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +64,50 @@ def test_a_full_map_whose_entries_come_and_go_is_carried(node: hitless.Node, mak
     hitless.apply(node, make("2.0", store("__u64 a;")), prepare=programs_of_the_old_release)
     expected = {key: key for key in range(10, 64)} | {1000 + key: 7 for key in range(10)}
     assert {key: value["a"] for key, value in node.map("held").items()} == expected
+
+
+def test_a_full_map_is_carried_while_its_entries_come_and_go_all_the_time(node: hitless.Node, make: Make) -> None:
+    one, other = make("1.0", store("__u32 a;", 4096)), make("2.0", store("__u64 a;", 4096))
+    for _ in range(5):
+        old = filled(node, one, 4096)
+        still = threading.Event()
+
+        def programs_of_the_old_release(old: Map = old, still: threading.Event = still) -> None:
+            key = 0
+            while not still.is_set():
+                old.delete(number(key))
+                old.update(number(key + 4096), number(key + 4096))
+                key += 1
+
+        writer = threading.Thread(target=programs_of_the_old_release)
+
+        def progress(
+            event: hitless.Progress, still: threading.Event = still, writer: threading.Thread = writer
+        ) -> None:
+            if event.step == "merge":  # behind the barrier no program of the old release runs any more
+                still.set()
+                writer.join()
+
+        writer.start()
+        hitless.apply(node, other, progress=progress)
+        keys, _values = old.entries()
+        assert {key: value["a"] for key, value in node.map("held").items()} == {
+            key: key for key in (int.from_bytes(row.tobytes(), "little") for row in keys)
+        }
+        hitless.unload(node)
+
+
+def test_an_lru_map_may_evict_during_the_upgrade(node: hitless.Node, make: Make) -> None:
+    filled(node, make("1.0", store("__u32 a;", 1024, kind="LRU_HASH")), 1024)
+    more = [(key, {"a": key}) for key in range(5000, 9000)]
+    hitless.apply(
+        node,
+        make("2.0", store("__u64 a;", 1024, kind="LRU_HASH")),
+        prepare=lambda node: node.map("held").update_many(more),
+    )
+    found = node.map("held").items()
+    assert len(found) > 500
+    assert all(value["a"] == key for key, value in found)
 
 
 @pytest.mark.parametrize("kind", ["HASH", "ARRAY"])

@@ -272,7 +272,7 @@ class _Upgrade:
                 wait_for_running_programs()
             with node.access.writing:
                 with self._step("merge"):
-                    self._merge()
+                    self._merge(last=True)
                     stale = (time.perf_counter() - started) * 1e6
                 with self._step("commit"):
                     self._verify_hooks()
@@ -363,11 +363,11 @@ class _Upgrade:
             merge_round(carriage)
         carriage.tally.seconds = time.perf_counter() - started
 
-    def _merge(self) -> None:
+    def _merge(self, last: bool = False) -> None:
         for carriage in self._carried.values():
             started = time.perf_counter()
             with self._node.access.writing:
-                merge_round(carriage)
+                merge_round(carriage, last)
             carriage.tally.seconds += time.perf_counter() - started
 
     def _verify_hooks(self) -> None:
@@ -420,7 +420,7 @@ class _Upgrade:
             if not filled:
                 write_record(record, self._phase("merging-back"))
             for back in backs:
-                merge_round(back)
+                merge_round(back, last=True)
             write_record(record, self._phase("undone"))
         self._drop()
 
