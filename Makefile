@@ -4,12 +4,11 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-DONE := build/done
 DEBIAN := libbpf1 libbpf-dev clang-19 iproute2 nginx-light
-BPF_SOURCES := $(wildcard src/meshd/bpf/Makefile src/meshd/bpf/*.h src/meshd/bpf/*/*.c src/meshd/bpf/*/*.h)
-CFFI := src/hitless/kernel/libbpf_build.py
+BINDING := src/hitless/kernel/_libbpf.py
+BPF := $(MAKE) --no-print-directory -s -C src/meshd/bpf
 
-.PHONY: demo test lint setup clean root requirements
+.PHONY: demo test lint setup clean root packages bpf requirements
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -24,46 +23,42 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-setup: root $(DONE)/cffi $(DONE)/bpf
+setup: $(BINDING) bpf
 
 root:
 	@[ "$$(id -u)" = 0 ] || { echo "This needs root, to load eBPF programs into a network namespace and a cgroup of its own: run it with sudo." >&2; exit 1; }
 
-$(DONE)/packages: Makefile | root
-	@mkdir -p $(DONE)
+# apt would start nginx as a service, on port 80 of this machine: a policy forbids that, for this moment only.
+packages: root
 	@set -eu; missing=; \
 	for package in $(DEBIAN); do \
 	  [ "$$(dpkg-query -W -f '$${db:Status-Status}' $$package 2>/dev/null)" = installed ] || missing="$$missing $$package"; \
 	done; \
-	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3 python3-venv"; \
-	if [ -n "$$missing" ]; then \
-	  command -v apt-get >/dev/null || { echo "Missing here:$$missing; apt-get is not, so please install them by hand." >&2; exit 1; }; \
-	  echo "Installing Debian packages:$$missing."; \
-	  policy=/usr/sbin/policy-rc.d; \
-	  if [ ! -e $$policy ]; then trap 'rm -f '$$policy EXIT; printf '#!/bin/sh\nexit 101\n' >$$policy; chmod 755 $$policy; fi; \
-	  export DEBIAN_FRONTEND=noninteractive; \
-	  apt-get update -qq && apt-get install -qq -y --no-install-recommends $$missing >/dev/null; \
-	  case "$$missing" in *nginx*) systemctl disable --quiet nginx 2>/dev/null || : ;; esac; \
-	fi
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, and $(PYTHON) is older: name another one with PYTHON=")'
-	@touch $@
+	[ -x $(BIN)/python ] || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3 python3-venv"; \
+	[ -n "$$missing" ] || exit 0; \
+	command -v apt-get >/dev/null || { echo "Missing here:$$missing. There is no apt-get, so please install them by hand." >&2; exit 1; }; \
+	echo "Installing Debian packages:$$missing."; \
+	policy=/usr/sbin/policy-rc.d; \
+	if [ ! -e $$policy ]; then trap "rm -f $$policy" EXIT; printf '#!/bin/sh\nexit 101\n' >$$policy; chmod 755 $$policy; fi; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	apt-get update -qq && apt-get install -qq -y --no-install-recommends $$missing >/dev/null; \
+	case "$$missing" in *nginx*) systemctl disable --quiet nginx 2>/dev/null || : ;; esac
 
-$(DONE)/venv: requirements.txt pyproject.toml $(wildcard setup.py) $(wildcard $(CFFI)) $(DONE)/packages
+.venv/done: requirements.txt pyproject.toml $(wildcard setup.py) | packages
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, and $(PYTHON) is older: name another one with PYTHON=")'
 	@echo "Making the virtual environment .venv and installing what requirements.txt names, each by its hash."
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(DONE)/cffi: $(wildcard $(CFFI)) $(DONE)/venv
+$(BINDING): src/hitless/kernel/libbpf_build.py .venv/done
 	@echo "Generating the binding to libbpf."
-	@[ ! -e $(CFFI) ] || $(BIN)/python $(CFFI)
+	@$(BIN)/python $<
 	@touch $@
 
-$(DONE)/bpf: $(BPF_SOURCES) $(DONE)/packages
-	@echo "Compiling meshd's BPF programs."
-	@[ ! -e src/meshd/bpf/Makefile ] || $(MAKE) --no-print-directory -s -C src/meshd/bpf
-	@touch $@
+bpf: packages
+	@$(BPF) -q || { echo "Compiling meshd's BPF programs."; $(BPF); }
 
 # Only when a dependency changes; pip-tools need not be in the environment.
 requirements:
@@ -71,5 +66,5 @@ requirements:
 	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options -o requirements.txt pyproject.toml
 
 clean:
-	@rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
-	@[ ! -e src/meshd/bpf/Makefile ] || $(MAKE) --no-print-directory -s -C src/meshd/bpf clean
+	@rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info $(BINDING)
+	@$(BPF) clean

@@ -96,7 +96,8 @@ def check(file: Path, release: Release, cgroup: Path | None, json: bool) -> None
     except ConfigError as error:
         _tell_wrong(events, error, json)
         sys.exit(1)
-    events.tell("config", file=str(file), services=len(found.services), policies=len(found.policies))
+    counts = {"services": len(found.services), "policies": len(found.policies)}
+    events.tell("config", file=str(file), **counts, cgroups_checked=cgroup is not None)
 
 
 def _tell_wrong(events: Events, error: ConfigError, json: bool) -> None:

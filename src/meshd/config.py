@@ -196,7 +196,9 @@ class _Reader:
         self._distinct(services, "name", lambda one: one.name)
         self._distinct(services, "address", lambda one: (one.address, one.port), "the same address and port")
         policies = self._each(fields.get("policies"), "policies", self._policy, self._release.policies)
-        self._distinct(policies, "service", lambda one: (one.cgroup, one.service), "the same source and service")
+        self._distinct(
+            policies, "service", lambda one: (one.source or one.cgroup, one.service), "the same source and service"
+        )
         for node, field, policy in policies:
             if policy.service not in self._names:
                 self._note(node, f"{field}.service", f"no service has the name {policy.service!r}")

@@ -124,6 +124,8 @@ class Follower:
                     version = self._node.observe().version
             except BusyError:
                 return  # somebody upgrades it: what comes of that is seen next time
+            except FileNotFoundError:
+                pass  # unloaded in between
         if version != self._release.version:
             self.superseded = True
             self._events.tell("superseded", version=version)

@@ -176,6 +176,15 @@ def test_a_clients_cgroup_is_looked_up_under_that_of_the_mesh(tmp_path: Path) ->
         assert problems(policy(path), cgroup=mesh) == [(6, field)]
 
 
+def test_one_cgroup_under_two_names_is_one_source(tmp_path: Path) -> None:
+    (tmp_path / "denied").mkdir()
+    (tmp_path / "denied" / "cgroup.procs").touch()
+    names = ("denied", str(tmp_path / "denied"), "./denied/../denied")
+    policies = [f"{{action: deny, service: web, source: {{cgroup: {name}}}}}" for name in names]
+    text = service() + f"policies: [{', '.join(policies)}]"
+    assert problems(text, cgroup=tmp_path) == [(6, "policies[1].service"), (6, "policies[2].service")]
+
+
 def test_a_file_that_is_missing_too_large_or_no_text_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "services.yaml"
     with pytest.raises(ConfigError, match="cannot be read: No such file"):

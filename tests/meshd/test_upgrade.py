@@ -130,6 +130,18 @@ def test_an_upgrade_whose_daemon_is_killed_is_finished_by_the_next_one(mesh: Mes
     held.close()
 
 
+def test_a_signal_during_an_upgrade_waits_for_its_end(mesh: Mesh) -> None:
+    mesh.start(1)
+    mesh.stop()
+    upgrading = mesh.launch(2)
+    upgrading.lines.wait_for({"event": ("progress",), "step": ("stage",)}, 15)
+    upgrading.process.terminate()
+    assert mesh.next_event(event="upgraded")["version"] == "2.0.0"
+    assert mesh.next_event(event="stopped")["exit_type"] == "restart"
+    assert upgrading.process.wait(10) == 0
+    assert mesh.connect(VIP)["answers"] == {A: 1}
+
+
 def test_going_back_without_leave_to_lose_is_refused_and_changes_nothing(mesh: Mesh) -> None:
     mesh.start(3)
     mesh.connect(VIP, count=3)

@@ -135,6 +135,26 @@ def test_writes_go_to_both_releases_until_the_commit(node: hitless.Node, release
     ]
 
 
+def test_a_read_in_an_upgrade_sees_what_the_old_programs_just_wrote(node: hitless.Node, release: Release) -> None:
+    hitless.apply(node, release(1))
+    node.map("tally").update_many((port, {"count": 100}) for port in range(3))
+    old = Map.open(node.root / "maps" / "tally")
+    seen: list[object] = []
+
+    def control_plane(node: hitless.Node) -> None:
+        for port, count in ((0, 105), (7, 3)):
+            old.update(port.to_bytes(4, "little"), count.to_bytes(4, "little") + bytes(12))
+        old.delete((1).to_bytes(4, "little"))
+        tally = node.map("tally")
+        seen.extend([tally.get(0)["count"], tally.get(1), tally.get(7)["count"]])
+        seen.append(sorted(port for port, _ in tally.items()))
+        tally[0] = {**tally.get(0), "since": 1}
+
+    hitless.apply(node, release(2), prepare=control_plane)
+    assert seen == [105, None, 3, [0, 2, 7]]
+    assert node.map("tally").get(0) == {"since": 1, "count": 105, "label": bytes(6), "port": 0}
+
+
 def test_what_a_program_writes_to_the_old_map_after_the_copy_is_merged(node: hitless.Node, release: Release) -> None:
     hitless.apply(node, release(1))
     tally = node.map("tally")

@@ -94,6 +94,14 @@ def test_a_pin_root_that_is_not_on_a_bpffs_is_refused(release: Release, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("a.b", "refuses names with a dot"), ("gone/mesh", "gone is not there; make it first")]
+)
+def test_a_pin_root_that_cannot_be_made_is_refused(release: Release, lab: Lab, name: str, words: str) -> None:
+    with pytest.raises(hitless.NodeError, match=words):
+        hitless.apply(hitless.Node(lab.bpffs / name), release(1))
+
+
 def test_a_whole_mount_is_refused_as_pin_root(release: Release, lab: Lab) -> None:
     with pytest.raises(hitless.NodeError, match="choose a directory in it"):
         hitless.apply(hitless.Node(lab.bpffs), release(1))

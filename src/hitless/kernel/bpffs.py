@@ -17,7 +17,9 @@ _RENAME_EXCHANGE = 2
 
 def require_bpffs(path: Path) -> None:
     """Raise NodeError unless ``path``, or the nearest of its parents that exists, is a directory on a bpffs."""
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    existing = path
+    while not _exists(existing):
+        existing = existing.parent
     if not existing.is_dir():
         raise NodeError(f"{existing} is a file, so {path} cannot be a pin root", path=str(path))
     kind = filesystem(existing)
@@ -28,10 +30,27 @@ def require_bpffs(path: Path) -> None:
             path=str(path),
             filesystem=kind,
         )
+    if "." in path.name:
+        raise NodeError(f"pin root {path}: a bpffs refuses names with a dot; choose another name", path=str(path))
+    if not _exists(path.parent):
+        raise NodeError(f"pin root {path} cannot be made: {path.parent} is not there; make it first", path=str(path))
     if path.is_mount():
         raise NodeError(
             f"pin root {path} is a whole bpffs mount: choose a directory in it, such as {path / 'mesh'}", path=str(path)
         )
+
+
+def _exists(path: Path) -> bool:
+    """Whether ``path`` is there; a bpffs answers EPERM when asked for a name with a dot."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except PermissionError as error:
+        if "." in path.name:
+            return False
+        raise NodeError(f"{path} cannot be looked at: {error.strerror}; run as root", path=str(path)) from None
+    return True
 
 
 def exchange(one: Path, other: Path) -> None:

@@ -17,7 +17,7 @@ from hitless.kernel.maps import Map
 from hitless.layout.codec import decode, encode
 from hitless.layout.model import MapSpec, Type
 from hitless.upgrade.copy import Carriage
-from hitless.upgrade.merge import forget_deleted
+from hitless.upgrade.merge import forget_deleted, merge_entry, merge_round
 from hitless.upgrade.record import read_record
 
 __all__ = ["Access", "MapHandle", "Staged"]
@@ -63,9 +63,13 @@ class MapHandle:
             return spec
 
     def get(self, key: Any) -> Any:
-        """The value at ``key``, or None."""
-        with self._opened() as (live, spec, _):
-            found = live.lookup(encode(_key(spec), key))
+        """The value at ``key``, or None. In an upgrade it includes what the old release's programs just wrote."""
+        with self._opened() as (live, spec, carriage):
+            raw = encode(_key(spec), key)
+            old_key = None if carriage is None else _back_key(carriage, raw)
+            if carriage is not None and old_key is not None:
+                merge_entry(carriage, old_key)
+            found = live.lookup(raw)
             return None if found is None else decode(_value(spec), found)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -90,8 +94,10 @@ class MapHandle:
                 raise KeyError(key)
 
     def items(self) -> list[tuple[Any, Any]]:
-        """All entries as (key, value) pairs."""
-        with self._opened() as (live, spec, _):
+        """All entries as (key, value) pairs. In an upgrade they include what the old release's programs just wrote."""
+        with self._opened() as (live, spec, carriage):
+            if carriage is not None:
+                merge_round(carriage)
             keys, values = live.entries()
             key, value = _key(spec), _value(spec)
             return [

@@ -14,7 +14,7 @@ from hitless.kernel.codegen import Mode
 from hitless.kernel.maps import Rows
 from hitless.upgrade.copy import Carriage, match_rows
 
-__all__ = ["forget_deleted", "merge_round"]
+__all__ = ["forget_deleted", "merge_entry", "merge_round"]
 
 
 def merge_round(carriage: Carriage, last: bool = False) -> int:
@@ -40,6 +40,17 @@ def merge_round(carriage: Carriage, last: bool = False) -> int:
     carriage.tally.rounds += 1
     carriage.tally.caught_up += found
     return found
+
+
+def merge_entry(carriage: Carriage, key: bytes) -> None:
+    """Merge what differs at one key of the source, so that the target's entry is as new as can be."""
+    old, base = carriage.source.lookup(key), carriage.base.lookup(key)
+    if old == base:
+        return
+    mode = Mode.INSERTED if base is None else Mode.DELETED if old is None else Mode.CHANGED
+    zeros = bytes(carriage.source.info.value_size)
+    rows = [np.frombuffer(data, np.uint8).reshape(1, -1) for data in (key, base or zeros, old or base or zeros)]
+    _merge(carriage, mode, rows[0], rows[1], rows[2], carriage.can_wait_for_room)
 
 
 def forget_deleted(carriage: Carriage) -> None:

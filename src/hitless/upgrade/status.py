@@ -61,9 +61,7 @@ class Status(msgspec.Struct, frozen=True):
 
 def status(node: Node) -> Status:
     """Look at ``node`` and judge. Raises NodeError if the root cannot be read as one of hitless."""
-    upgrading = node.holder()
-    state = node.observe()
-    upgrading = upgrading or node.holder()
+    state, upgrading = node.observe_with_holder()
     problems = []
     if state.current is not None and state.current.record.phase != "committed":
         version = state.current.record.version

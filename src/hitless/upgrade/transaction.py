@@ -56,11 +56,7 @@ def plan(node: Node, bundle: Bundle, allow_loss: Collection[str] = ()) -> Plan:
 
     Raises HitlessError by kind, BusyError while another process upgrades, InterruptedUpgradeError after one was killed.
     """
-    state = node.observe()
-    if state.unfinished is not None or state.litter:
-        pid = node.holder()
-        if pid is None:
-            state = node.observe()  # whose upgrade it was may have ended between the two looks
+    state, pid = node.observe_with_holder()
     if state.unfinished is not None or state.litter:
         if pid is not None:
             raise BusyError(

@@ -74,12 +74,13 @@ def take_snapshot(node: hitless.Node, cookies: Iterable[int] = ()) -> Snapshot:
     state = node.observe()
     if state.current is None:
         raise NodeError(f"no mesh is live under {state.root}", path=state.root)
-    flows = dict(_records(node, "flow"))
     counter = "counter" if "counter" in state.current.maps else "service_counter"
     counters: dict[str, int] = {}
     for _, value in _records(node, counter):
         for name, count in value.items():
             counters[name] = counters.get(name, 0) + count
+    # After the counters: a connection that they call closed then has no established flow.
+    flows = dict(_records(node, "flow"))
     by_state: dict[str, int] = {}
     for value in flows.values():
         name = _STATES.get(int(value["state"]), "unknown")

@@ -258,6 +258,8 @@ def print_report(report: Report, console: Console) -> None:
         f"Upgrades:          {len(report.upgrades)} in {report.seconds:.0f} s of traffic, while the service file "
         f"changed {report.config_changes:,} times"
     )
+    planned = sum(upgrade.planned for upgrade in report.upgrades)
+    say(f"Plans:             {planned} of {len(report.upgrades)} upgrades did just what their plan had said before")
     console.print()
     if report.ok:
         console.print("Nothing was lost.", style="bold green")
