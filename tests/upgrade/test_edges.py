@@ -16,7 +16,7 @@ from hitless.kernel.maps import Map
 from hitless.upgrade import transaction
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
-from tests.releases import write_release
+from tests.releases import ATTACH, write_release
 from tests.upgrade.conftest import Release
 
 PROGRAM = """
@@ -133,6 +133,28 @@ def test_what_the_full_old_map_cannot_take_back_does_not_stop_the_taking_back(no
         hitless.apply(node, make("2.0", store("__u64 a;", entries=128)), progress=late)
     assert {key: value["a"] for key, value in node.map("held").items()} == {key: key for key in range(64)} | {3: 33}
     assert status(node).problems == ()
+
+
+def test_counts_by_a_rule_of_the_manifest_are_taken_back_as_counts(
+    node: hitless.Node, lab: Lab, tmp_path: Path
+) -> None:
+    rule = ATTACH + '[map.held.field.a]\nmerge = "sum"\n'
+    variables = {"cgroup": str(lab.cgroup)}
+    one, two = (
+        hitless.Bundle.load(write_release(tmp_path / version, version, store(value) + PROGRAM, rule), variables)
+        for version, value in (("1.0", "__u32 a;"), ("2.0", "__u64 a;"))
+    )
+    old = filled(node, one, 1)
+
+    def late(event: hitless.Progress) -> None:
+        if event.step == "commit":
+            Map.open(node.next / "maps" / "held").update(number(0), number(7, 8))
+            old.update(number(0), number(5))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        hitless.apply(node, two, progress=late)
+    assert node.map("held").get(0) == {"a": 12}
 
 
 def test_a_key_that_only_the_new_release_can_hold_touches_no_old_entry(node: hitless.Node, make: Make) -> None:

@@ -47,9 +47,10 @@ class Carriage(msgspec.Struct):
 
     ``base`` is shaped like ``source`` and holds each value as it was when it was last converted. ``key`` or
     ``value`` is None where the bytes stay as they are. ``back_value`` is the conversion from target to source.
-    ``leaves`` are the fields of the target's value. ``lossy_allowed`` says whether values may be cut to fit.
-    ``written`` are the source's keys that this process has written since the copy began. ``going_back``: the target
-    is the old release's map, and an entry that it has no room for stays out, as it would have without an upgrade.
+    ``leaves`` are the fields of the target's value, ``back_leaves`` those of the source's. ``lossy_allowed`` says
+    whether values may be cut to fit. ``written`` are the source's keys that this process has written since the copy
+    began. ``going_back``: the target is the old release's map, and an entry that it has no room for stays out, as it
+    would have without an upgrade.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Carriage(msgspec.Struct):
     back_key: Conversion | None
     back_value: Conversion | None
     leaves: tuple[Leaf, ...]
+    back_leaves: tuple[Leaf, ...]
     lossy_allowed: bool
     merger: Merger
     tally: Tally
@@ -117,7 +119,14 @@ class Carriage(msgspec.Struct):
 
 
 def prepare_carriage(
-    name: str, source: Map, target: Map, base: Map, diff: MapDiff, fields: tuple[Leaf, ...], lossy_allowed: bool
+    name: str,
+    source: Map,
+    target: Map,
+    base: Map,
+    diff: MapDiff,
+    fields: tuple[Leaf, ...],
+    back_fields: tuple[Leaf, ...],
+    lossy_allowed: bool,
 ) -> Carriage:
     """The carriage for map ``name``, its merge program loaded. Raises KernelError if the verifier refuses that."""
     return Carriage(
@@ -130,6 +139,7 @@ def prepare_carriage(
         back_key=diff.key.inverse() if diff.key else None,
         back_value=diff.value.inverse() if diff.value else None,
         leaves=fields,
+        back_leaves=back_fields,
         lossy_allowed=lossy_allowed,
         merger=Merger(name, source, target, base, fields),
         tally=Tally(),
@@ -145,8 +155,8 @@ def fill_way_back(carriage: Carriage) -> Map:
     return base
 
 
-def way_back(carriage: Carriage, base: Map, fields: tuple[Leaf, ...]) -> Carriage:
-    """The same map with the sides changed, for what the target gained since ``base``; ``fields`` are the source's.
+def way_back(carriage: Carriage, base: Map) -> Carriage:
+    """The same map with the sides changed, for what the target gained since ``base``.
 
     What the source's layout cannot hold stays behind with the release that is taken back.
     """
@@ -159,9 +169,10 @@ def way_back(carriage: Carriage, base: Map, fields: tuple[Leaf, ...]) -> Carriag
         value=carriage.back_value,
         back_key=carriage.key,
         back_value=carriage.value,
-        leaves=fields,
+        leaves=carriage.back_leaves,
+        back_leaves=carriage.leaves,
         lossy_allowed=True,
-        merger=Merger(f"{carriage.name}_back", carriage.target, carriage.source, base, fields),
+        merger=Merger(f"{carriage.name}_back", carriage.target, carriage.source, base, carriage.back_leaves),
         tally=Tally(),
         written=set(),
         going_back=True,
