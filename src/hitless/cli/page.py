@@ -28,18 +28,14 @@ _STYLE = """
   --same: #9aa5b4; --moved: #2f6fd0; --added: #1a7f4b; --lost: #c62f3b; --gap: #e3e7ed; --soft: 0.13; }
 @media (prefers-color-scheme: dark) { :root { --page: #14181e; --text: #e2e7ee; --dim: #98a4b3; --line: #333c48;
   --box: #1f262f; --same: #66717f; --moved: #6ea8ff; --added: #4cc38a; --lost: #ff7b82; --gap: #2a323d; --soft: 0.2; } }
-@media print { :root { color-scheme: light; --page: #ffffff; --text: #000000; --dim: #444c56; --line: #b8c0ca;
-  --box: #f2f4f7; --same: #8a94a2; --moved: #1f55ab; --added: #13643a; --lost: #a51f2b; --gap: #e3e7ed; --soft: 0.13; }
-  body { max-width: none; padding: 0; font-size: 10pt; } section { border: 0; padding: 0; } svg { max-height: 235mm; }
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 body { margin: 0 auto; padding: 1.5rem; max-width: 64rem; background: var(--page); color: var(--text);
   font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.15rem; margin: 0; display: inline; }
 h3 { font-size: .85rem; margin: 1rem 0 .3rem; color: var(--dim); font-weight: 600; }
 code, svg, td.code { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 code { font-size: .92em; } .dim { color: var(--dim); }
-.verdict { border-left: 5px solid var(--added); padding: .5rem 1rem; margin: 1rem 0; background: var(--box); }
-.verdict.lost { border-color: var(--lost); }
+p.verdict { border-left: 5px solid var(--added); padding: .5rem 1rem; margin: 1rem 0; background: var(--box); }
+p.verdict.lost { border-color: var(--lost); }
 section { border: 1px solid var(--line); border-radius: 8px; padding: 1rem 1.2rem; margin: 1.2rem 0; }
 .badge { display: inline-block; border: 1px solid; border-radius: 1em; padding: 0 .7em; font-size: .8rem;
   margin-left: .5em; }
@@ -48,7 +44,7 @@ section { border: 1px solid var(--line); border-radius: 8px; padding: 1rem 1.2re
 table { border-collapse: collapse; width: 100%; font-size: .87rem; margin: .4rem 0; }
 th { text-align: left; color: var(--dim); font-weight: 600; }
 th, td { padding: .2rem .8rem .2rem 0; vertical-align: top;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; } td.verdict { white-space: nowrap; }
 ul.losses { margin: .4rem 0; padding-left: 1.2rem; color: var(--lost); } ul.losses.accepted { color: var(--dim); }
 .scroll { overflow-x: auto; } svg { width: 100%; min-width: 40rem; height: auto; display: block; }
 svg text { font-size: 12px; fill: var(--text); } svg .dim { fill: var(--dim); } svg .head { font-weight: 600; }
@@ -63,6 +59,13 @@ svg text.moved { fill: var(--moved); } svg text.added { fill: var(--added); }
 svg text.lost, svg text.removed { fill: var(--lost); }
 svg text.note { paint-order: stroke; stroke: var(--page); stroke-width: 4px; stroke-linejoin: round; }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--dim); }
+@media print { :root { color-scheme: light; --page: #ffffff; --text: #000000; --dim: #444c56; --line: #b8c0ca;
+  --box: #f2f4f7; --same: #8a94a2; --moved: #1f55ab; --added: #13643a; --lost: #a51f2b; --gap: #e3e7ed; --soft: 0.13; }
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  section { border-width: 1px 0 0; border-radius: 0; padding: .6rem 0; }
+  h2, h3, p { break-after: avoid; } .scroll, li, tr { break-inside: avoid; }
+  svg { min-width: 0; max-height: 235mm; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 
 
@@ -100,7 +103,7 @@ def _overview(maps: Sequence[Judged]) -> str:
         fate = "; ".join(item.losses) or item.note or "nothing is lost"
         word = " (accepted)" if item.losses and item.allowed else ""
         lines.append(
-            f'<tr><td class="code">{_text(name)}</td><td class="{item.diff.verdict}">{item.diff.verdict}</td>'
+            f'<tr><td class="code">{_text(name)}</td><td class="verdict {item.diff.verdict}">{item.diff.verdict}</td>'
             f"<td>{_text(fate + word)}</td></tr>"
         )
     return f"<table><tr><th>map</th><th>verdict</th><th>what is lost</th></tr>{''.join(lines)}</table>"
