@@ -9,7 +9,6 @@ import msgspec
 
 from hitless.bundle import MANIFEST, Bundle, unite_maps
 from hitless.errors import BundleError
-from hitless.layout import kmesh, snapshot
 from hitless.layout.elf import read_object
 from hitless.layout.model import MapSpec, ObjectSpec
 from hitless.layout.rules import MapRules
@@ -61,6 +60,9 @@ def read_source(what: str) -> Source:
     if data[:4] == b"\x7fELF" or path.suffix == ".o":
         read = read_object(data, path.name.removesuffix(".o").removesuffix(".bpf"))
         return Source(what, "object", unite_maps([read]), {read.name: read})
+    # Only here: a check of objects must start at once.
+    from hitless.layout import kmesh, snapshot
+
     registry = kmesh.load(data) if kmesh.is_kmesh(data) else snapshot.load(data)
     return Source(what, "snapshot", unite_maps(registry.values()), registry)
 

@@ -159,7 +159,7 @@ def test_nine_objects_a_side_take_less_than_half_a_second(nine: tuple[Path, Path
 
 
 @pytest.mark.parametrize("form", ["text", "json", "github", "html"])
-def test_it_loads_nothing_that_could_reach_the_kernel(nine: tuple[Path, Path], form: str) -> None:
+def test_it_loads_nothing_that_could_reach_the_kernel_or_takes_long(nine: tuple[Path, Path], form: str) -> None:
     program = (
         "import sys\n"
         "from hitless.cli import main\n"
@@ -174,5 +174,5 @@ def test_it_loads_nothing_that_could_reach_the_kernel(nine: tuple[Path, Path], f
     )  # fmt: skip
     loaded = done.stderr.split()
     assert "hitless.compare" in loaded
-    bad = ("cffi", "_cffi_backend", "hitless.kernel", "hitless.upgrade", "rich", "ctypes.libbpf")
+    bad = ("cffi", "_cffi_backend", "hitless.kernel", "hitless.upgrade", "rich", "numpy")
     assert [name for name in loaded if name.startswith(bad)] == []

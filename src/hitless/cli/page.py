@@ -63,7 +63,7 @@ details { margin: .6rem 0; } summary { cursor: pointer; color: var(--dim); }
   --box: #f2f4f7; --same: #8a94a2; --moved: #1f55ab; --added: #13643a; --lost: #a51f2b; --gap: #e3e7ed; --soft: 0.13; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   section { border-width: 1px 0 0; border-radius: 0; padding: .6rem 0; }
-  h2, h3, p { break-after: avoid; } .scroll, li, tr { break-inside: avoid; }
+  header, h3, p { break-after: avoid; } .scroll, li, tr { break-inside: avoid; }
   svg { min-width: 0; max-height: 235mm; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
@@ -113,7 +113,7 @@ def _section(item: Judged) -> str:
     diff = item.diff
     was = f' <span class="dim">was {_text(diff.was)}</span>' if diff.was else ""
     badge = f'<span class="badge {diff.verdict}">{diff.verdict}</span>'
-    parts = [f"<section><h2><code>{_text(item.name)}</code></h2>{was}{badge}"]
+    parts = [f"<section><header><h2><code>{_text(item.name)}</code></h2>{was}{badge}</header>"]
     parts.append(f'<p class="dim">{_definition(item.old, item.new)}</p>')
     if item.losses:
         lines = "".join(f"<li>{_text(loss)}</li>" for loss in item.losses)

@@ -7,11 +7,9 @@ A :class:`Conversion` makes no decisions. :mod:`hitless.layout.diff` decides; co
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from hitless.errors import LayoutError
 from hitless.layout.members import SPECIAL, is_bytes, join, members
@@ -20,8 +18,23 @@ from hitless.layout.rules import MapRules, Merge, parse_tags
 
 __all__ = ["Conversion", "Converted", "Cut", "Default", "Leaf", "Misfit", "Move", "Records", "Repeat", "leaves"]
 
-#: Records side by side: uint8, shape (number of records, bytes of one).
-Records = npt.NDArray[np.uint8]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    #: Records side by side: uint8, shape (number of records, bytes of one).
+    Records = npt.NDArray[np.uint8]
+else:
+    Records = "npt.NDArray[np.uint8]"
+
+    class _Numpy:
+        # It takes longer to load than two releases to compare, and only `apply` needs it.
+        def __getattr__(self, name):
+            import numpy
+
+            return getattr(numpy, name)
+
+    np = _Numpy()
 
 _FIRST = 10  # rows that a misfit names
 _MAX_LEAVES = 1_000_000
