@@ -21,6 +21,7 @@ __all__ = ["Comparison", "Judged", "compare"]
 
 # From best to worst; an added map loses nothing.
 _ORDER = ("identical", "added", "lossless", "lossy", "removed", "needs-converter", "not-carried", "unknown")
+_FEW = 3  # maps whose options a sentence can hold
 _GONE = ("removed", "needs-converter", "not-carried", "unknown")
 
 
@@ -175,7 +176,8 @@ def _listed(items: Collection[Judged]) -> str:
 def _advice(items: Collection[Judged]) -> str:
     """What a person can do, the most useful first."""
     verdicts = {item.diff.verdict for item in items}
-    options = " ".join(f"--allow-loss {item.name}" for item in items)
+    few = len(items) <= _FEW
+    options = " ".join(f"--allow-loss {item.name}" for item in items) if few else "--allow-loss MAP for each of them"
     hints = " ".join(change.hint or "" for item in items for change in item.diff.changes)
     if "under a new name" in hints:
         first = "name what was renamed (hitless:was)"
