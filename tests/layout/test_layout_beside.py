@@ -78,6 +78,11 @@ def test_an_anonymous_union_that_moved_is_one_thing(beside: Beside) -> None:
     assert ("~", "}; @4", "}; @8", "moved") in rows
 
 
+def test_a_field_that_went_into_an_anonymous_union_stands_beside_it(beside: Beside) -> None:
+    rows = beside("__u32 a; __u32 v4;", "__u64 a; union { __u32 v4; __u8 v6[16]; };")
+    assert [(old, new) for _, old, new, _ in rows if "union" in new] == [("__u32 v4; @4", "union { @8")]
+
+
 def test_a_field_that_a_rule_brings_from_another_struct_is_not_beside_a_namesake(beside: Beside) -> None:
     rules = MapRules(fields={"hits": FieldRule(was="in.hits")})
     rows = beside("struct { __u32 hits; __u32 more; } in;", "struct { __u32 more; } in; __u32 hits;", rules)

@@ -44,7 +44,7 @@ section { border: 1px solid var(--line); border-radius: 8px; padding: 1rem 1.2re
 table { border-collapse: collapse; width: 100%; font-size: .87rem; margin: .4rem 0; }
 th { text-align: left; color: var(--dim); font-weight: 600; }
 th, td { padding: .2rem .8rem .2rem 0; vertical-align: top;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; } td.verdict { white-space: nowrap; }
+  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; } th, td.verdict { white-space: nowrap; }
 ul.losses { margin: .4rem 0; padding-left: 1.2rem; color: var(--lost); } ul.losses.accepted { color: var(--dim); }
 .scroll { overflow-x: auto; } svg { width: 100%; min-width: 40rem; height: auto; display: block; }
 svg text { font-size: 12px; fill: var(--text); } svg .dim { fill: var(--dim); } svg .head { font-weight: 600; }
@@ -173,8 +173,10 @@ def _drawing(one: Sides, name: str) -> str:
         if "close" in lines:
             # What happened to a struct as a whole is said where it begins.
             begun = opened.pop()
+            if begun.changes:
+                continue
             changes = tuple(change for change in row.changes if change.kind not in ("nested", "moved"))
-            row = begun._replace(changes=(*begun.changes, *changes))
+            row = begun._replace(changes=changes)
             kind = _class(row) if row.changes else "same"
         elif "open" in lines:
             opened.append(row)

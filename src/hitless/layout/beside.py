@@ -229,7 +229,9 @@ def _match(olds: Sequence[_Item], news: Sequence[_Item], path: str, index: _Inde
     for j, item in enumerate(news):
         if j in out or item.field is None or index.was(join(path, item.field.name)) == "":
             continue
-        same = names.get(item.field.name) if item.field.name else _anonymous(item.field, olds, taken)
+        same = names.get(item.field.name) if item.field.name else None
+        if same is None:
+            same = _anonymous(item.field, olds, taken)
         if same is not None and same not in taken:
             out[j] = same
             taken.add(same)
@@ -247,9 +249,12 @@ def _match(olds: Sequence[_Item], news: Sequence[_Item], path: str, index: _Inde
 
 
 def _anonymous(field: Field, olds: Sequence[_Item], taken: set[int]) -> int | None:
-    mine = _names(field.type)
+    """Number of the old field that shares a name with this one, where either has names only inside."""
+    mine = {field.name} if field.name else _names(field.type)
     for i, item in enumerate(olds):
-        if i not in taken and item.field and not item.field.name and mine & _names(item.field.type):
+        if i in taken or item.field is None or (field.name and item.field.name):
+            continue
+        if mine & ({item.field.name} if item.field.name else _names(item.field.type)):
             return i
     return None
 
