@@ -63,6 +63,7 @@ class _Symbol(NamedTuple):
     value: int
     kind: str
     bind: str
+    hidden: bool
 
 
 class _Elf(NamedTuple):
@@ -154,6 +155,7 @@ def _read_elf(data: bytes, name: str) -> _Elf:
                 symbol["st_value"],
                 symbol["st_info"]["type"],
                 symbol["st_info"]["bind"],
+                symbol["st_other"]["visibility"] in ("STV_HIDDEN", "STV_INTERNAL"),
             )
             for section in elf.iter_sections()
             if isinstance(section, SymbolTableSection)
@@ -207,7 +209,9 @@ def _data_maps(elf: _Elf, btf: Btf, sections: dict[str, Section], name: str) -> 
         section = sections.get(part.name)
         value = _data_layout(elf, btf, section, index, part, name) if section else None
         flags = _RDONLY_PROG if base == "rodata" else 0
-        if section and any(var.exported for var in section.variables):
+        # As libbpf has it: only a map with a variable that others may see can be mapped into memory.
+        hidden = {symbol.name for symbol in elf.symbols if symbol.section == index and symbol.hidden}
+        if section and any(var.exported and var.name not in hidden for var in section.variables):
             flags |= _MMAPABLE
         out.append(MapSpec(part.name, "array", 4, part.size, 1, flags, Int("int", 4, True), value))
     return out
@@ -249,6 +253,7 @@ def _map(btf: Btf, type_id: int, name: str, tags: tuple[str, ...], where: str, d
     value: Type | None = None
     inner: MapSpec | None = None
     sized = set()
+    listed = False
     for member, ref in btf.members(type_id):
         if member in numbers:
             numbers[member] = number(member, ref)
@@ -262,6 +267,7 @@ def _map(btf: Btf, type_id: int, name: str, tags: tuple[str, ...], where: str, d
             target = btf.pointee(array[0]) if array else None
             if target is None:
                 raise bad("'values' is not made with __array()")
+            listed = True
             if not btf.is_function(target):
                 if depth + 1 >= _MAX_INNER:
                     raise bad("maps are nested more than two deep")
@@ -276,9 +282,15 @@ def _map(btf: Btf, type_id: int, name: str, tags: tuple[str, ...], where: str, d
                 raise bad(f"{side}_size says {numbers[f'{side}_size']} bytes but its type has {made.size}")
             numbers[f"{side}_size"] = made.size
     kind = MAP_TYPES[numbers["type"]]
-    if kind in ("array_of_maps", "hash_of_maps", "prog_array") and "values" in {m for m, _ in btf.members(type_id)}:
-        numbers["key_size"] = numbers["key_size"] or 4
-        numbers["value_size"] = numbers["value_size"] or 4
+    if listed:
+        # As libbpf has it: what such a map holds are file descriptors to user space.
+        if kind not in ("array_of_maps", "hash_of_maps", "prog_array"):
+            raise bad(f"'values' is for maps of maps and program arrays, not for a map of type {kind}")
+        if numbers["value_size"] not in (0, 4):
+            raise bad(f"its values are maps or programs, which take 4 bytes, not {numbers['value_size']}")
+        numbers["value_size"] = 4
+    if numbers["pinning"] > 1 or (numbers["pinning"] and depth):
+        raise bad(f"pinning {numbers['pinning']} is not known: maps are pinned by name (1), inner maps not at all")
     return MapSpec(
         name, kind, numbers["key_size"], numbers["value_size"], numbers["max_entries"], numbers["map_flags"],
         key, value, bool(numbers["pinning"]), inner, numbers["map_extra"], tags,
