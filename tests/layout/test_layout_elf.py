@@ -220,6 +220,9 @@ def test_a_damaged_object_raises_only_our_errors(data: bytes) -> None:
         ("__uint(type, 1); int max_entries;", "'max_entries' is not made with __uint"),
         ("__uint(type, 1); int key;", "'key' is not made with __type"),
         ("__uint(type, 1); __type(key, struct nowhere *); void *value;", "void"),
+        ("__uint(type, 1); __array(values, int (void *));", "not for a map of type hash"),
+        ("__uint(type, 3); __uint(value_size, 8); __array(values, int (void *));", "take 4 bytes, not 8"),
+        ("__uint(type, 1); __uint(pinning, 2);", "pinning 2 is not known"),
     ],
 )
 def test_a_map_definition_that_makes_no_sense_is_an_error(compile_bpf: Compile, definition: str, message: str) -> None:
