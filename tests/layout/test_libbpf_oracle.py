@@ -13,7 +13,7 @@ import pytest
 
 from hitless.errors import LayoutError
 from hitless.layout.btf import Btf
-from hitless.layout.elf import MAP_TYPES, read_btf, read_object
+from hitless.layout.elf import read_btf, read_object
 from hitless.layout.model import Array, Enum, Float, Int, MapSpec, ObjectSpec, Pointer, Record, Type
 from hitless.layout.sections import SECTIONS
 
@@ -84,63 +84,9 @@ lib.libbpf_set_print(ffi.NULL)
 INT, PTR, ARRAY, STRUCT, UNION, ENUM = 1, 2, 3, 4, 5, 6
 DATASEC, FLOAT, DECL_TAG, ENUM64 = 15, 16, 17, 19
 
-# One map of every type, with whatever a definition can say, and data sections of every sort. Their sizes are powers
-# of two above a page, as libbpf rounds those of ring buffers up to one, by the page size of the machine it runs on.
-OF_EVERY_TYPE = "".join(
-    f"struct {{ __uint(type, {number}); __uint(max_entries, {4096 << number % 8}); "
-    f'__uint(key_size, 4); __uint(value_size, 8); }} a_{kind} SEC(".maps");\n'
-    for number, kind in enumerate(MAP_TYPES)
-    if kind not in ("unspec", "array_of_maps", "hash_of_maps", "struct_ops", "arena")
-)
-EVERYTHING = """
-enum e { LOW = -3, HIGH = 7 }; enum big { FAR = 1ULL << 40 }; enum __attribute__((packed)) tiny { ONE = 1 };
-typedef struct { int x; char c; } anonymous; typedef anonymous again; struct later;
-struct key { __u8 addr[16]; __be16 port; const volatile __u8 proto; __u8 pad; };
-struct __attribute__((packed)) tight { __u8 a; __u64 b; __u16 c; };
-struct value {
-    __u64 hits TAG("hitless:merge=sum"); again nested[3]; struct tight t; __u32 low:3, high:9; __u64 wide:40; __u32:0;
-    __s8 tail:2; enum e e; enum big big; enum tiny tiny; union { __u32 v4; __u8 v6[16]; struct { __u16 p, q; }; };
-    _Bool on; char text[12]; double d; float f; void *any; struct later *next; struct value *self;
-    int (*call)(struct key *, int); __u32 grid[3][5]; __int128 huge; long l; signed char sc; __u8 flexible[];
-};
-struct { __uint(type, 1); __uint(max_entries, 1024); __uint(map_flags, 1); __uint(pinning, 1); __uint(numa_node, 0);
-    __type(key, struct key); __type(value, struct value); } typed SEC(".maps") TAG("hitless:was=vip");
-struct { __uint(type, 30); __uint(max_entries, 9); __uint(map_extra, 5); __type(value, __u64); } bloom SEC(".maps");
-struct { __uint(type, 24); __uint(map_flags, 1); __type(key, int); __type(value, again); } storage SEC(".maps");
-struct inner { __uint(type, 2); __uint(max_entries, 3); __type(key, __u32); __type(value, again); };
-struct { __uint(type, 13); __uint(max_entries, 5); __type(key, __u32); __array(values, struct inner); }
-    outer SEC(".maps");
-struct { __uint(type, 12); __uint(max_entries, 2); __uint(key_size, 4); __array(values, struct {
-    __uint(type, 1); __uint(max_entries, 7); __uint(map_flags, 1); __uint(key_size, 8); __uint(value_size, 24); }); }
-    sized SEC(".maps");
-int act(void *ctx);
-struct { __uint(type, 3); __uint(max_entries, 2); __uint(key_size, 4); __array(values, int (void *)); }
-    tails SEC(".maps") = { .values = { [1] = (void *)&act } };
-struct { __uint(type, 3); __uint(max_entries, 2); __array(values, int (void *)); } keyless SEC(".maps");
-struct inner slot SEC(".maps");
-struct { __uint(type, 13); __uint(max_entries, 5); __type(key, __u32); __array(values, struct inner); }
-    slots SEC(".maps") = { .values = { [2] = &slot } };
-
-int one = 3, two = 4; static volatile int hidden; __u64 counts[4]; static volatile struct tight quiet = { .b = 1 };
-const volatile __u32 limit = 9; const volatile anonymous pair SEC(".rodata.more") = { 1, 2 };
-int internal SEC(".data.internal") __attribute__((visibility("hidden"))) = 5;
-static volatile int lone SEC(".data.lone") = 5; struct value last SEC(".bss.last");
-static __attribute__((noinline)) int helper(int x) { return x * hidden; }
-SEC("cgroup/connect4") int connect4(void *ctx) {
-    counts[1] += limit + quiet.b + lone + internal + pair.x; hidden = 1; return helper(one + two) + last.l;
-}
-SEC("?sockops") int ops(void *ctx) { return 1; }
-SEC("cgroup_skb/ingress") int count(void *ctx) { return 1; }
-SEC("xdp") int act(void *ctx) { return 2; }
-SEC("tc") int shape(void *ctx) { return 0; }
-SEC("xdp_auth") int auth(void *ctx) { return 2; }
-SEC("kprobe/do_exit") int probe(void *ctx) { return 0; }
-SEC("iter/bpf_map_elem") int walk(void *ctx) { return 0; }
-char LICENSE[] SEC("license") = "Dual BSD/GPL";
-"""
-
+EVERYTHING = (Path(__file__).parent / "everything.bpf.c").read_text()
 NO_DATA = 'struct { __uint(type, 2); __uint(max_entries, 1); __type(key, int); __type(value, long); } m SEC(".maps");'
-SOURCES = {"everything": OF_EVERY_TYPE + EVERYTHING, "no data": NO_DATA}
+SOURCES = {"everything": EVERYTHING, "no data": NO_DATA}
 
 
 class Tally:
