@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from elftools.elf.sections import SymbolTableSection
 
 from hitless.errors import LayoutError, UnsupportedError
 from hitless.layout.btf import Btf, Section
+from hitless.layout.members import repeated
 from hitless.layout.model import Field, Int, MapSpec, ObjectSpec, ProgramSpec, Record, Type
 from hitless.layout.sections import program_type
 
@@ -30,7 +32,9 @@ MAP_TYPES = (
 _EM_BPF = 247
 _SHF_EXECINSTR = 4
 _SHF_COMPRESSED = 0x800
-_SHT_NOBITS = "SHT_NOBITS"
+_NULL, _SYMTAB, _NOBITS = 0, 2, 8
+_SECTION = struct.Struct("<IIQQQQIIQQ")
+_SYMBOL_SIZE = 24
 _RDONLY_PROG = 1 << 7
 _MMAPABLE = 1 << 10
 _MAX_INNER = 2
@@ -145,9 +149,10 @@ def _read_elf(data: bytes, name: str) -> _Elf:
     machine = int.from_bytes(data[18:20], "little")
     if machine != _EM_BPF:
         raise LayoutError(f"{name}: for machine {machine}, not BPF ({_EM_BPF}): compile with -target bpf", object=name)
+    _check_sections(data, "<", name)
     try:
         elf = ELFFile(io.BytesIO(data))
-        parts = tuple(_part(section, len(data), name) for section in elf.iter_sections())
+        parts = tuple(_part(section, name) for section in elf.iter_sections())
         symbols = tuple(
             _Symbol(
                 symbol.name,
@@ -163,16 +168,39 @@ def _read_elf(data: bytes, name: str) -> _Elf:
         )
     except _DAMAGE as error:
         raise LayoutError(f"{name}: damaged or truncated ELF file: {error}", object=name) from error
-    if not parts:
-        raise LayoutError(f"{name}: damaged or truncated ELF file: it has no sections", object=name)
     return _Elf(parts, symbols)
 
 
-def _part(section: Any, total: int, name: str) -> _Part:
+def _check_sections(data: bytes, order: str, name: str) -> None:
+    # pyelftools reads where it is told to; what it then says of a file that lies helps nobody.
+    def bad(why: str) -> LayoutError:
+        return LayoutError(f"{name}: damaged or truncated ELF file: {why}", object=name)
+
+    (start,) = struct.unpack_from(f"{order}Q", data, 0x28)
+    each, count, names = struct.unpack_from(f"{order}HHH", data, 0x3A)
+    if not start or not count:
+        raise bad("it has no sections")
+    if each != _SECTION.size:
+        raise bad(f"its section headers are {each} bytes each, not {_SECTION.size}")
+    if start + each * count > len(data):
+        raise bad(f"its {count} section headers at byte {start} end after its {len(data)} bytes")
+    if names >= count:
+        raise bad(f"the names of its sections are in section {names}, but there are only {count}")
+    for index in range(count):
+        _name, kind, _flags, _address, offset, size, link, _info, _align, entry = struct.unpack_from(
+            f"{order}IIQQQQIIQQ", data, start + each * index
+        )
+        if kind not in (_NULL, _NOBITS) and offset + size > len(data):
+            raise bad(f"section {index} at byte {offset} has {size} bytes and ends after the file's {len(data)}")
+        if kind == _SYMTAB and (entry != _SYMBOL_SIZE or size % _SYMBOL_SIZE or link >= count):
+            raise bad(f"section {index} at byte {offset} is no table of {_SYMBOL_SIZE}-byte symbols with their names")
+
+
+def _part(section: Any, name: str) -> _Part:
     kind, flags, size = str(section["sh_type"]), int(section["sh_flags"]), int(section["sh_size"])
-    stored = 0 if kind in (_SHT_NOBITS, "SHT_NULL") else size
-    if stored and section["sh_offset"] + stored > total:
-        raise LayoutError(f"{name}: truncated ELF file: section {section.name!r} ends after the file", object=name)
+    stored = kind not in ("SHT_NOBITS", "SHT_NULL") and size > 0
+    if not section.name.isprintable():
+        raise LayoutError(f"{name}: the section name {section.name!r} has control characters", object=name)
     if flags & _SHF_COMPRESSED:
         raise UnsupportedError(
             f"{name}: section {section.name!r} is compressed", feature="compressed sections", object=name
@@ -218,16 +246,27 @@ def _data_maps(elf: _Elf, btf: Btf, sections: dict[str, Section], name: str) -> 
 
 
 def _data_layout(elf: _Elf, btf: Btf, section: Section, index: int, part: _Part, name: str) -> Record:
-    # clang leaves offsets at 0 in the object and libbpf fills them in from the symbol table, as done here.
-    places = {symbol.name: symbol.value for symbol in elf.symbols if symbol.section == index and symbol.name}
+    # clang leaves the offsets of what others may see at 0, and libbpf fills them in from the symbol table, as done
+    # here. Statics have theirs, and need not have a name of their own when several files were linked into one.
+    places = {
+        symbol.name: symbol.value
+        for symbol in elf.symbols
+        if symbol.section == index and symbol.name and symbol.bind != "STB_LOCAL"
+    }
     fields = []
     for var in section.variables:
         made = btf.layout(var.type_id)
-        offset = places.get(var.name, var.offset)
+        offset = places.get(var.name, var.offset) if var.exported else var.offset
         if offset + made.size > part.size:
             raise LayoutError(f"{name}: variable {var.name!r} lies outside section {part.name}", object=name)
         fields.append(Field(var.name, made, 8 * offset, 0, var.tags))
     fields.sort(key=lambda field: field.offset)
+    twice = repeated(fields)
+    if twice is not None:
+        raise UnsupportedError(
+            f"{name}: section {part.name} has two variables called {twice!r}, which cannot be told apart: rename one",
+            feature="variables of one name", object=name,
+        )  # fmt: skip
     return Record(part.name, part.size, tuple(fields))
 
 

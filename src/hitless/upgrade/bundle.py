@@ -134,6 +134,9 @@ class _Reader:
     def bundle(self) -> Bundle:
         try:
             manifest = tomllib.loads(self._text)
+            self._check_text(manifest, ())
+        except RecursionError:
+            raise BundleError(f"{self._file}: nested too deeply for a manifest", file=str(self._file)) from None
         except tomllib.TOMLDecodeError as error:
             raise BundleError(f"{self._file} is not TOML: {error}", file=str(self._file)) from None
         self._check(manifest, "", ())
@@ -171,6 +174,15 @@ class _Reader:
             rules=rules,
         )
 
+    def _check_text(self, item: Any, path: tuple[str, ...]) -> None:
+        # Names and values end up in messages and plans, whose lines a control character could forge.
+        items = item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, list) else ()
+        for key, value in items:
+            for text in (key, value):
+                if isinstance(text, str) and not text.isprintable():
+                    self._fail((*path, str(key)), f"{text!r} has control characters")
+            self._check_text(value, (*path, str(key)))
+
     def _check(self, table: Any, kind: str, path: tuple[str, ...]) -> None:
         """Types and names of the keys of one table; ``kind`` is its row in _KEYS."""
         if not isinstance(table, dict):
@@ -199,8 +211,6 @@ class _Reader:
 
     def _object(self, entry: Any, bindings: Mapping[str, Binding], path: tuple[str, ...]) -> BundleObject:
         self._check(entry, "object", path)
-        if "\0" in entry["file"]:
-            self._fail((*path, "file"), f"{entry['file']!r} cannot be the name of a file")
         file = self._file.parent / entry["file"]
         if file.resolve().parent != self._file.parent.resolve():
             self._fail((*path, "file"), f"{entry['file']} is not a file beside the manifest")
