@@ -44,7 +44,7 @@ HEAD = '[bundle]\nname = "store"\nversion = "1.0"\n[[object]]\nfile = "store.bpf
         (HEAD + ATTACH.replace("${cgroup}", "${group}"), 10, "give one with --set group=VALUE"),
         (HEAD.replace("store.bpf.o", "gone.bpf.o"), 5, "cannot be read"),
         (HEAD.replace("store.bpf.o", "../1/store.bpf.o"), 5, "not a file beside the manifest"),
-        (HEAD.replace("store.bpf.o", "a\\u0000b"), 5, "'a\\\\x00b' has control characters"),
+        (HEAD.replace("store.bpf.o", "a\\u0000b"), 5, "'a\\x00b' has control characters"),
         ("[bundle\n", None, "is not TOML"),
     ],
 )

@@ -117,6 +117,8 @@ def read_object(data: bytes, name: str, bindings: Mapping[str, Binding] | None =
         seen.add(spec.name)
     found = elf.part("license")
     text = found.data.split(b"\0")[0].decode("ascii", "replace") if found else ""
+    if not text.isprintable():
+        raise LayoutError(f"{name}: the license {text!r} has control characters", object=name)
     return ObjectSpec(name, tuple(maps), tuple(_programs(elf, name)), text)
 
 
@@ -221,6 +223,8 @@ def _programs(elf: _Elf, name: str) -> list[ProgramSpec]:
             continue
         if symbol.bind == "STB_LOCAL":
             raise LayoutError(f"{name}: program {symbol.name!r} is static, so libbpf will not load it", object=name)
+        if not symbol.name.isprintable():
+            raise LayoutError(f"{name}: the program name {symbol.name!r} has control characters", object=name)
         section = part.name.removeprefix("?")
         kind, attach = program_type(section)
         out.append(ProgramSpec(symbol.name, part.name, kind, attach, not part.name.startswith("?")))
