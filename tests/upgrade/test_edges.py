@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hitless.kernel.maps import Map
 from hitless.upgrade import transaction
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
-from tests.releases import write_release
+from tests.releases import ATTACH, write_release
 from tests.upgrade.conftest import Release
 
 PROGRAM = """
@@ -65,6 +66,50 @@ def test_a_full_map_whose_entries_come_and_go_is_carried(node: hitless.Node, mak
     assert {key: value["a"] for key, value in node.map("held").items()} == expected
 
 
+def test_a_full_map_is_carried_while_its_entries_come_and_go_all_the_time(node: hitless.Node, make: Make) -> None:
+    one, other = make("1.0", store("__u32 a;", 4096)), make("2.0", store("__u64 a;", 4096))
+    for _ in range(5):
+        old = filled(node, one, 4096)
+        still = threading.Event()
+
+        def programs_of_the_old_release(old: Map = old, still: threading.Event = still) -> None:
+            key = 0
+            while not still.is_set():
+                old.delete(number(key))
+                old.update(number(key + 4096), number(key + 4096))
+                key += 1
+
+        writer = threading.Thread(target=programs_of_the_old_release)
+
+        def progress(
+            event: hitless.Progress, still: threading.Event = still, writer: threading.Thread = writer
+        ) -> None:
+            if event.step == "merge":  # behind the barrier no program of the old release runs any more
+                still.set()
+                writer.join()
+
+        writer.start()
+        hitless.apply(node, other, progress=progress)
+        keys, _values = old.entries()
+        assert {key: value["a"] for key, value in node.map("held").items()} == {
+            key: key for key in (int.from_bytes(row.tobytes(), "little") for row in keys)
+        }
+        hitless.unload(node)
+
+
+def test_an_lru_map_may_evict_during_the_upgrade(node: hitless.Node, make: Make) -> None:
+    filled(node, make("1.0", store("__u32 a;", 1024, kind="LRU_HASH")), 1024)
+    more = [(key, {"a": key}) for key in range(5000, 9000)]
+    hitless.apply(
+        node,
+        make("2.0", store("__u64 a;", 1024, kind="LRU_HASH")),
+        prepare=lambda node: node.map("held").update_many(more),
+    )
+    found = node.map("held").items()
+    assert len(found) > 500
+    assert all(value["a"] == key for key, value in found)
+
+
 @pytest.mark.parametrize("kind", ["HASH", "ARRAY"])
 def test_a_map_made_larger_takes_more_entries_before_the_cutover(node: hitless.Node, make: Make, kind: str) -> None:
     filled(node, make("1.0", store("__u32 a;", kind=kind)))
@@ -88,6 +133,28 @@ def test_what_the_full_old_map_cannot_take_back_does_not_stop_the_taking_back(no
         hitless.apply(node, make("2.0", store("__u64 a;", entries=128)), progress=late)
     assert {key: value["a"] for key, value in node.map("held").items()} == {key: key for key in range(64)} | {3: 33}
     assert status(node).problems == ()
+
+
+def test_counts_by_a_rule_of_the_manifest_are_taken_back_as_counts(
+    node: hitless.Node, lab: Lab, tmp_path: Path
+) -> None:
+    rule = ATTACH + '[map.held.field.a]\nmerge = "sum"\n'
+    variables = {"cgroup": str(lab.cgroup)}
+    one, two = (
+        hitless.Bundle.load(write_release(tmp_path / version, version, store(value) + PROGRAM, rule), variables)
+        for version, value in (("1.0", "__u32 a;"), ("2.0", "__u64 a;"))
+    )
+    old = filled(node, one, 1)
+
+    def late(event: hitless.Progress) -> None:
+        if event.step == "commit":
+            Map.open(node.next / "maps" / "held").update(number(0), number(7, 8))
+            old.update(number(0), number(5))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        hitless.apply(node, two, progress=late)
+    assert node.map("held").get(0) == {"a": 12}
 
 
 def test_a_key_that_only_the_new_release_can_hold_touches_no_old_entry(node: hitless.Node, make: Make) -> None:

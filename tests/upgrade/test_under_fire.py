@@ -84,7 +84,7 @@ def test_no_increment_is_lost_or_gained_while_upgrades_go_back_and_forth(
 def test_without_the_catch_up_increments_are_lost(
     node: hitless.Node, release: Release, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transaction, "merge_round", lambda carriage: 0)
+    monkeypatch.setattr(transaction, "merge_round", lambda carriage, last=False: 0)
     monkeypatch.setattr(transaction, "verify_copy", lambda carriage, writing: None)
     hitless.apply(node, release(1))
     with clients(lab) as tries:

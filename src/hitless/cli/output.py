@@ -205,7 +205,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
     table = Table(*columns, title=title, title_justify="left", box=None, header_style="dim")
     for row in rows:
-        table.add_row(Text(row[0], style=_COLOURS.get(row[0], "")), *(Text(cell) for cell in row[1:]))
+        table.add_row(Text(row[0], style=_COLOURS.get(row[0], "")), *(Text(cell, overflow="fold") for cell in row[1:]))
     Console().print(table)
 
 

@@ -180,10 +180,12 @@ class Map(Object):
 def create_like(model: Map, name: str) -> Map:
     """A new empty hash or array with the key, value and capacity of ``model``, without BTF.
 
-    It is preallocated, so that an update of a key it holds cannot fail, and no LRU, which would evict entries.
+    It is preallocated, so that an update of a key it holds cannot fail, and no LRU, which would evict entries: beside
+    one it is twice as large, since it holds evicted entries until they are seen to be gone.
     """
     info = model.info
-    return create(_ARRAY if info.type == "array" else _HASH, name, info.key_size, info.value_size, info.max_entries)
+    room = 2 * info.max_entries if info.type == "lru_hash" else info.max_entries
+    return create(_ARRAY if info.type == "array" else _HASH, name, info.key_size, info.value_size, room)
 
 
 def create(kind: int, name: str, key_size: int, value_size: int, max_entries: int, opts: object = ffi.NULL) -> Map:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import secrets
 import threading
 from collections.abc import Callable
 
@@ -28,6 +30,9 @@ __all__ = [
 
 Indices = npt.NDArray[np.intp]
 
+# Keys may come from the network: nobody outside can make many of them share a mark.
+_SEED = np.uint64(secrets.randbits(64))
+
 
 class Tally:
     """Counts of one map's journey, filled while it goes on; what did not fit is in ``lost``, by field path."""
@@ -46,9 +51,10 @@ class Carriage(msgspec.Struct):
 
     ``base`` is shaped like ``source`` and holds each value as it was when it was last converted. ``key`` or
     ``value`` is None where the bytes stay as they are. ``back_value`` is the conversion from target to source.
-    ``leaves`` are the fields of the target's value. ``lossy_allowed`` says whether values may be cut to fit.
-    ``written`` are the source's keys that this process has written since the copy began. ``going_back``: the target
-    is the old release's map, and an entry that it has no room for stays out, as it would have without an upgrade.
+    ``leaves`` are the fields of the target's value, ``back_leaves`` those of the source's. ``lossy_allowed`` says
+    whether values may be cut to fit. ``written`` are the source's keys that this process has written since the copy
+    began. ``going_back``: the target is the old release's map, and an entry that it has no room for stays out, as it
+    would have without an upgrade.
     """
 
     name: str
@@ -60,11 +66,21 @@ class Carriage(msgspec.Struct):
     back_key: Conversion | None
     back_value: Conversion | None
     leaves: tuple[Leaf, ...]
+    back_leaves: tuple[Leaf, ...]
     lossy_allowed: bool
     merger: Merger
     tally: Tally
     written: set[bytes]
     going_back: bool = False
+
+    @property
+    def can_wait_for_room(self) -> bool:
+        """Whether entries that find the target full may be left to a later merge.
+
+        A pass over a map whose entries come and go sees more of them than are there at once. When nobody writes
+        it any more, all of them fit a target that is no smaller.
+        """
+        return self.target.info.max_entries >= self.source.info.max_entries
 
     def keys(self, rows: Rows) -> Rows:
         """Keys of the source as keys of the target."""
@@ -107,7 +123,14 @@ class Carriage(msgspec.Struct):
 
 
 def prepare_carriage(
-    name: str, source: Map, target: Map, base: Map, diff: MapDiff, fields: tuple[Leaf, ...], lossy_allowed: bool
+    name: str,
+    source: Map,
+    target: Map,
+    base: Map,
+    diff: MapDiff,
+    fields: tuple[Leaf, ...],
+    back_fields: tuple[Leaf, ...],
+    lossy_allowed: bool,
 ) -> Carriage:
     """The carriage for map ``name``, its merge program loaded. Raises KernelError if the verifier refuses that."""
     return Carriage(
@@ -120,6 +143,7 @@ def prepare_carriage(
         back_key=diff.key.inverse() if diff.key else None,
         back_value=diff.value.inverse() if diff.value else None,
         leaves=fields,
+        back_leaves=back_fields,
         lossy_allowed=lossy_allowed,
         merger=Merger(name, source, target, base, fields),
         tally=Tally(),
@@ -135,8 +159,8 @@ def fill_way_back(carriage: Carriage) -> Map:
     return base
 
 
-def way_back(carriage: Carriage, base: Map, fields: tuple[Leaf, ...]) -> Carriage:
-    """The same map with the sides changed, for what the target gained since ``base``; ``fields`` are the source's.
+def way_back(carriage: Carriage, base: Map) -> Carriage:
+    """The same map with the sides changed, for what the target gained since ``base``.
 
     What the source's layout cannot hold stays behind with the release that is taken back.
     """
@@ -149,9 +173,10 @@ def way_back(carriage: Carriage, base: Map, fields: tuple[Leaf, ...]) -> Carriag
         value=carriage.back_value,
         back_key=carriage.key,
         back_value=carriage.value,
-        leaves=fields,
+        leaves=carriage.back_leaves,
+        back_leaves=carriage.leaves,
         lossy_allowed=True,
-        merger=Merger(f"{carriage.name}_back", carriage.target, carriage.source, base, fields),
+        merger=Merger(f"{carriage.name}_back", carriage.target, carriage.source, base, carriage.back_leaves),
         tally=Tally(),
         written=set(),
         going_back=True,
@@ -177,16 +202,26 @@ def copy_entries(carriage: Carriage, writing: threading.RLock, progress: Callabl
             new_keys, new_values = carriage.keys(keys), carriage.values(values, keys)
             try:
                 carriage.target.write(new_keys, new_values)
+                carriage.base.write(keys, values)
             except KernelError as error:
+                if carriage.can_wait_for_room and error.facts["errno"] == errno.E2BIG:
+                    _leave_to_merge(carriage, keys, new_keys)
+                    continue
                 raise KernelError(
                     f"map {carriage.name}: after {carriage.tally.copied + int(str(error.facts['written']))} entries: "
                     f"{error.message} (the new map's max_entries is {carriage.target.info.max_entries})",
                     **error.facts,
                     map=carriage.name,
                 ) from None
-            carriage.base.write(keys, values)
         carriage.tally.copied += len(keys)
         progress(carriage.tally.copied)
+
+
+def _leave_to_merge(carriage: Carriage, keys: Rows, new_keys: Rows) -> None:
+    # What is in the target must be in the base too, or the merge would count it a second time.
+    for key, new_key in zip(keys, new_keys, strict=True):
+        carriage.target.delete(new_key.tobytes())
+        carriage.base.delete(key.tobytes())
 
 
 def verify_copy(carriage: Carriage, writing: threading.RLock) -> None:
@@ -205,7 +240,7 @@ def verify_copy(carriage: Carriage, writing: threading.RLock) -> None:
     keys = carriage.keys(base_keys[untouched])
     expected = carriage.convert(base_values[untouched])
     there, at_target, missing, _ = match_rows(keys, target_keys)
-    if len(missing):
+    if len(missing) and carriage.target.info.type != "lru_hash":  # which evicts as it likes
         raise _wrong(carriage, base_keys[untouched[missing[0]]], "is missing in the new map", len(missing))
     found = target_values[at_target]
     if carriage.back_value is not None:
@@ -217,12 +252,37 @@ def verify_copy(carriage: Carriage, writing: threading.RLock) -> None:
 
 
 def match_rows(rows: Rows, others: Rows) -> tuple[Indices, Indices, Indices, Indices]:
-    """Where equal records are: indices in ``rows`` and ``others``, then those in ``rows`` only, in ``others`` only."""
-    position = {row.tobytes(): index for index, row in enumerate(others)}
-    matches = np.array([position.get(row.tobytes(), -1) for row in rows], np.intp)
+    """Where equal records are: indices in ``rows`` and ``others``, then those in ``rows`` only, in ``others`` only.
+
+    No record is twice on one side.
+    """
+    matches = np.full(len(rows), -1, np.intp)
+    if len(rows) and len(others):
+        marks, other_marks = _marks(rows), _marks(others)
+        order = np.argsort(other_marks)
+        candidates = order[np.searchsorted(other_marks, marks, sorter=order).clip(max=len(others) - 1)]
+        equal = (rows == others[candidates]).all(axis=1)
+        matches[equal] = candidates[equal]
+        # Different records may share a mark: the few are looked up one by one.
+        for index in np.flatnonzero(~equal & (other_marks[candidates] == marks)):
+            found = np.flatnonzero((others == rows[index]).all(axis=1))
+            matches[index] = found[0] if len(found) else -1
     in_both = np.flatnonzero(matches >= 0)
     at_others = matches[in_both]
-    return in_both, at_others, np.flatnonzero(matches < 0), np.setdiff1d(np.arange(len(others)), at_others)
+    alone = np.ones(len(others), bool)
+    alone[at_others] = False
+    return in_both, at_others, np.flatnonzero(matches < 0), np.flatnonzero(alone)
+
+
+def _marks(rows: Rows) -> npt.NDArray[np.uint64]:
+    """A number for each record that is the same for equal ones and seldom for others."""
+    words = np.zeros((len(rows), (rows.shape[1] + 7) // 8 * 8), np.uint8)
+    words[:, : rows.shape[1]] = rows
+    marks = np.full(len(rows), _SEED, np.uint64)
+    for word in words.view(np.uint64).T:
+        marks = (marks ^ word) * np.uint64(0x9E3779B97F4A7C15)
+        marks ^= marks >> np.uint64(29)
+    return marks
 
 
 def _wrong(carriage: Carriage, key: Rows, how: str, count: int) -> VerifyError:

@@ -17,7 +17,7 @@ from hitless.kernel.maps import Map
 from hitless.layout.codec import decode, encode
 from hitless.layout.model import MapSpec, Type
 from hitless.upgrade.copy import Carriage
-from hitless.upgrade.merge import merge_entry, merge_round
+from hitless.upgrade.merge import forget_deleted, merge_entry, merge_round
 from hitless.upgrade.record import read_record
 
 __all__ = ["Access", "MapHandle", "Staged"]
@@ -161,7 +161,13 @@ def _write(live: Map, carriage: Carriage | None, key: bytes, value: bytes) -> No
             raise
         return  # only the new release has room for it: that is what the map was made larger for
     # The base moves along, so that the merge sees no difference and leaves what was written in the new map alone.
-    carriage.base.update(old_key, rows.tobytes())
+    try:
+        carriage.base.update(old_key, rows.tobytes())
+    except KernelError as error:
+        if error.facts["errno"] != errno.E2BIG:
+            raise
+        forget_deleted(carriage)  # the old map has room since it evicted or a program deleted
+        carriage.base.update(old_key, rows.tobytes())
     carriage.written.add(old_key)
 
 

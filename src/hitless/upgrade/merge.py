@@ -14,15 +14,16 @@ from hitless.kernel.codegen import Mode
 from hitless.kernel.maps import Rows
 from hitless.upgrade.copy import Carriage, match_rows
 
-__all__ = ["merge_entry", "merge_round"]
+__all__ = ["forget_deleted", "merge_entry", "merge_round"]
 
 
-def merge_round(carriage: Carriage) -> int:
+def merge_round(carriage: Carriage, last: bool = False) -> int:
     """Merge all differences found in one pass over source and base; return how many entries differed.
 
-    Exact when nobody writes the source any more; before, it only lessens what is left to do. Raises KernelError,
-    LossNotAllowedError.
+    Exact when nobody writes the source any more, which ``last`` says; before, it only lessens what is left to do, and
+    may leave out what finds the target full. Raises KernelError, LossNotAllowedError.
     """
+    leave_out = carriage.going_back or (not last and carriage.can_wait_for_room)
     old_keys, old_values = carriage.source.entries()
     placed = carriage.representable(old_keys)
     old_keys, old_values = old_keys[placed], old_values[placed]
@@ -31,10 +32,10 @@ def merge_round(carriage: Carriage) -> int:
     differs = (old_values[in_both] != base_values[at_base]).any(axis=1)
     changed, changed_base = in_both[differs], at_base[differs]
     # Deletions first: a map that was full has room only for what follows them.
-    _merge(carriage, Mode.DELETED, base_keys[deleted], base_values[deleted], base_values[deleted])
-    _merge(carriage, Mode.CHANGED, old_keys[changed], base_values[changed_base], old_values[changed])
+    _merge(carriage, Mode.DELETED, base_keys[deleted], base_values[deleted], base_values[deleted], leave_out)
+    _merge(carriage, Mode.CHANGED, old_keys[changed], base_values[changed_base], old_values[changed], leave_out)
     zeros = np.zeros((len(inserted), old_values.shape[1]), np.uint8)
-    _merge(carriage, Mode.INSERTED, old_keys[inserted], zeros, old_values[inserted])
+    _merge(carriage, Mode.INSERTED, old_keys[inserted], zeros, old_values[inserted], leave_out)
     found = len(changed) + len(inserted) + len(deleted)
     carriage.tally.rounds += 1
     carriage.tally.caught_up += found
@@ -49,13 +50,21 @@ def merge_entry(carriage: Carriage, key: bytes) -> None:
     mode = Mode.INSERTED if base is None else Mode.DELETED if old is None else Mode.CHANGED
     zeros = bytes(carriage.source.info.value_size)
     rows = [np.frombuffer(data, np.uint8).reshape(1, -1) for data in (key, base or zeros, old or base or zeros)]
-    _merge(carriage, mode, *rows)
+    _merge(carriage, mode, rows[0], rows[1], rows[2], carriage.can_wait_for_room)
 
 
-def _merge(carriage: Carriage, mode: Mode, keys: Rows, base: Rows, old: Rows) -> None:
+def forget_deleted(carriage: Carriage) -> None:
+    """The part of a round that makes room in the base: entries that the old map has no more."""
+    old_keys, _ = carriage.source.entries()
+    base_keys, base_values = carriage.base.entries()
+    *_, deleted = match_rows(old_keys, base_keys)
+    _merge(carriage, Mode.DELETED, base_keys[deleted], base_values[deleted], base_values[deleted], leave_out=True)
+
+
+def _merge(carriage: Carriage, mode: Mode, keys: Rows, base: Rows, old: Rows, leave_out: bool) -> None:
     if not len(keys):
         return
     values = carriage.values(old, keys)
     # A key that both releases inserted merges against a base of zero, whatever the fields' defaults are.
     converted = np.zeros_like(values) if mode is Mode.INSERTED else carriage.convert(base)
-    carriage.merger.merge(mode, keys, carriage.keys(keys), converted, values, old, leave_out=carriage.going_back)
+    carriage.merger.merge(mode, keys, carriage.keys(keys), converted, values, old, leave_out)

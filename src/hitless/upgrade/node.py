@@ -35,7 +35,7 @@ __all__ = ["Node"]
 
 _DIRECTORIES = ("current", "next", "previous", "links")
 _PUBLIC = ("maps", "progs")
-_LOOKS = 20
+_LOOK_SECONDS = 5.0
 _SUBDIRECTORIES = ("maps", "progs", "base", "back")
 
 
@@ -56,7 +56,8 @@ class Node:
 
         Raises NodeError if the root is no place for pins or holds what is not ours, BusyError if it never rests.
         """
-        for _ in range(_LOOKS):
+        until = time.monotonic() + _LOOK_SECONDS
+        while time.monotonic() < until:
             before = self._outline()
             try:
                 state = self._look()
@@ -67,6 +68,17 @@ class Node:
             if self._outline() == before:
                 return state
         raise BusyError(f"{self.root} changes too fast to be looked at; try again", path=str(self.root), pid=None)
+
+    def observe_with_holder(self) -> tuple[NodeState, int | None]:
+        """What is live, and the id of the process that is changing it right now, if any. Raises as observe."""
+        state = self.observe()
+        while True:
+            holder = self.holder()
+            again = self.observe()
+            # With nobody there between two looks that agree, what was seen half done is so for good.
+            if holder is not None or again == state:
+                return again, holder
+            state = again
 
     def _outline(self) -> list[tuple[int, list[str], list[str]]]:
         """All directories under the root, by inode and names: an upgrade that takes a step changes it."""

@@ -61,11 +61,12 @@ class Status(msgspec.Struct, frozen=True):
 
 def status(node: Node) -> Status:
     """Look at ``node`` and judge. Raises NodeError if the root cannot be read as one of hitless."""
-    upgrading = node.holder()
-    state = node.observe()
-    upgrading = upgrading or node.holder()
+    state, upgrading = node.observe_with_holder()
     problems = []
-    if state.unfinished is not None:
+    if state.current is not None and state.current.record.phase != "committed":
+        version = state.current.record.version
+        problems.append(f"the upgrade to {version} is done but not cleaned up: the next apply does that")
+    elif state.unfinished is not None:
         record = state.unfinished
         problems.append(
             f"an upgrade to {record.version} was interrupted in phase {record.phase}: "
@@ -77,8 +78,6 @@ def status(node: Node) -> Status:
         told = () if upgrading else tuple(problems)
         return Status(state.root, None, None, None, state.previous, None, (), (), told, upgrading)
     record = state.current.record
-    if record.phase != "committed":
-        problems.append(f"the upgrade to {record.version} is done but not cleaned up: the next apply does that")
     maps = tuple(
         MapStatus(
             name=name,

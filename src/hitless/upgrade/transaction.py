@@ -23,7 +23,7 @@ from hitless.kernel.programs import Program, load_object
 from hitless.layout.conversion import leaves
 from hitless.layout.diff import diff_map
 from hitless.layout.model import MapSpec, Type
-from hitless.layout.rules import MapRules
+from hitless.layout.rules import FieldRule, MapRules
 from hitless.upgrade.bundle import Bundle
 from hitless.upgrade.copy import Carriage, Tally, copy_entries, fill_way_back, prepare_carriage, verify_copy, way_back
 from hitless.upgrade.cutover import detach_hooks, switch_back, switch_hooks
@@ -56,11 +56,7 @@ def plan(node: Node, bundle: Bundle, allow_loss: Collection[str] = ()) -> Plan:
 
     Raises HitlessError by kind, BusyError while another process upgrades, InterruptedUpgradeError after one was killed.
     """
-    state = node.observe()
-    if state.unfinished is not None or state.litter:
-        pid = node.holder()
-        if pid is None:
-            state = node.observe()  # whose upgrade it was may have ended between the two looks
+    state, pid = node.observe_with_holder()
     if state.unfinished is not None or state.litter:
         if pid is not None:
             raise BusyError(
@@ -272,7 +268,7 @@ class _Upgrade:
                 wait_for_running_programs()
             with node.access.writing:
                 with self._step("merge"):
-                    self._merge()
+                    self._merge(last=True)
                     stale = (time.perf_counter() - started) * 1e6
                 with self._step("commit"):
                     self._verify_hooks()
@@ -346,8 +342,10 @@ class _Upgrade:
             else:
                 base = Map.open(pin)
             fields = leaves(_value_of(specs[name]), rule, specs[name].tags)
+            old = self._current.maps[was].spec
+            back_fields = leaves(_value_of(old), _turned(rule), old.tags)
             self._carried[name] = prepare_carriage(
-                name, source, self._maps[name], base, diff, fields, entry.allowed
+                name, source, self._maps[name], base, diff, fields, back_fields, entry.allowed
             )
 
     def _copy(self, carriage: Carriage) -> None:
@@ -363,11 +361,11 @@ class _Upgrade:
             merge_round(carriage)
         carriage.tally.seconds = time.perf_counter() - started
 
-    def _merge(self) -> None:
+    def _merge(self, last: bool = False) -> None:
         for carriage in self._carried.values():
             started = time.perf_counter()
             with self._node.access.writing:
-                merge_round(carriage)
+                merge_round(carriage, last)
             carriage.tally.seconds += time.perf_counter() - started
 
     def _verify_hooks(self) -> None:
@@ -420,7 +418,7 @@ class _Upgrade:
             if not filled:
                 write_record(record, self._phase("merging-back"))
             for back in backs:
-                merge_round(back)
+                merge_round(back, last=True)
             write_record(record, self._phase("undone"))
         self._drop()
 
@@ -433,11 +431,11 @@ class _Upgrade:
         for entry in self._plan.maps:
             if self._current is None or entry.name not in self._carried:
                 continue
-            carriage, old = self._carried[entry.name], self._current.maps[entry.was or entry.name].spec
+            carriage = self._carried[entry.name]
             base = Map.open(directory / entry.name) if filled else fill_way_back(carriage)
             if not filled:
                 base.pin(directory / entry.name)
-            backs.append(way_back(carriage, base, leaves(_value_of(old), tags=old.tags)))
+            backs.append(way_back(carriage, base))
         return backs
 
     def _is_committed(self) -> bool:
@@ -498,6 +496,12 @@ class _Upgrade:
             cutover=cutover,
             steps=self._steps,
         )
+
+
+def _turned(rules: MapRules) -> MapRules:
+    """The merge policies of ``rules`` for the fields of the old release: counts are taken back as counts."""
+    fields = {rule.was or path: FieldRule(merge=rule.merge) for path, rule in rules.fields.items()}
+    return MapRules(fields=fields)
 
 
 def _value_of(spec: MapSpec) -> Type:
