@@ -83,6 +83,7 @@ class Btf:
         self._raw = raw
         self._strings = strings
         self._types: dict[int, tuple[Type, int]] = {}
+        self._open: set[int] = set()
         self._tags: dict[tuple[int, int], tuple[str, ...]] | None = None
         self._names: dict[str, list[int]] | None = None
 
@@ -268,7 +269,13 @@ class Btf:
             return self._types[type_id]
         if depth > _MAX_DEPTH:
             raise LayoutError(f"{self._where}: type {type_id} is nested more than {_MAX_DEPTH} deep", type_id=type_id)
-        made, nodes = self._make(type_id, depth)
+        if type_id in self._open:
+            raise LayoutError(f"{self._where}: type {type_id} contains itself, so it has no size", type_id=type_id)
+        self._open.add(type_id)
+        try:
+            made, nodes = self._make(type_id, depth)
+        finally:
+            self._open.remove(type_id)
         if nodes > _MAX_NODES:
             raise LayoutError(f"{self._where}: type {type_id} has more than {_MAX_NODES} parts", type_id=type_id)
         if made.size >= _MAX_SIZE:
@@ -345,9 +352,10 @@ class Btf:
             if bits and (not isinstance(made, Int | Enum) or bits > 8 * made.size):
                 raise LayoutError(f"{self._where}: {what}: bitfield {member!r} of {bits} bits in {made.name!r}")
             if not bits and offset % 8:
-                raise LayoutError(f"{self._where}: {what}: member {member!r} begins inside a byte")
+                raise LayoutError(f"{self._where}: {what}: member {member!r} at bit {offset} begins inside a byte")
             if offset + (bits or 8 * made.size) > 8 * raw.word:
-                raise LayoutError(f"{self._where}: {what}: member {member!r} lies outside its {raw.word} bytes")
+                why = f"member {member!r} at bit {offset} lies outside its {raw.word} bytes"
+                raise LayoutError(f"{self._where}: {what}: {why}", type_id=type_id)
             total += nodes
             fields.append(Field(member, made, offset, bits, self._tags_of(type_id, i)))
         # A tree that is too large is refused by our caller; to walk it would only take long.

@@ -223,12 +223,16 @@ def _programs(elf: _Elf, name: str) -> list[ProgramSpec]:
             continue
         if symbol.bind == "STB_LOCAL":
             raise LayoutError(f"{name}: program {symbol.name!r} is static, so libbpf will not load it", object=name)
-        if not symbol.name.isprintable():
-            raise LayoutError(f"{name}: the program name {symbol.name!r} has control characters", object=name)
+        if not _is_identifier(symbol.name):
+            raise LayoutError(f"{name}: the program name {symbol.name!r} is no C identifier", object=name)
         section = part.name.removeprefix("?")
         kind, attach = program_type(section)
         out.append(ProgramSpec(symbol.name, part.name, kind, attach, not part.name.startswith("?")))
     return out
+
+
+def _is_identifier(name: str) -> bool:
+    return name.isascii() and name.isidentifier()
 
 
 def _data_maps(elf: _Elf, btf: Btf, sections: dict[str, Section], name: str) -> list[MapSpec]:
@@ -238,6 +242,9 @@ def _data_maps(elf: _Elf, btf: Btf, sections: dict[str, Section], name: str) -> 
         base = part.name.split(".")[1] if part.name.startswith(".") and len(part.name) > 1 else ""
         if base not in ("rodata", "data", "bss") or not part.size or part.flags & _SHF_EXECINSTR:
             continue
+        if part.size >= 1 << 32:
+            why = f"section {part.name} claims {part.size} bytes, more than a map can hold"
+            raise LayoutError(f"{name}: {why}", object=name)
         section = sections.get(part.name)
         value = _data_layout(elf, btf, section, index, part, name) if section else None
         flags = _RDONLY_PROG if base == "rodata" else 0
@@ -291,6 +298,8 @@ def _map(btf: Btf, type_id: int, name: str, tags: tuple[str, ...], where: str, d
             raise bad(f"{member!r} is not made with __type()")
         return btf.layout(target)
 
+    if not depth and not _is_identifier(name):
+        raise bad("its name is no C identifier, as the kernel wants one")
     numbers = dict.fromkeys(("type", "max_entries", "map_flags", "pinning", "key_size", "value_size", "map_extra"), 0)
     key: Type | None = None
     value: Type | None = None
