@@ -84,6 +84,11 @@ PROGRAM = 'SEC("cgroup/connect4") int connect4(void *ctx) { return 1; }'
             id="two members of one name",
         ),
         pytest.param(
+            [item(STRUCT, 1, 8, 3, 2, 16, 1, 2, 0, vlen=2), NUMBER],
+            "BTF: struct a: member 'a' at bit 0 overlaps 'b' at 16",
+            id="two members in one place",
+        ),
+        pytest.param(
             [item(STRUCT, 1, 8, 3, 2, 0, 0, 3, 32, vlen=2), NUMBER, item(UNION, 0, 4, 3, 2, 0, vlen=1)],
             "BTF: struct a has two members called 'b'",
             id="a member called like one of an anonymous union",
@@ -188,6 +193,7 @@ def test_statics_of_one_name_in_a_linked_object_keep_their_places_or_are_refused
         (b'"schema":1', b'"schema":2', "snapshot: schema 2 is not known, only 1 is"),
         (b'"name":"hits"', b'"name":"seen"', "map 'table': value: two fields are called 'seen'"),
         (b'"name":"blind"', b'"name":"table"', "object 'mesh.o': map 'table' is there twice"),
+        (b'"offset":64', b'"offset":32', "map 'table': value: fields 'hits' and 'seen' overlap"),
         (b'"offset":64', b'"offset":99', "map 'table': value: field 'seen' lies outside its 16 bytes"),
         (b'"max_entries":8', b'"max_entries":-8', "map 'table': its sizes, entries, flags and extra are impossible"),
         (b'"value_size":16', b'"value_size":17', "map 'table': value is 17 bytes but its type has 16"),

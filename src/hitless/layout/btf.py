@@ -10,7 +10,7 @@ import struct
 from typing import NamedTuple
 
 from hitless.errors import LayoutError, UnsupportedError
-from hitless.layout.members import repeated
+from hitless.layout.members import overlapping, repeated
 from hitless.layout.model import Array, Enum, Field, Float, Int, Opaque, Pointer, Record, Type
 
 __all__ = ["Btf", "Section", "Variable"]
@@ -362,6 +362,10 @@ class Btf:
         twice = repeated(fields) if total <= _MAX_NODES else None
         if twice is not None:
             raise LayoutError(f"{self._where}: {what} has two members called {twice!r}", type_id=type_id)
+        clash = overlapping(fields) if raw.kind == STRUCT else None
+        if clash is not None:
+            why = f"member {clash[1].name!r} at bit {clash[1].offset} overlaps {clash[0].name!r} at {clash[0].offset}"
+            raise LayoutError(f"{self._where}: {what}: {why}", type_id=type_id)
         return Record(name, raw.word, tuple(fields), raw.kind == UNION), total
 
     def _section(self, type_id: int, raw: _Raw, name: str, depth: int) -> tuple[Record, int]:

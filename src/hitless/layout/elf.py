@@ -14,7 +14,7 @@ from elftools.elf.sections import SymbolTableSection
 
 from hitless.errors import LayoutError, UnsupportedError
 from hitless.layout.btf import Btf, Section
-from hitless.layout.members import repeated
+from hitless.layout.members import overlapping, repeated
 from hitless.layout.model import Field, Int, MapSpec, ObjectSpec, ProgramSpec, Record, Type
 from hitless.layout.sections import program_type
 
@@ -278,6 +278,10 @@ def _data_layout(elf: _Elf, btf: Btf, section: Section, index: int, part: _Part,
             f"{name}: section {part.name} has two variables called {twice!r}, which cannot be told apart: rename one",
             feature="variables of one name", object=name,
         )  # fmt: skip
+    clash = overlapping(fields)
+    if clash is not None:
+        why = f"variables {clash[0].name!r} and {clash[1].name!r} overlap in section {part.name}"
+        raise LayoutError(f"{name}: {why}", object=name)
     return Record(part.name, part.size, tuple(fields))
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from hitless.errors import LayoutError, UnsupportedError
-from hitless.layout.members import repeated
+from hitless.layout.members import overlapping, repeated
 from hitless.layout.model import Array, Enum, Field, Float, Int, MapSpec, ObjectSpec, Pointer, Record, Type
 
 __all__ = ["SCHEMA", "dump", "load"]
@@ -99,6 +99,9 @@ def _check(made: Type, where: str, depth: int) -> None:
             twice = repeated(fields)
             if twice is not None:
                 raise LayoutError(f"{where}: two fields are called {twice!r}")
+            clash = None if made.union else overlapping(fields)
+            if clash is not None:
+                raise LayoutError(f"{where}: fields {clash[0].name!r} and {clash[1].name!r} overlap")
         case Enum(values=values):
             _check_text(where, *(name for name, _ in values))
         case Pointer(target=target):
