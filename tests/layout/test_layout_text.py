@@ -66,7 +66,7 @@ def test_a_snapshot_cut_short_anywhere_is_refused(a_map: MakeMap) -> None:
         (b'"offset":32', b'"offset":33', "lies outside"),
         (b'"bits":3', b'"bits":64', "lies outside|bits"),
         (b'"count":2', b'"count":-2', "impossible"),
-        (b'"name":"__u8","size":1', b'"name":"__u8","size":3', "a number of 3 bytes"),
+        (b'"name":"__u8","size":1', b'"name":"__u8","size":3', "cannot have 3 bytes"),
     ],
 )
 def test_a_snapshot_that_contradicts_itself_is_refused(

@@ -75,6 +75,8 @@ class Move(msgspec.Struct, frozen=True):
     @property
     def bounds(self) -> tuple[int, int] | None:
         """(lowest, highest) number that fits the new side, or None if every number of the old side does."""
+        if self.old_size > 16:
+            return None  # no number: bytes, of which there may be gigabytes, so that 2**bits must not be worked out
         low, high = _range(self.old_size, self.old_signed, self.old_bool)
         new_low, new_high = _range(self.new_size, self.new_signed, self.new_bool)
         if new_low <= low and high <= new_high:

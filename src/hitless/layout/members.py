@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from hitless.layout.model import Array, Field, Int, Record, Type
 
-__all__ = ["SPECIAL", "Member", "is_bytes", "is_text", "join", "members"]
+__all__ = ["SPECIAL", "Member", "is_bytes", "is_text", "join", "members", "overlapping", "repeated"]
 
 #: Records whose bytes belong to the kernel, and what is lost when an entry moves to another map (None: nothing).
 SPECIAL: dict[str, str | None] = {
@@ -72,6 +73,29 @@ def members(record: Record) -> tuple[Member, ...]:
             out += [m._replace(offset=m.offset + at, tags=m.tags + field.tags) for m in members(field.type)]
     flush()
     return tuple(out)
+
+
+def repeated(fields: Iterable[Field]) -> str | None:
+    """A name that two of these fields bear, those of anonymous structs and unions among them; None if none is."""
+    seen: set[str] = set()
+    todo = list(fields)
+    while todo:
+        field = todo.pop()
+        if field.name in seen:
+            return field.name
+        if field.name:
+            seen.add(field.name)
+        elif isinstance(field.type, Record):
+            todo += field.type.fields
+    return None
+
+
+def overlapping(fields: Sequence[Field]) -> tuple[Field, Field] | None:
+    """Neighbours in a struct of which the second begins before the first ends, as no compiler places them."""
+    for before, after in zip(fields, fields[1:], strict=False):
+        if after.offset < before.offset + (before.bits or 8 * before.type.size):
+            return before, after
+    return None
 
 
 def is_text(made: Type) -> bool:
