@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from hitless.layout.model import Array, Field, Int, Record, Type
@@ -92,7 +93,7 @@ def repeated(fields: Iterable[Field]) -> str | None:
 
 def overlapping(fields: Sequence[Field]) -> tuple[Field, Field] | None:
     """Neighbours in a struct of which the second begins before the first ends, as no compiler places them."""
-    for before, after in zip(fields, fields[1:], strict=False):
+    for before, after in pairwise(fields):
         if after.offset < before.offset + (before.bits or 8 * before.type.size):
             return before, after
     return None
