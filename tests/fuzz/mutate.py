@@ -177,7 +177,7 @@ def manifest(data: bytes, dice: random.Random) -> bytes:
 
 
 #: By the name of the format.
-MUTATORS: dict[str, Mutator] = {"elf": elf, "btf": btf, "snapshot": snapshot, "manifest": manifest}
+MUTATORS: dict[str, Mutator] = {"elf": elf, "btf": btf, "snapshot": snapshot, "kmesh": snapshot, "manifest": manifest}
 
 _ODD: tuple[Any, ...] = (
     None, True, 0, 1, -1, 3, 8, 64, 1 << 31, 1 << 32, 1 << 63, 1 << 64, 1 << 200, 1.5, 1e308, "", "x", "key", "record",

@@ -11,7 +11,9 @@ from typing import Any
 
 from elftools.elf.elffile import ELFFile
 
+from hitless.bundle import MANIFEST, Bundle
 from hitless.errors import BundleError, LayoutError, UnsupportedError
+from hitless.layout import kmesh
 from hitless.layout.btf import Btf
 from hitless.layout.codec import Codec
 from hitless.layout.diff import diff_maps
@@ -19,7 +21,6 @@ from hitless.layout.elf import read_object
 from hitless.layout.model import MapSpec, ObjectSpec
 from hitless.layout.show import show_diff, show_map, show_type
 from hitless.layout.snapshot import dump, load
-from hitless.upgrade.bundle import MANIFEST, Bundle
 
 __all__ = ["REFUSALS", "Target", "seeds", "targets"]
 
@@ -105,7 +106,8 @@ def seeds(name: str) -> list[bytes]:
     objects += [file.read_bytes() for file in sorted(RELEASES.glob("*/*.bpf.o"))]
     if name == "btf":
         return [btf_of(data) for data in objects]
-    return [dump({"o": read_object(data, "o")}) for data in objects]
+    write = kmesh.dump if name == "kmesh" else dump
+    return [write({"o": read_object(data, "o")}) for data in objects]
 
 
 def targets(folder: Path) -> dict[str, Target]:
@@ -114,7 +116,8 @@ def targets(folder: Path) -> dict[str, Target]:
     return {
         "elf": read_elf,
         "btf": lay_out,
-        "snapshot": read_snapshot,
+        "snapshot": lambda data: read_snapshot(data, load),
+        "kmesh": lambda data: read_snapshot(data, kmesh.load),
         "manifest": lambda data: read_manifest(folder, data),
     }
 
@@ -169,9 +172,9 @@ def lay_out(data: bytes) -> None:
         raise refusal
 
 
-def read_snapshot(data: bytes) -> None:
+def read_snapshot(data: bytes, reader: Callable[[bytes], dict[str, ObjectSpec]]) -> None:
     """A snapshot that is accepted is the same after another round."""
-    found = load(data)
+    found = reader(data)
     keep(found)
     for spec in found.values():
         use(spec.maps)
