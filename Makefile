@@ -8,7 +8,7 @@ DEBIAN := libbpf1 libbpf-dev clang-19 iproute2 nginx-light
 BINDING := src/hitless/kernel/_libbpf.py
 BPF := $(MAKE) --no-print-directory -s -C src/meshd/bpf
 
-.PHONY: demo test lint setup clean root packages bpf requirements
+.PHONY: demo test soak lint setup clean root packages bpf requirements
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -17,6 +17,12 @@ demo: setup
 test: setup lint
 	@echo "Running the tests."
 	@$(BIN)/python -m pytest --durations=10 $(TEST_ARGS)
+
+# The long runs of tests that make up their cases: PAIRS of structs for the compiler to judge, from SEED on.
+PAIRS ?= 2000
+SEED ?= 1
+soak: setup
+	@HITLESS_ORACLE_PAIRS=$(PAIRS) HITLESS_ORACLE_SEED=$(SEED) $(BIN)/python -m pytest tests/layout/test_compiler_oracle.py
 
 lint: setup
 	@echo "Looking at the style (ruff) and the types (mypy)."

@@ -192,14 +192,14 @@ class Conversion(msgspec.Struct, frozen=True):
                 continue
             numbers = _numbers(old, move, old_shape)
             bounds = move.bounds
-            outside = np.zeros(numbers.shape, np.bool_)
+            clipped, outside = numbers, np.zeros(numbers.shape, np.bool_)
             if bounds is not None:
                 outside = (numbers < bounds[0]) | (numbers > bounds[1])
-                numbers = numbers.clip(*bounds)
+                clipped = numbers.clip(*bounds)
             if move.names:
-                numbers, outside = _renumbered(numbers, move.names, outside)
+                clipped, outside = _renumbered(numbers, move.names, clipped)
             _note(misfits, move.path, outside)
-            _write(out, move, new_shape, numbers)
+            _write(out, move, new_shape, clipped)
         return Converted(out, tuple(misfits))
 
 
@@ -383,16 +383,16 @@ def _low_shift(size: int, shift: int, bits: int, big: bool) -> int:
 
 
 def _renumbered(
-    numbers: npt.NDArray[Any], names: tuple[tuple[int, int], ...], outside: npt.NDArray[np.bool_]
+    numbers: npt.NDArray[Any], names: tuple[tuple[int, int], ...], unnamed: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
     # Sixty-four bits hold every number of an enum modulo 2**64, and writing takes the low bits.
-    out = numbers.astype(np.uint64)
+    out = unnamed.astype(np.uint64)
     known = np.zeros(numbers.shape, np.bool_)
     for old, new in names:
         hit = numbers == old
         out[hit] = new & (1 << 64) - 1
         known |= hit
-    return out, outside | ~known
+    return out, ~known
 
 
 def _note(misfits: list[Misfit], path: str, wrong: npt.NDArray[np.bool_]) -> None:

@@ -481,14 +481,15 @@ class _Walk:
         if old_width != new_width and all(network) and not (_swappable(old) and _swappable(new)):
             self.refuse(path, old, new, "a checksum has no other size")
             return
+        names = _numbered(old, new, new_place) if isinstance(old, Enum) and isinstance(new, Enum) else ()
         old_signed, new_signed = old.signed, new.signed
-        if old_width == new_width and (text or enums):
+        if old_width == new_width and (text or enums) and not names:
             old_signed = new_signed = False
         swapped = self.big or all(network)
         move = Move(
             self.show(path), at, _touched(old, old_place), to, _touched(new, new_place), old_signed, new_signed,
             _encoding(old) == "bool", _encoding(new) == "bool", repeat,
-            old_bits, old_shift, new_bits, new_shift, swapped, swapped,
+            old_bits, old_shift, new_bits, new_shift, swapped, swapped, names,
         )  # fmt: skip
         bounds = move.bounds
         loss = f"values outside {bounds[0]} to {bounds[1]} do not fit" if bounds is not None else None
@@ -497,28 +498,24 @@ class _Walk:
         elif old_width > new_width:
             self.change(path, "narrowed", *spelled, loss)
         elif (
-            (old_signed != new_signed)
+            (old_signed != new_signed and not enums)
             or _encoding(old) != _encoding(new)
             or isinstance(old, Enum) != isinstance(new, Enum)
         ):
             self.change(path, "retyped", *spelled, loss)
-        names = self.enum(path, old, new, new_place) if isinstance(old, Enum) and isinstance(new, Enum) else ()
-        move = msgspec.structs.replace(move, names=names)
+        if isinstance(old, Enum) and isinstance(new, Enum):
+            self.enum(path, old, new)
         if move.copies:
             move = Move(move.path, at, move.old_size, to, move.new_size, repeat=repeat)
         self.moves.append(move)
 
-    def enum(self, path: str, old: Enum, new: Enum, place: _Place) -> tuple[tuple[int, int], ...]:
-        """Note what became of each name; the numbers of those that stayed, if any other needs attention."""
+    def enum(self, path: str, old: Enum, new: Enum) -> None:
         before, after = dict(old.values), dict(new.values)
-        exact = True
         for name, value in before.items():
             if name in after and after[name] != value:
-                exact = False
                 loss = "entries that hold a number without a name keep it, whatever it means in the new release"
                 self.change(path, "enum-changed", f"{name} = {value}", f"{name} = {after[name]}", loss)
             elif name not in after:
-                exact = False
                 renamed = [other for other, number in after.items() if number == value and other not in before]
                 hint = f"{value} is now called {renamed[0]}" if renamed else None
                 loss = f"entries that hold {name} = {value} have no meaning in the new release"
@@ -526,13 +523,6 @@ class _Walk:
         for name, value in after.items():
             if name not in before:
                 self.change(path, "enum-added", None, f"{name} = {value}")
-        if exact:
-            return ()
-        bits = place[0] or 8 * new.size
-        low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if new.signed else (0, (1 << bits) - 1)
-        return tuple(
-            (value, after[name]) for name, value in before.items() if name in after and low <= after[name] <= high
-        )
 
     def pointer(self, path: str, old: Pointer, at: int, new: Pointer, to: int, repeat: tuple[Repeat, ...]) -> None:
         if old.target != new.target or old.size != new.size:
@@ -599,6 +589,7 @@ class _Walk:
 
     def union(self, path: str, old: Record, at: int, new: Record, to: int, repeat: tuple[Repeat, ...]) -> None:
         # Which member is meant, only the program knows. The bytes can stay if each member still reads them alike.
+        base = path.rpartition(".")[0] if path.endswith("}") else path
         before = {member.name: member for member in members(old)}
         after = {member.name: member for member in members(new)}
         matched = _match(
@@ -613,17 +604,18 @@ class _Walk:
                 self.refuse(path, old, new, why)
                 return
             if name != was:
-                self.change(join(path, name), "renamed", was, name)
+                self.change(join(base, name), "renamed", was, name)
         for name, member in after.items():
             if name not in matched:
-                self.change(join(path, name), "added", None, _spell(member.type))
+                self.change(join(base, name), "added", None, _spell(member.type))
         for name, member in before.items():
             if name not in matched.values():
                 loss = f"entries in which {name} is in use have no meaning in the new release"
-                self.change(join(path, name), "removed", _spell(member.type), None, loss)
-        self.copy(path, at, to, min(old.size, new.size), repeat)
-        if old.size > new.size:
-            self.cuts.append(Cut(self.show(path), at + new.size, old.size - new.size, repeat))
+                self.change(join(base, name), "removed", _spell(member.type), None, loss)
+        kept, end = _extent(new), _extent(old)
+        self.copy(path, at, to, min(kept, end), repeat)
+        if end > kept:
+            self.cuts.append(Cut(self.show(path), at + kept, end - kept, repeat))
 
     def into_union(self, path: str, old: Type, at: int, new: Record, to: int, repeat: tuple[Repeat, ...]) -> None:
         name = _alike(old, new)
@@ -649,8 +641,8 @@ class _Walk:
         """What is lost when of a union only member ``name`` goes on; what it does not cover is cut."""
         all_inside = inside(union)
         end = all_inside[name].offset + all_inside[name].type.size
-        if end < union.size:
-            self.cuts.append(Cut(self.show(path), at + end, union.size - end, repeat))
+        if end < _extent(union):
+            self.cuts.append(Cut(self.show(path), at + end, _extent(union) - end, repeat))
         others = [other for other in all_inside if other != name]
         return f"entries in which {' or '.join(others)} is in use are misread" if others else None
 
@@ -875,6 +867,22 @@ def _alike(made: Type, union: Record) -> str | None:
     """The one member of a union that is of this type."""
     found = [name for name, member in inside(union).items() if not member.width and same(made, member.type)]
     return found[0] if len(found) == 1 else None
+
+
+def _numbered(old: Enum, new: Enum, place: _Place) -> tuple[tuple[int, int], ...]:
+    """(old, new) numbers of the names that stayed, or nothing if every old name still stands for its number."""
+    before, after = dict(old.values), dict(new.values)
+    if all(after.get(name) == value for name, value in before.items()):
+        return ()
+    bits = place[0] or 8 * new.size
+    low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if new.signed else (0, (1 << bits) - 1)
+    stayed = {value: after[name] for name, value in before.items() if low <= after.get(name, low - 1) <= high}
+    return tuple(stayed.items())
+
+
+def _extent(union: Record) -> int:
+    """Bytes of the largest member; what a union has beyond is padding."""
+    return max((member.offset + member.type.size for member in members(union)), default=0)
 
 
 def _touched(made: Type, place: _Place) -> int:

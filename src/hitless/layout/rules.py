@@ -61,7 +61,8 @@ class MapRules(msgspec.Struct, frozen=True):
     def reversed(self) -> MapRules:
         """The same renames seen from the other direction, for going back to the older release."""
         fields = {rule.was: FieldRule(path) for path, rule in self.fields.items() if rule.was is not None}
-        return MapRules(None, self.key, self.old_value or self.value, self.value, self.on_loss, fields, self.on_collision)
+        value = self.old_value or self.value
+        return MapRules(None, self.key, value, self.value, self.on_loss, fields, self.on_collision)
 
 
 class Tags(msgspec.Struct, frozen=True):
