@@ -30,7 +30,9 @@ from hitless.layout.members import SPECIAL, Member, inside, is_bytes, is_text, j
 from hitless.layout.model import Array, Enum, Field, Float, Int, MapSpec, Opaque, Pointer, Record, Type
 from hitless.layout.rules import MapRules, OnCollision, parse_tags
 
-__all__ = ["CONVERTIBLE", "Change", "MapDiff", "Verdict", "diff_map", "diff_maps", "is_constant"]
+__all__ = [
+    "CONVERTIBLE", "Change", "MapDiff", "Verdict", "diff_map", "diff_maps", "draft", "is_constant",
+]  # fmt: skip
 
 Verdict = Literal[
     "identical", "lossless", "lossy", "needs-converter", "not-carried", "unknown", "added", "removed"
@@ -112,8 +114,52 @@ def diff_maps(
     for name, spec in before.items():
         if name not in taken:
             loss = None if is_constant(spec) else "the map and its entries are dropped"
-            out.append(MapDiff(name, None, "removed", (Change("", "removed", spec.type, None, loss),)))
+            hint = None if is_constant(spec) else _became(spec, after, matched)
+            out.append(MapDiff(name, None, "removed", (Change("", "removed", spec.type, None, loss, hint=hint),)))
     return tuple(out)
+
+
+def draft(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> tuple[Conversion, Conversion]:  # noqa: B008
+    """What can be carried of key and value where a converter has to do the rest: a verdict ``needs-converter``.
+
+    Raises :class:`LayoutError` as :func:`diff_map` does, and if a type is not known.
+    """
+    if old.key is None or old.value is None or new.key is None or new.value is None:
+        raise LayoutError(f"map {new.name!r}: a type is not known on one side", map=new.name)
+    fields = _split_rules(new, rules)
+    big = new.order == "big"
+    _, key = _Walk("key", old.key, new.key, fields["key"], big).run()
+    _, value = _Walk("value", old.value, new.value, fields["value"], big).run()
+    return key, value
+
+
+def _became(old: MapSpec, after: Mapping[str, MapSpec], matched: Mapping[str, str]) -> str | None:
+    """What a map that is gone may have become; suggested, never assumed."""
+    fields = _named(old)
+    alike = [
+        spec.name for spec in after.values()
+        if spec.name not in matched and old.key and spec.key and same(old.key, spec.key) and not _is_data(spec)
+    ]  # fmt: skip
+    holders = [spec for spec in after.values() if fields and fields <= _named(spec) and spec.name not in alike]
+    data = [spec.name for spec in holders if _is_data(spec)]
+    folded = [spec.name for spec in holders if not _is_data(spec) and spec.name in matched]
+    if len(alike) == 1:
+        return f'if this is {alike[0]} now, say so: [map.{alike[0]}] was = "{old.name}"'
+    if alike:
+        return f"if its entries are split among {', '.join(alike)}, a converter has to say which goes where"
+    if data:
+        return f'its fields are variables in {data[0]} now; to carry them: [map."{data[0]}"] was = "{old.name}"'
+    if folded:
+        return f"if its entries are folded into {folded[0]}, a converter has to say how"
+    return None
+
+
+def _named(spec: MapSpec) -> set[str]:
+    return {field.name for field in spec.value.fields if field.name} if isinstance(spec.value, Record) else set()
+
+
+def _is_data(spec: MapSpec) -> bool:
+    return spec.name.startswith((".data", ".bss", ".rodata"))
 
 
 def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDiff:  # noqa: B008 - frozen
