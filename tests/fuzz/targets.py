@@ -11,6 +11,7 @@ from typing import Any
 
 from elftools.elf.elffile import ELFFile
 
+from hitless.bundle import MANIFEST, Bundle
 from hitless.errors import BundleError, LayoutError, UnsupportedError
 from hitless.layout.btf import Btf
 from hitless.layout.codec import Codec
@@ -19,7 +20,6 @@ from hitless.layout.elf import read_object
 from hitless.layout.model import MapSpec, ObjectSpec
 from hitless.layout.show import show_diff, show_map, show_type
 from hitless.layout.snapshot import dump, load
-from hitless.upgrade.bundle import MANIFEST, Bundle
 
 __all__ = ["REFUSALS", "Target", "seeds", "targets"]
 
