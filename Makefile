@@ -8,7 +8,7 @@ DEBIAN := libbpf1 libbpf-dev clang-19 gcc iproute2 nginx-light
 BINDING := src/hitless/kernel/_libbpf.py
 BPF := $(MAKE) --no-print-directory -s -C src/meshd/bpf
 
-.PHONY: demo test fuzz lint setup clean root packages bpf requirements
+.PHONY: demo test fuzz soak lint setup clean root packages bpf requirements
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -22,6 +22,12 @@ test: setup lint
 FUZZ_SECONDS ?= 600
 fuzz: setup
 	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
+
+# The long runs of tests that make up their cases: PAIRS of structs for the compiler to judge, from SEED on.
+PAIRS ?= 2000
+SEED ?= 1
+soak: setup
+	@HITLESS_ORACLE_PAIRS=$(PAIRS) HITLESS_ORACLE_SEED=$(SEED) $(BIN)/python -m pytest tests/layout/test_compiler_oracle.py
 
 lint: setup
 	@echo "Looking at the style (ruff) and the types (mypy)."

@@ -13,23 +13,24 @@ from typing import Any
 
 from hitless.errors import LayoutError
 from hitless.layout.members import Member, is_bytes, is_text, join, members
-from hitless.layout.model import Array, Enum, Field, Float, Int, Opaque, Pointer, Record, Type
+from hitless.layout.model import Array, Enum, Field, Float, Int, Opaque, Order, Pointer, Record, Type
 
 __all__ = ["Codec", "decode", "encode"]
 
 _Encoder = Callable[[Any, bytearray, int], None]
 _Decoder = Callable[[bytes, int], Any]
-_FLOATS = {2: "<e", 4: "<f", 8: "<d"}
+_FLOATS = {2: "e", 4: "f", 8: "d"}
+_MARK = {"little": "<", "big": ">"}
 
 
 class Codec:
     """Encoder and decoder for one type, worked out once; use it where many values pass."""
 
-    def __init__(self, made: Type) -> None:
+    def __init__(self, made: Type, order: Order = "little") -> None:
         self.type = made
         self._size = made.size
-        self._encode = _encoder(made, "")
-        self._decode = _decoder(made)
+        self._encode = _encoder(made, "", order)
+        self._decode = _decoder(made, order)
 
     def encode(self, value: object) -> bytes:
         """The bytes of a value. Raises :class:`LayoutError` naming the field that is unknown or does not fit."""
@@ -44,28 +45,28 @@ class Codec:
         return self._decode(data, 0)
 
 
-def encode(made: Type, value: object) -> bytes:
+def encode(made: Type, value: object, order: Order = "little") -> bytes:
     """The bytes of a value of this type; see :class:`Codec`."""
-    return _codec(made).encode(value)
+    return _codec(made, order).encode(value)
 
 
-def decode(made: Type, data: bytes) -> Any:
+def decode(made: Type, data: bytes, order: Order = "little") -> Any:
     """The value of this type in these bytes; see :class:`Codec`."""
-    return _codec(made).decode(data)
+    return _codec(made, order).decode(data)
 
 
 # By identity, as hashing a deep type costs more than it saves. A codec holds its type, so an id cannot come to mean
 # another one while it is here.
-_codecs: dict[int, Codec] = {}
+_codecs: dict[tuple[int, Order], Codec] = {}
 _MAX_CODECS = 256
 
 
-def _codec(made: Type) -> Codec:
-    found = _codecs.get(id(made))
+def _codec(made: Type, order: Order) -> Codec:
+    found = _codecs.get((id(made), order))
     if found is None:
         if len(_codecs) >= _MAX_CODECS:
             _codecs.clear()
-        found = _codecs[id(made)] = Codec(made)
+        found = _codecs[id(made), order] = Codec(made, order)
     return found
 
 
@@ -73,27 +74,27 @@ def _bad(path: str, why: str) -> LayoutError:
     return LayoutError(f"{path or 'value'}: {why}", path=path)
 
 
-def _encoder(made: Type, path: str) -> _Encoder:
+def _encoder(made: Type, path: str, order: Order) -> _Encoder:
     match made:
         case Int():
-            return _encode_int(made, path, {})
+            return _encode_int(made, path, order, {})
         case Enum():
-            return _encode_int(made, path, dict(made.values))
+            return _encode_int(made, path, order, dict(made.values))
         case Float():
-            return _encode_float(made, path)
+            return _encode_float(made, path, order)
         case Pointer():
-            return _encode_int(Int("pointer", made.size, False), path, {})
+            return _encode_int(Int("pointer", made.size, False), path, order, {})
         case Array():
-            return _encode_array(made, path)
+            return _encode_array(made, path, order)
         case Record(union=True):
-            return _encode_union(made, path)
+            return _encode_union(made, path, order)
         case Record():
-            return _encode_record(made, path)
+            return _encode_record(made, path, order)
         case Opaque():
             return _encode_raw(made.size, path)
 
 
-def _encode_int(made: Int | Enum, path: str, names: Mapping[str, int]) -> _Encoder:
+def _encode_int(made: Int | Enum, path: str, order: Order, names: Mapping[str, int]) -> _Encoder:
     size, signed = made.size, made.signed
     boolean = isinstance(made, Int) and made.encoding == "bool"
 
@@ -105,21 +106,21 @@ def _encode_int(made: Int | Enum, path: str, names: Mapping[str, int]) -> _Encod
         if boolean and number not in (0, 1):
             raise _bad(path, f"want true or false, got {value!r}")
         try:
-            out[at : at + size] = number.to_bytes(size, "little", signed=signed)
+            out[at : at + size] = number.to_bytes(size, order, signed=signed)
         except OverflowError as error:
             raise _bad(path, f"{number} does not fit {made.name or 'an enum'} ({size} bytes)") from error
 
     return put
 
 
-def _encode_float(made: Float, path: str) -> _Encoder:
+def _encode_float(made: Float, path: str, order: Order) -> _Encoder:
     form = _FLOATS.get(made.size)
     if form is None:
         return _encode_raw(made.size, path)
 
     def put(value: Any, out: bytearray, at: int) -> None:
         try:
-            struct.pack_into(form, out, at, value)
+            struct.pack_into(_MARK[order] + form, out, at, value)
         except (struct.error, OverflowError) as error:
             raise _bad(path, f"want a number that fits {made.name}, got {value!r}") from error
 
@@ -135,7 +136,7 @@ def _encode_raw(size: int, path: str) -> _Encoder:
     return put
 
 
-def _encode_array(made: Array, path: str) -> _Encoder:
+def _encode_array(made: Array, path: str, order: Order) -> _Encoder:
     size, step = made.size, made.element.size
     if is_text(made):
 
@@ -150,7 +151,7 @@ def _encode_array(made: Array, path: str) -> _Encoder:
         return put_text
     if is_bytes(made):
         return _encode_raw(size, path)
-    inner = _encoder(made.element, f"{path}[]")
+    inner = _encoder(made.element, f"{path}[]", order)
 
     def put(value: Any, out: bytearray, at: int) -> None:
         if not isinstance(value, list | tuple):
@@ -163,16 +164,17 @@ def _encode_array(made: Array, path: str) -> _Encoder:
     return put
 
 
-def _encode_record(made: Record, path: str) -> _Encoder:
+def _encode_record(made: Record, path: str, order: Order) -> _Encoder:
     parts: dict[str, tuple[_Encoder, int]] = {}
     for member in members(made):
         if member.bits:
             for field in _bit_fields(member):
-                parts[field.name] = (_encode_bits(field, join(path, field.name), member.type.size), member.offset)
+                encoder = _encode_bits(field, join(path, field.name), member.type.size, order)
+                parts[field.name] = (encoder, member.offset)
             continue
-        parts[member.name] = (_encoder(member.type, join(path, member.name)), member.offset)
+        parts[member.name] = (_encoder(member.type, join(path, member.name), order), member.offset)
         if member.parts and isinstance(member.type, Record):
-            for name, inner in _union_parts(member.type, path).items():
+            for name, inner in _union_parts(member.type, path, order).items():
                 parts[name] = (inner, member.offset)
 
     def put(value: Any, out: bytearray, at: int) -> None:
@@ -188,48 +190,51 @@ def _encode_record(made: Record, path: str) -> _Encoder:
     return put
 
 
-def _encode_bits(field: Field, path: str, size: int) -> _Encoder:
+def _encode_bits(field: Field, path: str, size: int, order: Order) -> _Encoder:
     names = dict(field.type.values) if isinstance(field.type, Enum) else {}
     signed = isinstance(field.type, Int | Enum) and field.type.signed
-    shift, bits = field.offset, field.bits
+    bits = field.bits
+    # Bits are counted from the low end of a little-endian number, from the high end of a big-endian one.
+    shift = field.offset if order == "little" else 8 * size - field.offset - bits
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
 
     def put(value: Any, out: bytearray, at: int) -> None:
         number = names.get(value) if isinstance(value, str) else value
         if not isinstance(number, int) or not low <= number <= high:
             raise _bad(path, f"want a number from {low} to {high}, got {value!r}")
-        whole = int.from_bytes(out[at : at + size], "little")
+        whole = int.from_bytes(out[at : at + size], order)
         mask = (1 << bits) - 1
         whole = whole & ~(mask << shift) | (number & mask) << shift
-        out[at : at + size] = whole.to_bytes(size, "little")
+        out[at : at + size] = whole.to_bytes(size, order)
 
     return put
 
 
-def _union_parts(made: Record, path: str) -> dict[str, _Encoder]:
+def _union_parts(made: Record, path: str, order: Order) -> dict[str, _Encoder]:
     out: dict[str, _Encoder] = {}
     for member in members(made):
         if member.bits:
             for field in _bit_fields(member):
-                out[field.name] = _encode_bits(field, join(path, field.name), member.type.size)
+                out[field.name] = _encode_bits(field, join(path, field.name), member.type.size, order)
         else:
-            out[member.name] = _encoder(member.type, join(path, member.name))
+            out[member.name] = _encoder(member.type, join(path, member.name), order)
             if isinstance(member.type, Record) and member.name.startswith("{anonymous"):
-                out |= _union_parts(member.type, path) if member.type.union else _struct_parts(member.type, path)
+                opened = _union_parts if member.type.union else _struct_parts
+                out |= opened(member.type, path, order)
     return out
 
 
-def _struct_parts(made: Record, path: str) -> dict[str, _Encoder]:
+def _struct_parts(made: Record, path: str, order: Order) -> dict[str, _Encoder]:
     def shifted(inner: _Encoder, by: int) -> _Encoder:
         return lambda value, out, at: inner(value, out, at + by)
 
     plain = [m for m in members(made) if not m.parts]
-    return {m.name: shifted(_encoder(m.type, join(path, m.name)), m.offset) for m in plain}
+    return {m.name: shifted(_encoder(m.type, join(path, m.name), order), m.offset) for m in plain}
 
 
-def _encode_union(made: Record, path: str) -> _Encoder:
+def _encode_union(made: Record, path: str, order: Order) -> _Encoder:
     raw = _encode_raw(made.size, path)
-    parts = _union_parts(made, path)
+    parts = _union_parts(made, path, order)
 
     def put(value: Any, out: bytearray, at: int) -> None:
         if not isinstance(value, Mapping):
@@ -250,50 +255,50 @@ def _bit_fields(member: Member) -> tuple[Field, ...]:
     return tuple(f for f in member.type.fields if f.name) if isinstance(member.type, Record) else ()
 
 
-def _decoder(made: Type) -> _Decoder:
+def _decoder(made: Type, order: Order) -> _Decoder:
     match made:
         case Int(encoding="bool"):
             return lambda data, at: any(data[at : at + made.size])
         case Int() | Enum():
-            return _decode_int(made.size, made.signed)
+            return _decode_int(made.size, made.signed, order)
         case Pointer():
-            return _decode_int(made.size, False)
+            return _decode_int(made.size, False, order)
         case Float(size=size) if size in _FLOATS:
-            form = struct.Struct(_FLOATS[size])
+            form = struct.Struct(_MARK[order] + _FLOATS[size])
             return lambda data, at: form.unpack_from(data, at)[0]
         case Array() if is_text(made):
             return _decode_text(made.size)
         case Array() if not is_bytes(made):
-            return _decode_array(made)
+            return _decode_array(made, order)
         case Record(union=False):
-            return _decode_record(made)
+            return _decode_record(made, order)
     size = made.size
     return lambda data, at: bytes(data[at : at + size])
 
 
-def _decode_int(size: int, signed: bool) -> _Decoder:
-    return lambda data, at: int.from_bytes(data[at : at + size], "little", signed=signed)
+def _decode_int(size: int, signed: bool, order: Order) -> _Decoder:
+    return lambda data, at: int.from_bytes(data[at : at + size], order, signed=signed)
 
 
 def _decode_text(size: int) -> _Decoder:
     return lambda data, at: bytes(data[at : at + size]).split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
 
 
-def _decode_array(made: Array) -> _Decoder:
+def _decode_array(made: Array, order: Order) -> _Decoder:
     code, step, count = _code(made.element), made.element.size, made.count
     if code is not None and not code.endswith("s"):
-        whole = struct.Struct(f"<{count}{code}")
+        whole = struct.Struct(f"{_MARK[order]}{count}{code}")
         return lambda data, at: list(whole.unpack_from(data, at))
-    inner = _decoder(made.element)
+    inner = _decoder(made.element, order)
     return lambda data, at: [inner(data, at + index * step) for index in range(count)]
 
 
-def _decode_record(made: Record) -> _Decoder:
+def _decode_record(made: Record, order: Order) -> _Decoder:
     # One struct.Struct reads every plain member at once. The others get an empty place in it, which keeps the order
     # of the fields, and are filled in after.
     names: list[str] = []
     rest: list[tuple[str, _Decoder, int]] = []
-    form, end = "<", 0
+    form, end = _MARK[order], 0
     for member in members(made):
         code = None if member.bits else _code(member.type)
         if code is not None and member.offset >= end:
@@ -301,7 +306,10 @@ def _decode_record(made: Record) -> _Decoder:
             end = member.offset + member.type.size
             names.append(member.name)
             continue
-        parts = _bit_decoders(member) if member.bits else [(member.name, _decoder(member.type), member.offset)]
+        if member.bits:
+            parts = _bit_decoders(member, order)
+        else:
+            parts = [(member.name, _decoder(member.type, order), member.offset)]
         form += "0s" * len(parts)
         names += [name for name, _, _ in parts]
         rest += parts
@@ -329,7 +337,7 @@ def _code(made: Type) -> str | None:
         case Pointer(size=size):
             return {4: "I", 8: "Q"}[size]
         case Float(size=size) if size in _FLOATS:
-            return _FLOATS[size][1]
+            return _FLOATS[size]
         case Record(union=False):
             return None
         case Array() if is_text(made) or not is_bytes(made):
@@ -337,16 +345,18 @@ def _code(made: Type) -> str | None:
     return f"{made.size}s"
 
 
-def _bit_decoders(member: Member) -> list[tuple[str, _Decoder, int]]:
-    return [(f.name, _decode_bits(f, member.type.size), member.offset) for f in _bit_fields(member)]
+def _bit_decoders(member: Member, order: Order) -> list[tuple[str, _Decoder, int]]:
+    return [(f.name, _decode_bits(f, member.type.size, order), member.offset) for f in _bit_fields(member)]
 
 
-def _decode_bits(field: Field, size: int) -> _Decoder:
+def _decode_bits(field: Field, size: int, order: Order) -> _Decoder:
     signed = isinstance(field.type, Int | Enum) and field.type.signed
-    shift, bits = field.offset, field.bits
+    bits = field.bits
+    # Bits are counted from the low end of a little-endian number, from the high end of a big-endian one.
+    shift = field.offset if order == "little" else 8 * size - field.offset - bits
 
     def get(data: bytes, at: int) -> int:
-        number = int.from_bytes(data[at : at + size], "little") >> shift & (1 << bits) - 1
+        number = int.from_bytes(data[at : at + size], order) >> shift & (1 << bits) - 1
         return number - (1 << bits) if signed and number >> bits - 1 else number
 
     return get

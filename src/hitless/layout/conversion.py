@@ -16,7 +16,9 @@ from hitless.layout.members import SPECIAL, is_bytes, join, members
 from hitless.layout.model import Array, Enum, Int, Record, Type
 from hitless.layout.rules import MapRules, Merge, parse_tags
 
-__all__ = ["Conversion", "Converted", "Cut", "Default", "Leaf", "Misfit", "Move", "Records", "Repeat", "leaves"]
+__all__ = [
+    "Conversion", "Converted", "Cut", "Default", "Leaf", "Misfit", "Move", "Records", "Repeat", "collisions", "leaves",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,8 +54,13 @@ class Move(msgspec.Struct, frozen=True):
     """Carry a number, or bytes as they are, from the old record to the new one.
 
     Offsets and sizes are in bytes. When sizes, signedness and ``bool`` agree, the bytes are copied. Otherwise both
-    sides are integers of 1, 2, 4 or 8 bytes: the number is read with the old signedness and written with the new
+    sides are integers of 1, 2, 4, 8 or 16 bytes: the number is read with the old signedness and written with the new
     size; one that does not fit the new range is a misfit and becomes the nearest number that fits.
+
+    A bitfield has ``bits`` (0: it is none) and begins ``shift`` bits into its first byte, counted from the low end,
+    or from the high end where ``big`` says that the number is big-endian; its size is that of the bytes it touches.
+    ``names`` are (old, new) numbers of an enum whose names were numbered anew: any other number is a misfit and
+    stays what it is.
     """
 
     path: str
@@ -66,19 +73,27 @@ class Move(msgspec.Struct, frozen=True):
     old_bool: bool = False
     new_bool: bool = False
     repeat: tuple[Repeat, ...] = ()
+    old_bits: int = 0
+    old_shift: int = 0
+    new_bits: int = 0
+    new_shift: int = 0
+    old_big: bool = False
+    new_big: bool = False
+    names: tuple[tuple[int, int], ...] = ()
 
     @property
     def copies(self) -> bool:
         """Whether the bytes are copied as they are."""
-        return self.old_size == self.new_size and self.bounds is None
+        plain = not (self.old_bits or self.new_bits or self.names) and self.old_big == self.new_big
+        return plain and self.old_size == self.new_size and self.bounds is None
 
     @property
     def bounds(self) -> tuple[int, int] | None:
         """(lowest, highest) number that fits the new side, or None if every number of the old side does."""
         if self.old_size > 16:
             return None  # no number: bytes, of which there may be gigabytes, so that 2**bits must not be worked out
-        low, high = _range(self.old_size, self.old_signed, self.old_bool)
-        new_low, new_high = _range(self.new_size, self.new_signed, self.new_bool)
+        low, high = _range(self.old_bits or 8 * self.old_size, self.old_signed, self.old_bool)
+        new_low, new_high = _range(self.new_bits or 8 * self.new_size, self.new_signed, self.new_bool)
         if new_low <= low and high <= new_high:
             return None
         return max(low, new_low), min(high, new_high)
@@ -89,16 +104,19 @@ class Move(msgspec.Struct, frozen=True):
             self.path, self.new_offset, self.new_size, self.old_offset, self.old_size,
             self.new_signed, self.old_signed, self.new_bool, self.old_bool,
             tuple(Repeat(r.count, r.new_stride, r.old_stride) for r in self.repeat),
+            self.new_bits, self.new_shift, self.old_bits, self.old_shift, self.new_big, self.old_big,
+            tuple((new, old) for old, new in self.names),
         )  # fmt: skip
 
 
 class Default(msgspec.Struct, frozen=True):
-    """Write these bytes where the old record has nothing to give."""
+    """Write these bytes where the old record has nothing to give; with a ``mask``, only the bits that it sets."""
 
     path: str
     offset: int
     data: bytes
     repeat: tuple[Repeat, ...] = ()
+    mask: bytes = b""
 
 
 class Cut(msgspec.Struct, frozen=True):
@@ -140,7 +158,7 @@ class Conversion(msgspec.Struct, frozen=True):
     @property
     def exact(self) -> bool:
         """Whether every record converts without a possible misfit."""
-        return not self.cuts and all(move.bounds is None for move in self.moves)
+        return not self.cuts and all(move.bounds is None and not move.names for move in self.moves)
 
     def inverse(self) -> Conversion:
         """The moves backwards: undoes this conversion for every value that fitted.
@@ -168,6 +186,11 @@ class Conversion(msgspec.Struct, frozen=True):
         old = np.ascontiguousarray(records)
         for default in self.defaults:
             shape = [(r.count, r.new_stride) for r in default.repeat]
+            if default.mask:
+                window = _view(out, default.offset, "u1", [*shape, (len(default.data), 1)])
+                window &= ~np.frombuffer(default.mask, np.uint8)
+                window |= np.frombuffer(default.data, np.uint8)
+                continue
             target = _view(out, default.offset, f"V{len(default.data)}", shape)
             target[...] = np.frombuffer(default.data, target.dtype)[0]
         misfits: list[Misfit] = []
@@ -182,15 +205,16 @@ class Conversion(msgspec.Struct, frozen=True):
                 kind = f"<u{move.old_size}" if move.old_size in (1, 2, 4, 8) else f"V{move.old_size}"
                 _view(out, move.new_offset, kind, new_shape)[...] = _view(old, move.old_offset, kind, old_shape)
                 continue
-            source = _view(old, move.old_offset, f"<{'i' if move.old_signed else 'u'}{move.old_size}", old_shape)
-            target = _view(out, move.new_offset, f"<{'i' if move.new_signed else 'u'}{move.new_size}", new_shape)
+            numbers = _numbers(old, move, old_shape)
             bounds = move.bounds
-            if bounds is None:
-                target[...] = source
-                continue
-            outside = (source < bounds[0]) | (source > bounds[1])
+            clipped, outside = numbers, np.zeros(numbers.shape, np.bool_)
+            if bounds is not None:
+                outside = (numbers < bounds[0]) | (numbers > bounds[1])
+                clipped = numbers.clip(*bounds)
+            if move.names:
+                clipped, outside = _renumbered(numbers, move.names, clipped)
             _note(misfits, move.path, outside)
-            target[...] = source.clip(*bounds).astype(target.dtype)
+            _write(out, move, new_shape, clipped)
         return Converted(out, tuple(misfits))
 
 
@@ -280,10 +304,28 @@ def _leaf(path: str, offset: int, made: Type, merge: Merge) -> Leaf:
     return Leaf(path, offset, made.size, signed, merge, "int" if number else "bytes")
 
 
-def _range(size: int, signed: bool, boolean: bool) -> tuple[int, int]:
+def collisions(conversion: Conversion, keys: Records) -> tuple[tuple[int, ...], ...]:
+    """Which keys become one key: a group of row indices for each new key that several rows of ``keys`` turn into.
+
+    Rows in ascending order, groups by their first row. Equal old keys collide, too. Raises :class:`LayoutError` as
+    :meth:`Conversion.apply` does.
+    """
+    made = conversion.apply(keys).records
+    if not len(made) or not conversion.new_size:
+        return (tuple(range(len(made))),) if len(made) > 1 else ()
+    _, which, counts = np.unique(
+        np.ascontiguousarray(made).view(f"V{conversion.new_size}").ravel(), return_inverse=True, return_counts=True
+    )
+    rows = np.flatnonzero(counts[which] > 1)
+    groups: dict[int, list[int]] = {}
+    for row in rows:
+        groups.setdefault(int(which[row]), []).append(int(row))
+    return tuple(tuple(group) for group in groups.values())
+
+
+def _range(bits: int, signed: bool, boolean: bool) -> tuple[int, int]:
     if boolean:
         return 0, 1
-    bits = 8 * size
     return (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
 
 
@@ -297,6 +339,75 @@ def _view(records: Records, offset: int, kind: str, shape: list[tuple[int, int]]
     dims = (len(records), *(count for count, _ in shape))
     steps = (records.shape[1], *(stride for _, stride in shape))
     return np.ndarray(dims, np.dtype(kind), records, offset, steps)
+
+
+def _numbers(records: Records, move: Move, shape: list[tuple[int, int]]) -> npt.NDArray[Any]:
+    """The numbers of the old side: integers as they stand, bitfields as 64 bits, 16-byte integers as Python's."""
+    size, signed, order = move.old_size, move.old_signed, ">" if move.old_big else "<"
+    if not move.old_bits and size != 16:
+        return _view(records, move.old_offset, f"{order}{'i' if signed else 'u'}{size}", shape)
+    window = _view(records, move.old_offset, "u1", [*shape, (size, 1)])[..., :: -1 if move.old_big else 1]
+    low = _joined(window[..., :8])
+    if not move.old_bits:
+        high = _joined(window[..., 8:])
+        return np.asarray(low.astype(object) + ((high.view(np.int64) if signed else high).astype(object) << 64))
+    shift = _low_shift(size, move.old_shift, move.old_bits, move.old_big)
+    number = low >> np.uint64(shift)
+    if size > 8:
+        number |= window[..., 8].astype(np.uint64) << np.uint64(64 - shift)
+    spare = 64 - move.old_bits
+    number <<= np.uint64(spare)
+    if signed:
+        return np.asarray(number.view(np.int64) >> np.int64(spare))
+    return np.asarray(number >> np.uint64(spare))
+
+
+def _write(out: Records, move: Move, shape: list[tuple[int, int]], numbers: npt.NDArray[Any]) -> None:
+    size, order = move.new_size, ">" if move.new_big else "<"
+    if not move.new_bits and size != 16:
+        target = _view(out, move.new_offset, f"{order}{'i' if move.new_signed else 'u'}{size}", shape)
+        target[...] = numbers.astype(target.dtype)
+        return
+    window = _view(out, move.new_offset, "u1", [*shape, (size, 1)])[..., :: -1 if move.new_big else 1]
+    if not move.new_bits:
+        whole = numbers.astype(object)
+        for index in range(16):
+            window[..., index] = (whole >> 8 * index & 0xFF).astype(np.uint8)
+        return
+    shift = _low_shift(size, move.new_shift, move.new_bits, move.new_big)
+    ones = (1 << move.new_bits) - 1
+    number = numbers & ones if numbers.dtype == object else numbers.astype(np.uint64) & np.uint64(ones)
+    number = number.astype(np.uint64)
+    for index in range(size):
+        at = 8 * index - shift
+        part = number >> np.uint64(at) if at >= 0 else number << np.uint64(-at)
+        mask = ones << shift >> 8 * index & 0xFF
+        window[..., index] = window[..., index] & (0xFF ^ mask) | (part & np.uint64(mask)).astype(np.uint8)
+
+
+def _joined(window: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    out = np.zeros(window.shape[:-1], np.uint64)
+    for index in range(window.shape[-1]):
+        out |= window[..., index].astype(np.uint64) << np.uint64(8 * index)
+    return out
+
+
+def _low_shift(size: int, shift: int, bits: int, big: bool) -> int:
+    """How far the bitfield is from the low end of the number that its bytes make."""
+    return 8 * size - shift - bits if big else shift
+
+
+def _renumbered(
+    numbers: npt.NDArray[Any], names: tuple[tuple[int, int], ...], unnamed: npt.NDArray[Any]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    # Sixty-four bits hold every number of an enum modulo 2**64, and writing takes the low bits.
+    out = unnamed.astype(np.uint64)
+    known = np.zeros(numbers.shape, np.bool_)
+    for old, new in names:
+        hit = numbers == old
+        out[hit] = new & (1 << 64) - 1
+        known |= hit
+    return out, ~known
 
 
 def _note(misfits: list[Misfit], path: str, wrong: npt.NDArray[np.bool_]) -> None:

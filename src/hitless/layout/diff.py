@@ -19,18 +19,20 @@ rename, never taken for one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from hitless.errors import LayoutError
 from hitless.layout.codec import encode
 from hitless.layout.conversion import Conversion, Cut, Default, Move, Repeat
-from hitless.layout.members import SPECIAL, Member, is_bytes, is_text, join, members
-from hitless.layout.model import Array, Enum, Float, Int, MapSpec, Opaque, Pointer, Record, Type
-from hitless.layout.rules import MapRules, parse_tags
+from hitless.layout.members import SPECIAL, Member, inside, is_bytes, is_text, join, members, singles
+from hitless.layout.model import Array, Enum, Field, Float, Int, MapSpec, Opaque, Pointer, Record, Type
+from hitless.layout.rules import MapRules, OnCollision, parse_tags
 
-__all__ = ["CONVERTIBLE", "Change", "MapDiff", "Verdict", "diff_map", "diff_maps", "is_constant"]
+__all__ = [
+    "CONVERTIBLE", "Change", "MapDiff", "Verdict", "diff_map", "diff_maps", "draft", "is_constant",
+]  # fmt: skip
 
 Verdict = Literal[
     "identical", "lossless", "lossy", "needs-converter", "not-carried", "unknown", "added", "removed"
@@ -112,8 +114,52 @@ def diff_maps(
     for name, spec in before.items():
         if name not in taken:
             loss = None if is_constant(spec) else "the map and its entries are dropped"
-            out.append(MapDiff(name, None, "removed", (Change("", "removed", spec.type, None, loss),)))
+            hint = None if is_constant(spec) else _became(spec, after, matched)
+            out.append(MapDiff(name, None, "removed", (Change("", "removed", spec.type, None, loss, hint=hint),)))
     return tuple(out)
+
+
+def draft(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> tuple[Conversion, Conversion]:  # noqa: B008
+    """What can be carried of key and value where a converter has to do the rest: a verdict ``needs-converter``.
+
+    Raises :class:`LayoutError` as :func:`diff_map` does, and if a type is not known.
+    """
+    if old.key is None or old.value is None or new.key is None or new.value is None:
+        raise LayoutError(f"map {new.name!r}: a type is not known on one side", map=new.name)
+    fields = _split_rules(new, rules)
+    big = new.order == "big"
+    _, key = _Walk("key", old.key, new.key, fields["key"], big).run()
+    _, value = _Walk("value", old.value, new.value, fields["value"], big).run()
+    return key, value
+
+
+def _became(old: MapSpec, after: Mapping[str, MapSpec], matched: Mapping[str, str]) -> str | None:
+    """What a map that is gone may have become; suggested, never assumed."""
+    fields = _named(old)
+    alike = [
+        spec.name for spec in after.values()
+        if spec.name not in matched and old.key and spec.key and same(old.key, spec.key) and not _is_data(spec)
+    ]  # fmt: skip
+    holders = [spec for spec in after.values() if fields and fields <= _named(spec) and spec.name not in alike]
+    data = [spec.name for spec in holders if _is_data(spec)]
+    folded = [spec.name for spec in holders if not _is_data(spec) and spec.name in matched]
+    if len(alike) == 1:
+        return f'if this is {alike[0]} now, say so: [map.{alike[0]}] was = "{old.name}"'
+    if alike:
+        return f"if its entries are split among {', '.join(alike)}, a converter has to say which goes where"
+    if data:
+        return f'its fields are variables in {data[0]} now; to carry them: [map."{data[0]}"] was = "{old.name}"'
+    if folded:
+        return f"if its entries are folded into {folded[0]}, a converter has to say how"
+    return None
+
+
+def _named(spec: MapSpec) -> set[str]:
+    return {field.name for field in spec.value.fields if field.name} if isinstance(spec.value, Record) else set()
+
+
+def _is_data(spec: MapSpec) -> bool:
+    return spec.name.startswith((".data", ".bss", ".rodata"))
 
 
 def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDiff:  # noqa: B008 - frozen
@@ -137,7 +183,8 @@ def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDif
     )
     for side, before, after, old_size, new_size, untyped in sides:
         # The key of an array is its index, always u32, whether or not somebody wrote its type down.
-        free = old.type in untyped and new.type in untyped and (before is None or after is None)
+        index = side == "key" and "array" in old.type and "array" in new.type and old_size == new_size == 4
+        free = old.type in untyped and new.type in untyped and (index or before is None or after is None)
         if free:
             if old_size != new_size:
                 changes.append(Change(side, "resized", f"{old_size} bytes", f"{new_size} bytes"))
@@ -154,11 +201,11 @@ def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDif
             continue
         _check_size(new.name, side, before, old_size)
         _check_size(new.name, side, after, new_size)
-        walk = _Walk(side, before, after, fields[side])
+        walk = _Walk(side, before, after, fields[side], new.order == "big")
         found, conversion = walk.run()
         unknown += [change for change in found if change.kind == "unknown"]
         if side == "key":
-            found = [_for_key(change) for change in found]
+            found = [_for_key(change, rules.on_collision) for change in found]
         changes += found
         converted[side] = conversion if found else None
     return _judge(old, new, was, changes, bool(unknown), converted)
@@ -212,6 +259,9 @@ def _not_carried(old: MapSpec, new: MapSpec) -> Change:
 
 def _definition(old: MapSpec, new: MapSpec) -> list[Change]:
     out = []
+    if old.order != new.order:
+        reason = "the releases are for processors of different byte orders"
+        out.append(Change("", "byte-order", f"{old.order}-endian", f"{new.order}-endian", reason=reason))
     if old.type != new.type:
         hint = "a full lru_hash evicts entries by itself" if new.type == "lru_hash" else None
         loss = None
@@ -247,11 +297,15 @@ def _inner(old: MapSpec, new: MapSpec) -> list[Change]:
     return [Change("", "inner-" + change.kind, change.old, change.new, reason=change.reason) for change in diff.changes]
 
 
-def _for_key(change: Change) -> Change:
+def _for_key(change: Change, on_collision: OnCollision | None) -> Change:
     if change.loss is None or change.reason is not None:
         return change
+    if on_collision is not None:
+        loss = f"{change.loss}, so that entries can become one (on_collision = {on_collision})"
+        return msgspec.structs.replace(change, loss=loss)
     why = f"in a key two entries could become one: {change.loss}"
-    return msgspec.structs.replace(change, reason=why)
+    hint = "say what is to become of them: on_collision = error, first, last or merge"
+    return msgspec.structs.replace(change, reason=why, hint=change.hint or hint)
 
 
 def _check_size(name: str, side: str, made: Type, size: int) -> None:
@@ -349,11 +403,24 @@ def resolve(made: Type, path: str) -> tuple[Type, int] | None:
     return made, offset
 
 
+#: A bitfield's width and shift in bits; (0, 0) is no bitfield.
+_Place = tuple[int, int]
+
+
+class _Crossing(NamedTuple):
+    """A field that comes into or out of an anonymous union: the old member it is in or is, its old and new self."""
+
+    source: Member
+    before: Member
+    after: Member
+
+
 class _Walk:
     """One comparison of two types, collecting changes, moves, defaults and cuts."""
 
-    def __init__(self, side: str, old: Type, new: Type, rules: MapRules) -> None:
+    def __init__(self, side: str, old: Type, new: Type, rules: MapRules, big: bool = False) -> None:
         self.side = side
+        self.big = big  # whether the processor's own byte order is big-endian
         self.old = old
         self.new = new
         self.rules = rules
@@ -430,10 +497,14 @@ class _Walk:
                 self.pair(f"{old_path}[0]", path, old.element, at, new, to, repeat)
             case (Int() | Enum() | Float() | Pointer() | Array(), Record()) if (inner := _only(new)) is not None:
                 self.change(path, "nested", _spell(old), _spell(new))
-                self.pair(old_path, join(path, inner.name), old, at, inner.type, to + inner.offset, repeat)
+                self.pair(old_path, _into(path, inner), old, at, inner.type, to + inner.offset, repeat)
             case (Record(), Int() | Enum() | Float() | Pointer() | Array()) if (inner := _only(old)) is not None:
                 self.change(path, "nested", _spell(old), _spell(new))
-                self.pair(join(old_path, inner.name), path, inner.type, at + inner.offset, new, to, repeat)
+                self.pair(_into(old_path, inner), path, inner.type, at + inner.offset, new, to, repeat)
+            case (Int() | Enum() | Float() | Pointer() | Array(), Record(union=True)) if new.fields:
+                self.into_union(path, old, at, new, to, repeat)
+            case (Record(union=True), Int() | Enum() | Float() | Pointer() | Array()) if old.fields:
+                self.out_of_union(path, old, at, new, to, repeat)
             case (Opaque(), _) | (_, Opaque()):
                 reason = "bytes without a known type are equal to nothing"
                 hint = "compare with the old release's objects: this snapshot does not tell"
@@ -441,48 +512,58 @@ class _Walk:
             case _:
                 self.refuse(path, old, new, f"no rule makes {_spell(old)} into {_spell(new)}")
 
-    def scalar(self, path: str, old: Int | Enum, at: int, new: Int | Enum, to: int, repeat: tuple[Repeat, ...]) -> None:
-        old_bool = isinstance(old, Int) and old.encoding == "bool"
-        new_bool = isinstance(new, Int) and new.encoding == "bool"
+    def scalar(
+        self, path: str, old: Int | Enum, at: int, new: Int | Enum, to: int, repeat: tuple[Repeat, ...],
+        old_place: _Place = (0, 0), new_place: _Place = (0, 0),
+    ) -> None:  # fmt: skip
+        (old_bits, old_shift), (new_bits, new_shift) = old_place, new_place
+        old_width, new_width = old_bits or 8 * old.size, new_bits or 8 * new.size
         enums = isinstance(old, Enum) and isinstance(new, Enum)
-        text = old.size == new.size == 1 and "char" in (_encoding(old), _encoding(new)) and not (old_bool or new_bool)
+        bools = "bool" in (_encoding(old), _encoding(new))
+        text = old_width == new_width == 8 and "char" in (_encoding(old), _encoding(new)) and not bools
+        spelled = _bit_spell(old, old_bits), _bit_spell(new, new_bits)
+        network = _network(old) and not old_bits, _network(new) and not new_bits
+        if network[0] != network[1] and (old.size > 1 or new.size > 1) and not self.big:
+            reason = "one is in network byte order and the other in the processor's, or their typedefs say so"
+            self.change(path, "byte-order", *spelled, reason=reason)
+            return
+        if old_width != new_width and all(network) and not (_swappable(old) and _swappable(new)):
+            self.refuse(path, old, new, "a checksum has no other size")
+            return
+        names = _numbered(old, new, new_place) if isinstance(old, Enum) and isinstance(new, Enum) else ()
+        old_signed, new_signed = old.signed, new.signed
+        if old_width == new_width and (text or enums) and not names:
+            old_signed = new_signed = False
+        swapped = self.big or all(network)
         move = Move(
-            self.show(path), at, old.size, to, new.size, old.signed, new.signed, old_bool, new_bool, repeat
+            self.show(path), at, _touched(old, old_place), to, _touched(new, new_place), old_signed, new_signed,
+            _encoding(old) == "bool", _encoding(new) == "bool", repeat,
+            old_bits, old_shift, new_bits, new_shift, swapped, swapped, names,
         )  # fmt: skip
-        if old.size == new.size and (text or enums):
-            move = Move(self.show(path), at, old.size, to, new.size, repeat=repeat)
-        spelled = _spell(old), _spell(new)
-        if old.size != new.size:
-            odd = {old.size, new.size} - {1, 2, 4, 8}
-            if odd:
-                self.refuse(path, old, new, f"integers of {odd.pop()} bytes cannot be widened or narrowed yet")
-                return
-            if _network(old) or _network(new):
-                self.refuse(path, old, new, "the number is in network byte order, so its size is part of its meaning")
-                return
-        loss = None
-        if move.bounds is not None:
-            loss = f"values outside {move.bounds[0]} to {move.bounds[1]} do not fit"
-        if old.size < new.size:
+        bounds = move.bounds
+        loss = f"values outside {bounds[0]} to {bounds[1]} do not fit" if bounds is not None else None
+        if old_width < new_width:
             self.change(path, "widened", *spelled, loss)
-        elif old.size > new.size:
+        elif old_width > new_width:
             self.change(path, "narrowed", *spelled, loss)
         elif (
-            (old.signed != new.signed and not enums)
+            (old_signed != new_signed and not enums)
             or _encoding(old) != _encoding(new)
             or isinstance(old, Enum) != isinstance(new, Enum)
         ):
             self.change(path, "retyped", *spelled, loss)
         if isinstance(old, Enum) and isinstance(new, Enum):
             self.enum(path, old, new)
+        if move.copies:
+            move = Move(move.path, at, move.old_size, to, move.new_size, repeat=repeat)
         self.moves.append(move)
 
     def enum(self, path: str, old: Enum, new: Enum) -> None:
         before, after = dict(old.values), dict(new.values)
         for name, value in before.items():
             if name in after and after[name] != value:
-                reason = "a name now stands for another number; converting enums by name is not supported yet"
-                self.change(path, "enum-changed", f"{name} = {value}", f"{name} = {after[name]}", reason=reason)
+                loss = "entries that hold a number without a name keep it, whatever it means in the new release"
+                self.change(path, "enum-changed", f"{name} = {value}", f"{name} = {after[name]}", loss)
             elif name not in after:
                 renamed = [other for other, number in after.items() if number == value and other not in before]
                 hint = f"{value} is now called {renamed[0]}" if renamed else None
@@ -557,25 +638,69 @@ class _Walk:
 
     def union(self, path: str, old: Record, at: int, new: Record, to: int, repeat: tuple[Repeat, ...]) -> None:
         # Which member is meant, only the program knows. The bytes can stay if each member still reads them alike.
+        base = path.rpartition(".")[0] if path.endswith("}") else path
         before = {member.name: member for member in members(old)}
         after = {member.name: member for member in members(new)}
-        for name, member in before.items():
-            other = after.get(name)
-            if other is None or other.offset != member.offset or not same(member.type, other.type):
-                why = f"union member {name!r} changed, and only the program knows which one is in use"
+        matched = _match(
+            {name: self.former(join(path, name), member) for name, member in before.items()},
+            {name: self.former(join(path, name), member) for name, member in after.items()},
+            {},
+        )
+        for name, was in matched.items():
+            member, other = before[was], after[name]
+            if other.offset != member.offset or not same(member.type, other.type):
+                why = f"union member {was!r} changed, and only the program knows which one is in use"
                 self.refuse(path, old, new, why)
                 return
+            if name != was:
+                self.change(join(base, name), "renamed", was, name)
         for name, member in after.items():
-            if name not in before:
-                self.change(join(path, name), "added", None, _spell(member.type))
-        self.copy(path, at, to, old.size, repeat)
+            if name not in matched:
+                self.change(join(base, name), "added", None, _spell(member.type))
+        for name, member in before.items():
+            if name not in matched.values():
+                loss = f"entries in which {name} is in use have no meaning in the new release"
+                self.change(join(base, name), "removed", _spell(member.type), None, loss)
+        kept, end = _extent(new), _extent(old)
+        self.copy(path, at, to, min(kept, end), repeat)
+        if end > kept:
+            self.cuts.append(Cut(self.show(path), at + kept, end - kept, repeat))
+
+    def into_union(self, path: str, old: Type, at: int, new: Record, to: int, repeat: tuple[Repeat, ...]) -> None:
+        name = _alike(old, new)
+        if name is None:
+            why = "no member of the union, or more than one, is of the old type; a rule can say which (was)"
+            self.refuse(path, old, new, why)
+            return
+        self.change(path, "nested", _spell(old), _spell(new))
+        member = inside(new)[name]
+        self.pair(path, join(path, name), old, at, member.type, to + member.offset, repeat)
+
+    def out_of_union(self, path: str, old: Record, at: int, new: Type, to: int, repeat: tuple[Repeat, ...]) -> None:
+        name = _alike(new, old)
+        if name is None:
+            why = "no member of the union, or more than one, is of the new type; a rule can say which (was)"
+            self.refuse(path, old, new, why)
+            return
+        self.change(path, "nested", _spell(old), _spell(new), self.misread(old, name, at, repeat, path))
+        member = inside(old)[name]
+        self.pair(join(path, name), path, member.type, at + member.offset, new, to, repeat)
+
+    def misread(self, union: Record, name: str, at: int, repeat: tuple[Repeat, ...], path: str) -> str | None:
+        """What is lost when of a union only member ``name`` goes on; what it does not cover is cut."""
+        all_inside = inside(union)
+        end = all_inside[name].offset + all_inside[name].type.size
+        if end < _extent(union):
+            self.cuts.append(Cut(self.show(path), at + end, _extent(union) - end, repeat))
+        others = [other for other in all_inside if other != name]
+        return f"entries in which {' or '.join(others)} is in use are misread" if others else None
 
     def fields(
         self, old_path: str, path: str, old: Record, at: int, new: Record, to: int, repeat: tuple[Repeat, ...]
     ) -> None:
-        before = {member.name: member for member in members(old)}
-        after = {member.name: member for member in members(new)}
-        if len(before) != len(members(old)) or len(after) != len(members(new)):
+        before = {member.name: member for member in singles(old)}
+        after = {member.name: member for member in singles(new)}
+        if len(before) != len(singles(old)) or len(after) != len(singles(new)):
             raise LayoutError(f"{self.show(path)}: {_spell(old)} or {_spell(new)} has two members of one name")
         rules: dict[str, str] = {}
         elsewhere: dict[str, str] = {}
@@ -598,6 +723,9 @@ class _Walk:
             free, {name: self.former(join(path, name), m) for name, m in after.items() if name not in elsewhere}, rules
         )
         self.match_groups(before, after, matched)
+        used = set(matched.values()) | {name for name in before if join(old_path, name) in self.claimed}
+        crossed = self.crossings(path, before, after, used, {*matched, *elsewhere})
+        sources = [name for found in crossed.values() for name in {one.source.name for one in found}]
         mark = len(self.changes)
         added = []
         for name, member in after.items():
@@ -607,15 +735,16 @@ class _Walk:
             elif name in matched:
                 other = before[matched[name]]
                 self.member(old_path, path, other, at, member, to, repeat)
-            elif self.mixed(here, member, before):
-                continue
+            elif name in crossed:
+                alone = all(sources.count(one.source.name) == 1 for one in crossed[name])
+                self.cross(old_path, path, member, crossed[name], alone, at, to, repeat)
             else:
                 added.append(member)
                 self.added(here, member, to, repeat)
-        taken = set(matched.values())
+        taken = {*matched.values(), *sources}
         for name, member in before.items():
             there = join(old_path, name)
-            if name not in taken and there not in self.claimed and not self.mixed(there, member, after, quiet=True):
+            if name not in taken and there not in self.claimed:
                 self.removed(there, member, added)
         self.changes[mark:] = [self.hinted(change, path, added, before, taken) for change in self.changes[mark:]]
 
@@ -634,17 +763,41 @@ class _Walk:
                     taken.add(was)
                     break
 
-    def mixed(self, path: str, member: Member, others: dict[str, Member], quiet: bool = False) -> bool:
-        # Bitfields, or members of an anonymous union, that also exist on the other side but not in the same group.
-        mine = set(member.parts or (member.name,))
-        for other in others.values():
-            if other.name != member.name and (member.parts or other.parts) and mine & set(other.parts or (other.name,)):
-                if not quiet:
-                    bits = member.bits or other.bits
-                    what = "bitfields that changed" if bits else "fields that moved into or out of a union"
-                    self.change(path, "retyped", other.name, member.name, reason=f"{what} are not supported yet")
-                return True
-        return False
+    def crossings(
+        self, path: str, old: dict[str, Member], new: dict[str, Member], used: set[str], served: set[str]
+    ) -> dict[str, list[_Crossing]]:
+        """What comes into or out of anonymous unions, by the new member; ``used`` and ``served`` need nothing."""
+        out: dict[str, list[_Crossing]] = {}
+        for name, member in new.items():
+            for was, other in old.items():
+                if name in served or was in used or not (member.parts or other.parts):
+                    continue
+                before, after = _reached(other), _reached(member)
+                pairs = _match(
+                    {inner: self.former(join(path, inner), one) for inner, one in before.items()},
+                    {inner: self.former(join(path, inner), one) for inner, one in after.items()},
+                    {},
+                )
+                found = [_Crossing(other, before[there], after[here]) for here, there in pairs.items()]
+                if found:
+                    out.setdefault(name, []).extend(found)
+        return out
+
+    def cross(
+        self, old_path: str, path: str, new: Member, found: list[_Crossing], alone: bool, at: int, to: int,
+        repeat: tuple[Repeat, ...],
+    ) -> None:  # fmt: skip
+        sources = ", ".join(dict.fromkeys(one.source.name for one in found))
+        if len(found) > 1 or not alone:
+            why = "fields share their bytes on one side only, and only the program knows which one is in use"
+            self.change(join(path, new.name), "retyped", sources, new.name, reason=why)
+            return
+        ((source, before, after),) = found
+        loss = None
+        if source.parts and isinstance(source.type, Record):
+            loss = self.misread(source.type, before.name, at + source.offset, repeat, join(old_path, before.name))
+        self.change(join(path, after.name), "nested", source.name, new.name, loss)
+        self.member(old_path, path, before, at, after, to, repeat)
 
     def member(
         self, old_path: str, path: str, old: Member, at: int, new: Member, to: int, repeat: tuple[Repeat, ...]
@@ -652,27 +805,40 @@ class _Walk:
         here, there = join(path, new.name), join(old_path, old.name)
         if old.name != new.name and not (old.parts and new.parts):
             self.change(here, "renamed", old.name, new.name)
-        if old.offset != new.offset:
-            self.change(here, "moved", f"offset {old.offset}", f"offset {new.offset}")
-        if old.bits or new.bits:
-            if not (old.bits and new.bits) or not _same_bits(old.type, new.type):
-                self.refuse(here, old.type, new.type, "bitfields that changed are not supported yet")
-                return
-            self.copy(here, at + old.offset, to + new.offset, old.type.size, repeat)
-            return
-        self.pair(there, here, old.type, at + old.offset, new.type, to + new.offset, repeat)
+        if (old.offset, old.shift) != (new.offset, new.shift):
+            self.change(here, "moved", _offset(old), _offset(new))
+        if not old.width and not new.width:
+            self.pair(there, here, old.type, at + old.offset, new.type, to + new.offset, repeat)
+        elif isinstance(old.type, Int | Enum) and isinstance(new.type, Int | Enum):
+            places = (old.width, old.shift), (new.width, new.shift)
+            self.scalar(here, old.type, at + old.offset, new.type, to + new.offset, repeat, *places)
+        else:
+            self.refuse(here, old.type, new.type, "a bitfield can become a number only, and only a number a bitfield")
 
     def from_elsewhere(self, path: str, was: str, member: Member, to: int, repeat: tuple[Repeat, ...]) -> None:
         found = resolve(self.old, was)
-        if found is None or repeat or "[]" in was or member.bits:
+        if found is None or repeat or "[]" in was or member.width:
             raise LayoutError(f"rule for field {path!r}: was = {was!r} cannot be applied inside an array", field=path)
         self.change(path, "renamed", was, path)
         self.pair(was, path, found[0], found[1], member.type, to + member.offset, ())
 
     def added(self, path: str, member: Member, to: int, repeat: tuple[Repeat, ...]) -> None:
-        self.change(path, "added", None, _spell(member.type))
-        if not member.bits:
+        self.change(path, "added", None, _bit_spell(member.type, member.width))
+        self.fill_member(path, member, to, repeat)
+
+    def fill_member(self, path: str, member: Member, to: int, repeat: tuple[Repeat, ...]) -> None:
+        if not member.width:
             self.fill(path, member.type, to + member.offset, member.tags, repeat)
+            return
+        default = self.default(path, member.type, member.tags)
+        if default is not None:
+            place = (member.width, member.shift)
+            field = Field("it", member.type, member.shift, member.width)
+            holder = Record("", _touched(member.type, place), (field,))
+            data = self.encoded(path, holder, {"it": default})
+            signed = isinstance(member.type, Int | Enum) and member.type.signed
+            mask = self.encoded(path, holder, {"it": -1 if signed else (1 << member.width) - 1})
+            self.defaults.append(Default(self.show(path), to + member.offset, data, repeat, mask))
 
     def removed(self, path: str, member: Member, added: list[Member]) -> None:
         inside = sorted(was for was in self.claimed if was.startswith((path + ".", path + "[")))
@@ -708,21 +874,27 @@ class _Walk:
             self.applied.update(p for p, r in self.rules.fields.items() if r is rule)
             self.from_elsewhere(path, rule.was, Member(path, made, 0), to, repeat)
             return
-        default: object = rule.default if rule is not None else None
-        if default is None:
-            default = _literal(parse_tags(tags, path).default, made)
+        default = self.default(path, made, tags)
         if default is not None:
-            try:
-                data = encode(made, default)
-            except LayoutError as error:
-                raise LayoutError(f"{self.show(path)}: its default: {error.message}", field=path) from error
-            self.defaults.append(Default(self.show(path), to, data, repeat))
+            self.defaults.append(Default(self.show(path), to, self.encoded(path, made, default), repeat))
         elif isinstance(made, Record) and not made.union:
-            for member in members(made):
-                if not member.bits:
-                    self.fill(join(path, member.name), member.type, to + member.offset, member.tags, repeat)
+            for member in singles(made):
+                self.fill_member(join(path, member.name), member, to, repeat)
         elif isinstance(made, Array) and not is_bytes(made):
             self.fill_elements(path, made, 0, to, repeat)
+
+
+    def default(self, path: str, made: Type, tags: tuple[str, ...]) -> object:
+        rule = self.rules.field(path)
+        if rule is not None and rule.default is not None:
+            return rule.default
+        return _literal(parse_tags(tags, path).default, made)
+
+    def encoded(self, path: str, made: Type, value: object) -> bytes:
+        try:
+            return encode(made, value, "big" if self.big else "little")
+        except LayoutError as error:
+            raise LayoutError(f"{self.show(path)}: its default: {error.message}", field=path) from error
 
 
 def same(old: Type, new: Type) -> bool:
@@ -733,18 +905,60 @@ def same(old: Type, new: Type) -> bool:
     return not changes
 
 
-def _same_bits(old: Type, new: Type) -> bool:
-    def key(made: Type) -> list[tuple[str, int, int, bool]]:
-        if not isinstance(made, Record):
-            return []
-        return [(f.name, f.offset, f.bits, isinstance(f.type, Int | Enum) and f.type.signed) for f in made.fields]
+def _reached(member: Member) -> dict[str, Member]:
+    """The fields that a member is, or holds if it is an anonymous union, by name, offsets from the same start."""
+    if member.parts and isinstance(member.type, Record):
+        return inside(member.type, member.offset)
+    return {member.name: member}
 
-    return key(old) == key(new)
+
+def _alike(made: Type, union: Record) -> str | None:
+    """The one member of a union that is of this type."""
+    found = [name for name, member in inside(union).items() if not member.width and same(made, member.type)]
+    return found[0] if len(found) == 1 else None
+
+
+def _numbered(old: Enum, new: Enum, place: _Place) -> tuple[tuple[int, int], ...]:
+    """(old, new) numbers of the names that stayed, or nothing if every old name still stands for its number."""
+    before, after = dict(old.values), dict(new.values)
+    if all(after.get(name) == value for name, value in before.items()):
+        return ()
+    bits = place[0] or 8 * new.size
+    low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if new.signed else (0, (1 << bits) - 1)
+    stayed = {value: after[name] for name, value in before.items() if low <= after.get(name, low - 1) <= high}
+    return tuple(stayed.items())
+
+
+def _extent(union: Record) -> int:
+    """Bytes of the largest member; what a union has beyond is padding."""
+    return max((member.offset + member.type.size for member in members(union)), default=0)
+
+
+def _touched(made: Type, place: _Place) -> int:
+    """Bytes that a number, or the bits of a bitfield, are in."""
+    width, shift = place
+    return (shift + width + 7) // 8 if width else made.size
+
+
+def _offset(member: Member) -> str:
+    return f"offset {member.offset}" + (f", bit {member.shift}" if member.width else "")
+
+
+def _bit_spell(made: Type, width: int) -> str:
+    return f"{_spell(made)}:{width}" if width else _spell(made)
+
+
+def _swappable(made: Int | Enum) -> bool:
+    return made.name.startswith("__be")
 
 
 def _only(made: Record) -> Member | None:
     inside = members(made)
     return inside[0] if len(inside) == 1 and not made.union and not inside[0].bits else None
+
+
+def _into(path: str, member: Member) -> str:
+    return path if member.parts else join(path, member.name)
 
 
 def _fits_first(one: Type, element: Type) -> bool:

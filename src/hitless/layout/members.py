@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from hitless.layout.model import Array, Field, Int, Record, Type
 
-__all__ = ["SPECIAL", "Member", "is_bytes", "is_text", "join", "members", "overlapping", "repeated"]
+__all__ = [
+    "SPECIAL", "Member", "inside", "is_bytes", "is_text", "join", "members", "overlapping", "repeated", "singles",
+]  # fmt: skip
 
 #: Records whose bytes belong to the kernel, and what is lost when an entry moves to another map (None: nothing).
 SPECIAL: dict[str, str | None] = {
@@ -30,6 +32,7 @@ class Member(NamedTuple):
 
     ``name`` of an anonymous union is ``{a|b}``, of a run of bitfields that share bytes ``{a,b}``; ``parts`` are then
     the names of what is inside. ``bits`` says that it is such a run; its type is a record of just those bitfields.
+    A bitfield by itself, as :func:`singles` gives it, has a ``width`` in bits and begins ``shift`` bits into its byte.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Member(NamedTuple):
     tags: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     bits: bool = False
+    width: int = 0
+    shift: int = 0
 
 
 def members(record: Record) -> tuple[Member, ...]:
@@ -97,6 +102,31 @@ def overlapping(fields: Sequence[Field]) -> tuple[Field, Field] | None:
         if after.offset < before.offset + (before.bits or 8 * before.type.size):
             return before, after
     return None
+
+
+def singles(record: Record) -> tuple[Member, ...]:
+    """The members of a record with every bitfield by itself; unnamed ones are padding and left out."""
+    out: list[Member] = []
+    for member in members(record):
+        if not member.bits or not isinstance(member.type, Record):
+            out.append(member)
+            continue
+        for field in member.type.fields:
+            if field.name:
+                at = member.offset + field.offset // 8
+                out.append(Member(field.name, field.type, at, field.tags, width=field.bits, shift=field.offset % 8))
+    return tuple(out)
+
+
+def inside(record: Record, at: int = 0) -> dict[str, Member]:
+    """What C reaches by its bare name in a record, through anonymous structs and unions, offsets from ``at``."""
+    out: dict[str, Member] = {}
+    for member in singles(record):
+        if member.name.startswith("{") and isinstance(member.type, Record):
+            out |= inside(member.type, at + member.offset)
+        else:
+            out[member.name] = member._replace(offset=at + member.offset)
+    return out
 
 
 def is_text(made: Type) -> bool:

@@ -9,6 +9,8 @@ Units: ``size`` is in bytes, ``offset`` and ``bits`` of a field are in bits, as 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "MapSpec",
     "ObjectSpec",
     "Opaque",
+    "Order",
     "Pointer",
     "ProgramSpec",
     "Record",
@@ -114,6 +117,9 @@ class Opaque(msgspec.Struct, frozen=True, tag="opaque"):
     size: int
 
 
+#: Byte order of the processor that the records are for.
+Order = Literal["little", "big"]
+
 Type = Int | Float | Enum | Pointer | Array | Record | Opaque
 
 
@@ -123,7 +129,7 @@ class MapSpec(msgspec.Struct, frozen=True):
     ``type`` is the kernel's name in lower case (``hash``, ``lru_hash``, ``percpu_array``...). ``key`` and ``value``
     are None when only sizes are known. ``flags`` are the BPF_F_* map flags. ``inner`` is the spec of inner maps.
     ``extra`` is ``map_extra``, whose meaning depends on the type. ``tags`` are the declaration tags of the map's
-    variable in C.
+    variable in C. ``order`` is the byte order of the processor that the object is for.
     """
 
     name: str
@@ -138,6 +144,7 @@ class MapSpec(msgspec.Struct, frozen=True):
     inner: MapSpec | None = None
     extra: int = 0
     tags: tuple[str, ...] = ()
+    order: Order = "little"
 
 
 class ProgramSpec(msgspec.Struct, frozen=True):

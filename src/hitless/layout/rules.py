@@ -15,10 +15,11 @@ import msgspec
 
 from hitless.errors import LayoutError
 
-__all__ = ["PREFIX", "FieldRule", "MapRules", "Merge", "OnLoss", "Tags", "parse_tags"]
+__all__ = ["PREFIX", "FieldRule", "MapRules", "Merge", "OnCollision", "OnLoss", "Tags", "parse_tags"]
 
 Merge = Literal["keep", "sum", "max", "min", "or"]
 OnLoss = Literal["error", "discard"]
+OnCollision = Literal["error", "first", "last", "merge"]
 
 PREFIX = "hitless:"
 _MERGES = ("keep", "sum", "max", "min", "or")
@@ -43,6 +44,7 @@ class MapRules(msgspec.Struct, frozen=True):
     ``was`` is the map's old name. ``key``, ``value`` and ``old_value`` name types for a map that carries none.
     ``on_loss`` ``discard`` allows its contents to be lost. ``fields`` maps paths to rules: ``a.b``, ``list[].x`` (in
     every element), ``list[0]``; a path that begins with ``key.`` is in the key if the value has no field ``key``.
+    ``on_collision`` says what becomes of entries whose keys become one; None refuses a change that could do that.
     """
 
     was: str | None = None
@@ -51,6 +53,7 @@ class MapRules(msgspec.Struct, frozen=True):
     old_value: str | None = None
     on_loss: OnLoss = "error"
     fields: Mapping[str, FieldRule] = {}
+    on_collision: OnCollision | None = None
 
     def field(self, path: str) -> FieldRule | None:
         """The rule for a field: by its exact path, else with ``[]`` in place of every index."""
@@ -59,7 +62,8 @@ class MapRules(msgspec.Struct, frozen=True):
     def reversed(self) -> MapRules:
         """The same renames seen from the other direction, for going back to the older release."""
         fields = {rule.was: FieldRule(path) for path, rule in self.fields.items() if rule.was is not None}
-        return MapRules(None, self.key, self.old_value or self.value, self.value, self.on_loss, fields)
+        value = self.old_value or self.value
+        return MapRules(None, self.key, value, self.value, self.on_loss, fields, self.on_collision)
 
 
 class Tags(msgspec.Struct, frozen=True):
