@@ -74,7 +74,7 @@ attach = [
 name = 'mesh'
 version = "2.0.0-\xc3\xa9"
 [map]
-service = { on_loss = "discard", field = { hits = { merge = "max" }, port = { default = 1.5 } } }
+service = { on_loss = "discard", field = { hits = { merge = "max" }, port = { default = 7 } } }
 blind.key = "int"
 "small.bss".was = "small.data"
 """,
