@@ -82,7 +82,7 @@ blind.key = "int"
 
 
 def compiled(source: str) -> bytes:
-    """The object that clang makes of C source; without DWARF, which makes it five times as large."""
+    """The object that clang makes of C source."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.o"
         command = ["clang-19", "-target", "bpf", "-g", "-O2", "-x", "c", "-c", "-o", str(out), "-"]
