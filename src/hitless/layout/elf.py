@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import msgspec
 from elftools.common.exceptions import ELFError
 from elftools.construct.core import ConstructError
 from elftools.elf.elffile import ELFFile
+from elftools.elf.relocation import RelocationSection
 from elftools.elf.sections import SymbolTableSection
 
 from hitless.errors import LayoutError, UnsupportedError
 from hitless.layout.btf import Btf, Section
-from hitless.layout.model import Field, Int, MapSpec, ObjectSpec, ProgramSpec, Record, Type
+from hitless.layout.model import Field, Int, MapSpec, ObjectSpec, Order, ProgramSpec, Record, Type
 from hitless.layout.sections import program_type
 
 __all__ = ["MAP_TYPES", "Binding", "read_btf", "read_object"]
@@ -63,11 +65,21 @@ class _Symbol(NamedTuple):
     value: int
     kind: str
     bind: str
+    size: int
+
+
+class _Pointer(NamedTuple):
+    """A place in .maps, in bytes, where the linker will put the address of ``symbol``."""
+
+    offset: int
+    symbol: str
 
 
 class _Elf(NamedTuple):
     parts: tuple[_Part, ...]
     symbols: tuple[_Symbol, ...]
+    pointers: tuple[_Pointer, ...]
+    order: Order
 
     def part(self, name: str) -> _Part | None:
         return next((part for part in self.parts if part.name == name), None)
@@ -79,8 +91,8 @@ def read_object(data: bytes, name: str, bindings: Mapping[str, Binding] | None =
     ``bindings`` gives types, by map name, to maps that were declared with sizes only.
 
     Raises :class:`LayoutError` if the bytes are no whole BPF object, have no ``.BTF`` or no ``.maps``, or define a
-    map that makes no sense; :class:`UnsupportedError` for a big-endian object, legacy ``maps`` sections,
-    struct_ops maps and compressed sections.
+    map that makes no sense; :class:`UnsupportedError` for legacy ``maps`` sections, struct_ops maps and compressed
+    sections. Objects of either byte order are read.
     """
     elf = _read_elf(data, name)
     for part in elf.parts:
@@ -105,6 +117,7 @@ def read_object(data: bytes, name: str, bindings: Mapping[str, Binding] | None =
     if bound:
         raise LayoutError(f"{name}: no map {', '.join(sorted(bound))} to bind a type to", object=name)
     maps += _data_maps(elf, btf, sections, name)
+    maps = [_finished(spec, elf, btf, sections[".maps"], name) for spec in maps]
     seen: set[str] = set()
     for spec in maps:
         if spec.name in seen:
@@ -124,7 +137,10 @@ def _read_btf(elf: _Elf, name: str) -> Btf:
     part = elf.part(".BTF")
     if part is None:
         raise LayoutError(f"{name}: no .BTF section: compile with clang -g, and do not strip it", object=name)
-    return Btf.parse(part.data, f"{name}: BTF")
+    btf = Btf.parse(part.data, f"{name}: BTF")
+    if btf.order != elf.order:
+        raise LayoutError(f"{name}: a {elf.order}-endian file with {btf.order}-endian BTF", object=name)
+    return btf
 
 
 def _read_elf(data: bytes, name: str) -> _Elf:
@@ -134,14 +150,9 @@ def _read_elf(data: bytes, name: str) -> _Elf:
         raise LayoutError(f"{name}: cut short: {len(data)} bytes do not hold an ELF header", object=name)
     if data[4] != 2:
         raise LayoutError(f"{name}: not a 64-bit ELF file, which BPF objects are", object=name)
-    if data[5] == 2:
-        raise UnsupportedError(
-            f"{name}: foreign byte order: this is a big-endian object; compile with -target bpfel",
-            feature="big-endian object", object=name,
-        )  # fmt: skip
-    if data[5] != 1:
+    if data[5] not in (1, 2):
         raise LayoutError(f"{name}: unknown byte order {data[5]} in the ELF header", object=name)
-    machine = int.from_bytes(data[18:20], "little")
+    machine = int.from_bytes(data[18:20], "little" if data[5] == 1 else "big")
     if machine != _EM_BPF:
         raise LayoutError(f"{name}: for machine {machine}, not BPF ({_EM_BPF}): compile with -target bpf", object=name)
     try:
@@ -154,16 +165,30 @@ def _read_elf(data: bytes, name: str) -> _Elf:
                 symbol["st_value"],
                 symbol["st_info"]["type"],
                 symbol["st_info"]["bind"],
+                symbol["st_size"],
             )
             for section in elf.iter_sections()
             if isinstance(section, SymbolTableSection)
             for symbol in section.iter_symbols()
         )
+        pointers = tuple(_pointers(elf, parts))
     except _DAMAGE as error:
         raise LayoutError(f"{name}: damaged or truncated ELF file: {error}", object=name) from error
     if not parts:
         raise LayoutError(f"{name}: damaged or truncated ELF file: it has no sections", object=name)
-    return _Elf(parts, symbols)
+    return _Elf(parts, symbols, pointers, "little" if data[5] == 1 else "big")
+
+
+def _pointers(elf: ELFFile, parts: tuple[_Part, ...]) -> Iterator[_Pointer]:
+    index = next((i for i, part in enumerate(parts) if part.name == ".maps"), None)
+    for section in elf.iter_sections():
+        if isinstance(section, RelocationSection) and section["sh_info"] == index:
+            symbols = elf.get_section(section["sh_link"])
+            if not isinstance(symbols, SymbolTableSection):
+                raise ELFError(f"relocations {section.name!r} refer to no symbol table")
+            for entry in section.iter_relocations():
+                symbol = symbols.get_symbol(entry["r_info_sym"])
+                yield _Pointer(entry["r_offset"], symbol.name)
 
 
 def _part(section: Any, total: int, name: str) -> _Part:
@@ -283,6 +308,26 @@ def _map(btf: Btf, type_id: int, name: str, tags: tuple[str, ...], where: str, d
         name, kind, numbers["key_size"], numbers["value_size"], numbers["max_entries"], numbers["map_flags"],
         key, value, bool(numbers["pinning"]), inner, numbers["map_extra"], tags,
     )  # fmt: skip
+
+
+def _finished(spec: MapSpec, elf: _Elf, btf: Btf, section: Section, where: str) -> MapSpec:
+    """The map with what its BTF alone does not tell: byte order, and what its slots hold from the start."""
+    inner = msgspec.structs.replace(spec.inner, order=btf.order) if spec.inner else None
+    spec = msgspec.structs.replace(spec, order=btf.order, inner=inner)
+    var = next((var for var in section.variables if var.name == spec.name), None)
+    place = next((s for s in elf.symbols if s.name == spec.name and s.kind == "STT_OBJECT"), None)
+    start = btf.offset_of(var.type_id, "values") if var else None
+    if start is None or place is None:
+        return spec
+    first = place.value + start
+    slots = []
+    for pointer in elf.pointers:
+        if not first <= pointer.offset < place.value + place.size:
+            continue
+        if (pointer.offset - first) % 8:
+            raise LayoutError(f"{where}: map {spec.name!r}: a slot begins at an odd place", object=where, map=spec.name)
+        slots.append(((pointer.offset - first) // 8, pointer.symbol))
+    return msgspec.structs.replace(spec, slots=tuple(sorted(slots)))
 
 
 def _bind(spec: MapSpec, binding: Binding | None, btf: Btf, where: str) -> MapSpec:

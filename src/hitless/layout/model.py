@@ -130,6 +130,7 @@ class MapSpec(msgspec.Struct, frozen=True):
     are None when only sizes are known. ``flags`` are the BPF_F_* map flags. ``inner`` is the spec of inner maps.
     ``extra`` is ``map_extra``, whose meaning depends on the type. ``tags`` are the declaration tags of the map's
     variable in C. ``order`` is the byte order of the processor that the object is for.
+    ``slots`` are (index, name) of the programs, or inner maps, that libbpf puts into it when it is loaded.
     """
 
     name: str
@@ -145,6 +146,7 @@ class MapSpec(msgspec.Struct, frozen=True):
     extra: int = 0
     tags: tuple[str, ...] = ()
     order: Order = "little"
+    slots: tuple[tuple[int, str], ...] = ()
 
 
 class ProgramSpec(msgspec.Struct, frozen=True):
