@@ -7,12 +7,13 @@ chain of references is bounded, and whatever does not add up raises :class:`~hit
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from hitless.errors import LayoutError, UnsupportedError
 from hitless.layout.model import Array, Enum, Field, Float, Int, Opaque, Order, Pointer, Record, Type
 
-__all__ = ["Btf", "Section", "Variable"]
+__all__ = ["Btf", "Section", "Variable", "renamed"]
 
 MAGIC = 0xEB9F
 (
@@ -162,6 +163,11 @@ class Btf:
         found = [i for i in self._named().get(bare, []) if self._raw[i].kind in kinds]
         return self.layout(min(found, key=lambda i: (_NAMED.index(self._raw[i].kind), i))) if found else None
 
+    def names(self) -> Iterator[str]:
+        """Names of structs, unions and typedefs."""
+        kinds = (STRUCT, UNION, TYPEDEF)
+        return (name for name, ids in self._named().items() if any(self._raw[i].kind in kinds for i in ids))
+
     def sections(self) -> dict[str, Section]:
         """Every DATASEC by name."""
         out = {}
@@ -309,7 +315,7 @@ class Btf:
                 return Float(name, self._scalar_size(raw, name, (2, 4, 8, 12, 16))), 1
             case 8:
                 made, nodes = self._layout(raw.word, depth + 1)
-                return _renamed(made, name), nodes
+                return renamed(made, name), nodes
             case 9 | 10 | 11 | 18:
                 return self._layout(raw.word, depth + 1)
             case 14:
@@ -403,7 +409,8 @@ def _join(low: int, high: int, signed: bool) -> int:
     return value - (1 << 64) if signed and value >> 63 else value
 
 
-def _renamed(made: Type, name: str) -> Type:
+def renamed(made: Type, name: str) -> Type:
+    """A type under the name that a typedef gives it; structs, unions and enums keep a name of their own."""
     match made:
         case Int(size=size, signed=signed, encoding=encoding):
             return Int(name, size, signed, encoding)

@@ -191,16 +191,22 @@ def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDif
             continue
         if before is None or after is None:
             which = "either side" if before is after else "the old side" if before is None else "the new side"
+            guess = next((spec.inferred_type(side) for spec in (new, old) if spec.inferred_type(side)), None)
+            hint = f"bind a type to it in the manifest ({side} = \"type_name\"), or declare it with __type()"
+            if guess is not None:
+                hint = f"{guess} alone fits by size and name: if it is that, say {side} = \"{guess}\" or infer = true"
             change = Change(
                 side, "unknown", _opt(before), _opt(after),
-                reason=f"the {side}'s type is not known on {which}; equal sizes prove nothing",
-                hint=f"bind a type to it in the manifest ({side} = \"type_name\"), or declare it with __type()",
+                reason=f"the {side}'s type is not known on {which}; equal sizes prove nothing", hint=hint,
             )  # fmt: skip
             changes.append(change)
             unknown.append(change)
             continue
         _check_size(new.name, side, before, old_size)
         _check_size(new.name, side, after, new_size)
+        guesses = old.inferred_type(side), new.inferred_type(side)
+        if any(guesses):
+            changes.append(Change(side, "inferred", *guesses))
         walk = _Walk(side, before, after, fields[side], new.order == "big")
         found, conversion = walk.run()
         if side == "key":
@@ -218,7 +224,7 @@ def _judge(
     unknown: bool,
     converted: dict[str, Conversion | None],
 ) -> MapDiff:
-    real = [change for change in changes if not (change.path == "" and change.kind == "renamed")]
+    real = [c for c in changes if not (c.path == "" and c.kind == "renamed") and c.kind != "inferred"]
     verdict: Verdict
     if unknown:
         verdict = "unknown"

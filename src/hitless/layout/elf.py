@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from elftools.common.exceptions import ELFError
-from elftools.construct.core import ConstructError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.relocation import RelocationSection
 from elftools.elf.sections import SymbolTableSection
 
 from hitless.errors import LayoutError, UnsupportedError
 from hitless.layout.btf import Btf, Section
+from hitless.layout.dwarf import DAMAGE, Dwarf
+from hitless.layout.infer import fitting
 from hitless.layout.model import Field, Int, MapSpec, ObjectSpec, Order, ProgramSpec, Record, Type
 from hitless.layout.sections import program_type
 
@@ -37,18 +38,22 @@ _RDONLY_PROG = 1 << 7
 _MMAPABLE = 1 << 10
 _MAX_INNER = 2
 
-# What pyelftools is known to raise on damaged input; it was written for files that a linker made.
-_DAMAGE = (
-    ELFError, ConstructError, UnicodeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
-    AssertionError, EOFError, OSError, MemoryError, RecursionError,
+# Maps whose keys and values are bytes that programs give a meaning.
+_TYPED = (
+    "hash", "array", "percpu_hash", "percpu_array", "lru_hash", "lru_percpu_hash", "lpm_trie", "cgroup_storage",
+    "percpu_cgroup_storage", "queue", "stack", "sk_storage", "inode_storage", "task_storage", "cgrp_storage",
 )  # fmt: skip
 
 
 class Binding(NamedTuple):
-    """Type names for a map whose definition carries only sizes; None leaves a side as the object has it."""
+    """Type names for a map whose definition carries only sizes; None leaves a side as the object has it.
+
+    ``infer`` accepts, for a side that has no type then, the one type that fits by size and name.
+    """
 
     key: str | None = None
     value: str | None = None
+    infer: bool = False
 
 
 class _Part(NamedTuple):
@@ -88,7 +93,8 @@ class _Elf(NamedTuple):
 def read_object(data: bytes, name: str, bindings: Mapping[str, Binding] | None = None) -> ObjectSpec:
     """Everything that an object file says about its maps and programs; ``name`` is used in messages and the spec.
 
-    ``bindings`` gives types, by map name, to maps that were declared with sizes only.
+    ``bindings`` gives types, by map name, to maps that were declared with sizes only. The types are looked up in BTF,
+    then in the debug information if the object has any.
 
     Raises :class:`LayoutError` if the bytes are no whole BPF object, have no ``.BTF`` or no ``.maps``, or define a
     map that makes no sense; :class:`UnsupportedError` for legacy ``maps`` sections, struct_ops maps and compressed
@@ -110,8 +116,9 @@ def read_object(data: bytes, name: str, bindings: Mapping[str, Binding] | None =
     if maps_part is None or ".maps" not in sections:
         raise LayoutError(f'{name}: no .maps section: the object defines no map with SEC(".maps")', object=name)
     bound = dict(bindings or {})
+    types = _Types(btf, data, name)
     maps = [
-        _bind(_map(btf, var.type_id, var.name, var.tags, name), bound.pop(var.name, None), btf, name)
+        _bind(_map(btf, var.type_id, var.name, var.tags, name), bound.pop(var.name, Binding()), types, name)
         for var in sections[".maps"].variables
     ]
     if bound:
@@ -172,7 +179,7 @@ def _read_elf(data: bytes, name: str) -> _Elf:
             for symbol in section.iter_symbols()
         )
         pointers = tuple(_pointers(elf, parts))
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise LayoutError(f"{name}: damaged or truncated ELF file: {error}", object=name) from error
     if not parts:
         raise LayoutError(f"{name}: damaged or truncated ELF file: it has no sections", object=name)
@@ -330,24 +337,53 @@ def _finished(spec: MapSpec, elf: _Elf, btf: Btf, section: Section, where: str) 
     return msgspec.structs.replace(spec, slots=tuple(sorted(slots)))
 
 
-def _bind(spec: MapSpec, binding: Binding | None, btf: Btf, where: str) -> MapSpec:
-    if binding is None:
-        return spec
+class _Types:
+    """The types that an object's maps can be bound to: BTF's, and where those do not do, the debug information's."""
+
+    def __init__(self, btf: Btf, data: bytes, where: str) -> None:
+        self.btf = btf
+        self._data = data
+        self._where = where
+        self._dwarf: Dwarf | None = None
+
+    @property
+    def dwarf(self) -> Dwarf:
+        if self._dwarf is None:
+            self._dwarf = Dwarf.parse(self._data, self._where)
+        return self._dwarf
+
+    def find(self, name: str) -> Type | None:
+        made = self.btf.find(name)
+        return self.dwarf.find(name) if made is None else made
+
+    def names(self) -> set[str]:
+        return {*self.btf.names(), *self.dwarf.names()}
+
+
+def _bind(spec: MapSpec, binding: Binding, types: _Types, where: str) -> MapSpec:
+    def bad(why: str) -> LayoutError:
+        return LayoutError(f"{where}: map {spec.name!r}: {why}", object=where, map=spec.name)
+
     sides: dict[str, Type | None] = {"key": spec.key, "value": spec.value}
-    for side, type_name, size in (("key", binding.key, spec.key_size), ("value", binding.value, spec.value_size)):
-        if type_name is None:
-            continue
-        made = btf.find(type_name)
-        if made is None:
-            why = f"no type {type_name!r} in the object's BTF"
-            raise LayoutError(f"{where}: map {spec.name!r}: {why}", object=where, map=spec.name)
-        if made.size != size:
-            raise LayoutError(
-                f"{where}: map {spec.name!r}: {side} is {size} bytes but type {type_name!r} has {made.size}",
-                object=where, map=spec.name,
-            )  # fmt: skip
-        sides[side] = made
-    return MapSpec(
-        spec.name, spec.type, spec.key_size, spec.value_size, spec.max_entries, spec.flags,
-        sides["key"], sides["value"], spec.pinned_by_name, spec.inner, spec.extra, spec.tags,
+    inferred = []
+    wanted: tuple[tuple[Literal["key", "value"], str | None, int], ...] = (
+        ("key", binding.key, spec.key_size), ("value", binding.value, spec.value_size),
     )  # fmt: skip
+    for side, type_name, size in wanted:
+        if type_name is not None:
+            made = types.find(type_name)
+            if made is None:
+                raise bad(f"no type {type_name!r} in the object's BTF or debug information")
+            if made.size != size:
+                raise bad(f"{side} is {size} bytes but type {type_name!r} has {made.size}")
+            sides[side] = made
+        elif sides[side] is None and size and spec.type in _TYPED:
+            # Reading debug information takes its time, so that a mere proposal does without.
+            names = types.names() if binding.infer else types.btf.names()
+            guess = fitting(spec.name, side, size, names, types.find)
+            if guess is not None:
+                inferred.append((side, guess))
+                sides[side] = types.find(guess) if binding.infer else None
+            elif binding.infer and (side == "value" or "array" not in spec.type):
+                raise bad(f"infer: no type, or more than one, fits its {side} of {size} bytes by name")
+    return msgspec.structs.replace(spec, key=sides["key"], value=sides["value"], inferred=tuple(inferred))
