@@ -4,11 +4,11 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-DEBIAN := libbpf1 libbpf-dev clang-19 iproute2 nginx-light
+DEBIAN := libbpf1 libbpf-dev clang-19 gcc iproute2 nginx-light
 BINDING := src/hitless/kernel/_libbpf.py
 BPF := $(MAKE) --no-print-directory -s -C src/meshd/bpf
 
-.PHONY: demo test soak lint setup clean root packages bpf requirements
+.PHONY: demo test fuzz soak lint setup clean root packages bpf requirements
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -17,6 +17,11 @@ demo: setup
 test: setup lint
 	@echo "Running the tests."
 	@$(BIN)/python -m pytest --durations=10 $(TEST_ARGS)
+
+# Ten minutes of damaged input for every reader; what it finds it leaves in build/fuzz.
+FUZZ_SECONDS ?= 600
+fuzz: setup
+	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
 # The long runs of tests that make up their cases: PAIRS of structs for the compiler to judge, from SEED on.
 PAIRS ?= 2000

@@ -10,6 +10,7 @@ All errors are subclasses of :class:`HitlessError`.
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hitless.errors import (
@@ -26,7 +27,7 @@ from hitless.errors import (
 )
 
 if TYPE_CHECKING:
-    from hitless.upgrade.bundle import Bundle
+    from hitless.bundle import Bundle
     from hitless.upgrade.handle import MapHandle
     from hitless.upgrade.model import NodeState, Plan, Progress, Result
     from hitless.upgrade.node import Node
@@ -51,6 +52,7 @@ __all__ = [
     "UnsupportedError",
     "VerifyError",
     "apply",
+    "include_dir",
     "plan",
     "recover",
     "unload",
@@ -59,20 +61,25 @@ __all__ = [
 # Layouts can be read and compared where there is no libbpf, so the rest is imported when it is asked for.
 _ROOMS = {
     "Bundle": "bundle",
-    "MapHandle": "handle",
-    "Node": "node",
-    "NodeState": "model",
-    "Plan": "model",
-    "Progress": "model",
-    "Result": "model",
-    "apply": "transaction",
-    "plan": "transaction",
-    "recover": "transaction",
-    "unload": "transaction",
+    "MapHandle": "upgrade.handle",
+    "Node": "upgrade.node",
+    "NodeState": "upgrade.model",
+    "Plan": "upgrade.model",
+    "Progress": "upgrade.model",
+    "Result": "upgrade.model",
+    "apply": "upgrade.transaction",
+    "plan": "upgrade.transaction",
+    "recover": "upgrade.transaction",
+    "unload": "upgrade.transaction",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"hitless.upgrade.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"hitless.{_ROOMS[name]}"), name)
+
+
+def include_dir() -> str:
+    """The directory of ``hitless.h``, for a compiler's ``-I``."""
+    return str(Path(__file__).parent / "include")

@@ -32,6 +32,9 @@ class HitlessError(Exception):
     code: ClassVar[str] = "error"
 
     def __init__(self, message: str, **facts: object) -> None:
+        # It may quote what a stranger's file says, which must not reach a terminal as anything but text.
+        if not message.isprintable():
+            message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
         super().__init__(message)
         self.message = message
         self.facts = facts

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import msgspec
 
+from hitless.bundle import MANIFEST, Bundle, unite_maps
 from hitless.errors import BundleError
-from hitless.layout import snapshot
-from hitless.layout.diff import MapDiff, diff_maps
 from hitless.layout.elf import read_object
 from hitless.layout.model import MapSpec, ObjectSpec
 from hitless.layout.rules import MapRules
-from hitless.upgrade.bundle import MANIFEST, Bundle, unite_maps
 
-__all__ = ["Comparison", "Source", "compare", "read_objects", "read_source"]
+__all__ = ["Source", "read_objects", "read_source"]
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -30,6 +28,11 @@ class Source(msgspec.Struct, frozen=True):
     objects: Mapping[str, ObjectSpec] = {}
     rules: Mapping[str, MapRules] = {}
 
+    @property
+    def file(self) -> str:
+        """The file that says what is in it: a bundle's manifest, else ``path`` itself."""
+        return str(Path(self.path) / MANIFEST) if self.kind == "bundle" else self.path
+
 
 def read_source(what: str) -> Source:
     """Read ``what``. Raises HitlessError by kind; never needs the kernel unless ``what`` is on a bpffs."""
@@ -38,16 +41,17 @@ def read_source(what: str) -> Source:
         raise BundleError(
             f"{what} is not there; name a .o file, a bundle, a snapshot file, a pinned map or a pin root", path=what
         )
-    if path.is_dir() and _on_bpffs(path):
-        return _read_node(path)
     if path.is_dir():
-        if not (path / MANIFEST).exists():
+        # A bpffs refuses a dot in any name, so what has a manifest needs no kernel to be told from a pin root.
+        if not any(entry.name == MANIFEST for entry in path.iterdir()):
+            if _on_bpffs(path):
+                return _read_node(path)
             raise BundleError(f"{what} is a directory without a {MANIFEST}, so it is no bundle", path=what)
         bundle = Bundle.load(path)
         objects = {item.spec.name: item.spec for item in bundle.objects}
         return Source(what, "bundle", bundle.maps, objects, bundle.rules)
-    # Only on a bpffs is the kernel needed; a laptop without one can look at files.
-    if _on_bpffs(path):
+    # A pin has no bytes; whatever has some is a file like any other, on any system.
+    if not path.stat().st_size and _on_bpffs(path):
         from hitless.kernel.maps import Map
 
         with Map.open(path) as pinned:
@@ -56,7 +60,10 @@ def read_source(what: str) -> Source:
     if data[:4] == b"\x7fELF" or path.suffix == ".o":
         read = read_object(data, path.name.removesuffix(".o").removesuffix(".bpf"))
         return Source(what, "object", unite_maps([read]), {read.name: read})
-    registry = snapshot.load(data)
+    # Only here: a check of objects must start at once.
+    from hitless.layout import kmesh, snapshot
+
+    registry = kmesh.load(data) if kmesh.is_kmesh(data) else snapshot.load(data)
     return Source(what, "snapshot", unite_maps(registry.values()), registry)
 
 
@@ -78,33 +85,6 @@ def _on_bpffs(path: Path) -> bool:
     return filesystem(path) == "bpf"
 
 
-class Comparison(msgspec.Struct, frozen=True):
-    """What changed from ``old`` to ``new``, map by map; ``verdict`` is the worst of the maps' verdicts."""
-
-    old: str
-    new: str
-    verdict: str
-    maps: tuple[MapDiff, ...]
-    schema: int = 1
-
-
-# From best to worst; an added map loses nothing.
-_ORDER = ("identical", "added", "lossless", "lossy", "removed", "needs-converter", "not-carried", "unknown")
-
-
-def compare(old: str, new: str) -> Comparison:
-    """Compare the maps of two sources under the rules of the new one. Raises HitlessError by kind."""
-    before, after = read_source(old), read_source(new)
-    if before.kind == after.kind == "pinned map" and set(before.maps) != set(after.maps):
-        # Two pinned maps are compared with each other, whatever they are called.
-        (spec,) = before.maps.values()
-        (name,) = after.maps
-        before = msgspec.structs.replace(before, maps={name: msgspec.structs.replace(spec, name=name)})
-    diffs = diff_maps(_named(before), _named(after), after.rules)
-    worst = max((diff.verdict for diff in diffs), key=_ORDER.index, default="identical")
-    return Comparison(old, new, worst, diffs)
-
-
 def read_objects(what: str) -> Mapping[str, ObjectSpec]:
     """The objects that ``what`` holds; a pinned map stands as the only map of an object of its name."""
     source = read_source(what)
@@ -112,6 +92,3 @@ def read_objects(what: str) -> Mapping[str, ObjectSpec]:
         return source.objects
     return {name: ObjectSpec(name, (spec,), ()) for name, spec in source.maps.items()}
 
-
-def _named(source: Source) -> list[MapSpec]:
-    return [msgspec.structs.replace(spec, name=name) for name, spec in source.maps.items()]

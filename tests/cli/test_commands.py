@@ -71,6 +71,21 @@ def test_a_snapshot_file_stands_for_its_release(releases: dict[int, Path], tmp_p
     assert set(as_json("inspect", file)["maps"]) == {"tally", "limit", "owner"}
 
 
+def test_a_snapshot_in_the_shape_of_kmesh_stands_for_its_release_too(releases: dict[int, Path], tmp_path: Path) -> None:
+    file = tmp_path / "mapspecs_by_prog.json"
+    file.write_text(hitless_command("snapshot", releases[1], "--format", "kmesh"))
+    assert set(json.loads(file.read_text())["maps"]["store"]) == {"tally", "limit", "owner"}
+    verdicts = {entry["name"]: entry["verdict"] for entry in as_json("check", file, releases[1], code=1)["maps"]}
+    # An array has no type name there.
+    assert verdicts == {"tally": "unknown", "limit": "identical", "owner": "identical"}
+    assert "? label;" in hitless_command("inspect", file)
+
+
+def test_the_header_is_where_the_command_says() -> None:
+    assert (Path(hitless_command("include").strip()) / "hitless.h").exists()
+    assert as_json("include")["include"] == hitless.include_dir()
+
+
 def test_plan_apply_status_unload_from_nothing_to_nothing(
     node: hitless.Node, releases: dict[int, Path], lab: Lab
 ) -> None:
@@ -111,7 +126,7 @@ def test_a_refused_loss_is_told_with_what_to_do(
     hitless_command("apply", releases[1], *where, "--allow-loss", "tally", "--allow-loss", "limit")
 
 
-@pytest.mark.parametrize("command", ["inspect", "diff", "snapshot", "plan", "apply", "status", "unload"])
+@pytest.mark.parametrize("command", ["inspect", "diff", "check", "snapshot", "plan", "apply", "status", "unload"])
 def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"Example: hitless {command}" in hitless_command(command, "--help")
 

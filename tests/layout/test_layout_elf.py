@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from hitless.layout.btf import Btf
 from hitless.layout.elf import Binding, read_btf, read_object
 from hitless.layout.model import Array, Field, Int, MapSpec, ObjectSpec, Pointer, ProgramSpec, Record
 from hitless.layout.sections import SECTIONS, program_type
+from tests.layout.by_hand import blob, item
 
 Compile = Callable[..., bytes]
 Read = Callable[..., ObjectSpec]
@@ -214,6 +214,9 @@ def test_a_damaged_object_raises_only_our_errors(data: bytes) -> None:
         ("__uint(type, 1); int max_entries;", "'max_entries' is not made with __uint"),
         ("__uint(type, 1); int key;", "'key' is not made with __type"),
         ("__uint(type, 1); __type(key, struct nowhere *); void *value;", "void"),
+        ("__uint(type, 1); __array(values, int (void *));", "not for a map of type hash"),
+        ("__uint(type, 3); __uint(value_size, 8); __array(values, int (void *));", "take 4 bytes, not 8"),
+        ("__uint(type, 1); __uint(pinning, 2);", "pinning 2 is not known"),
     ],
 )
 def test_a_map_definition_that_makes_no_sense_is_an_error(compile_bpf: Compile, definition: str, message: str) -> None:
@@ -222,16 +225,6 @@ def test_a_map_definition_that_makes_no_sense_is_an_error(compile_bpf: Compile, 
 
 
 # BTF by hand, to lie in ways that clang does not.
-
-
-def blob(*types: bytes, strings: bytes = b"\0a\0b\0") -> bytes:
-    body = b"".join(types)
-    return struct.pack("<HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(body), len(body), len(strings)) + body + strings
-
-
-def item(kind: int, name: int, word: int, *extra: int, vlen: int = 0, flag: int = 0) -> bytes:
-    return struct.pack(f"<III{len(extra)}I", name, flag << 31 | kind << 24 | vlen, word, *extra)
-
 
 INT32 = item(1, 1, 4, 32)
 
@@ -256,9 +249,9 @@ def test_btf_that_is_damaged_does_not_parse(btf: bytes, message: str) -> None:
 @pytest.mark.parametrize(
     ("btf", "message"),
     [
-        (blob(item(8, 1, 1)), "nested more than|without end"),
-        (blob(item(4, 1, 8, 0, 1, 0, vlen=1)), "nested more than"),
-        (blob(item(3, 0, 0, 1, 1, 4)), "nested more than"),
+        (blob(item(8, 1, 1)), "contains itself"),
+        (blob(item(4, 1, 8, 0, 1, 0, vlen=1)), "contains itself"),
+        (blob(item(3, 0, 0, 1, 1, 4)), "contains itself"),
         (blob(item(4, 1, 8, 0, 99, 0, vlen=1)), "only 2"),
         (blob(item(4, 1, 2, 1, 2, 0, vlen=1), INT32), "lies outside its 2 bytes"),
         (blob(item(4, 1, 8, 1, 2, 3, vlen=1), INT32), "begins inside a byte"),
@@ -281,8 +274,8 @@ def test_btf_that_lies_is_found_out_when_the_type_is_used(btf: bytes, message: s
 
 
 def test_a_small_blob_that_unfolds_into_a_huge_tree_is_refused() -> None:
-    doubling = [item(4, 1, 0, 1, n + 2, 0, 2, n + 2, 0, vlen=2) for n in range(40)]
-    with pytest.raises(LayoutError, match="more than 1000000 parts"):
+    doubling = [item(4, 1, 0, 1, n + 2, 0, 3, n + 2, 0, vlen=2) for n in range(40)]
+    with pytest.raises(LayoutError, match="more than 100000 parts"):
         Btf.parse(blob(*doubling, item(4, 1, 0))).layout(1)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import hitless.layout
 
 ALLOWED = {
-    "__future__", "collections", "elftools", "hitless.errors", "hitless.layout", "io", "math", "msgspec", "numpy", "re",
-    "struct", "typing",
+    "__future__", "collections", "elftools", "hitless.errors", "hitless.layout", "io", "itertools", "math", "msgspec",
+    "numpy", "re", "struct", "typing",
 }  # fmt: skip
 
 

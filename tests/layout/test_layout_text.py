@@ -66,7 +66,7 @@ def test_a_snapshot_cut_short_anywhere_is_refused(a_map: MakeMap) -> None:
         (b'"offset":32', b'"offset":33', "lies outside"),
         (b'"bits":3', b'"bits":64', "lies outside|bits"),
         (b'"count":2', b'"count":-2', "impossible"),
-        (b'"name":"__u8","size":1', b'"name":"__u8","size":3', "a number of 3 bytes"),
+        (b'"name":"__u8","size":1', b'"name":"__u8","size":3', "cannot have 3 bytes"),
     ],
 )
 def test_a_snapshot_that_contradicts_itself_is_refused(
@@ -84,22 +84,47 @@ def test_a_type_is_shown_with_offsets_sizes_holes_and_tags(a_map: MakeMap) -> No
     assert [" ".join(line.split()) for line in show_type(made).split("\n")] == [
         "struct value {",
         "__u8 a; /* 0 1 */",
-        "/* 3 bytes hole */",
+        "/* XXX 3 bytes hole */",
         "__u32 b; /* 4 4 hitless:was=c */",
         "struct node {",
         "struct node *next; /* 8 8 */",
-        "__u32 x:3; /* 16:0 3 bits */",
-        "__u32 y:5; /* 16:3 5 bits */",
-        "/* 7 bytes padding */",
+        "__u32 x:3; /* 16: 0 4 */",
+        "__u32 y:5; /* 16: 3 4 */",
+        "/* XXX 7 bytes padding */",
         "} n[2]; /* 8 32 */",
         "enum state s; /* 40 4 */",
         "union {",
         "__u32 v4; /* 44 4 */",
         "char t[8]; /* 44 8 */",
         "}; /* 44 8 */",
-        "/* 4 bytes padding */",
-        "}; /* 56 bytes */",
+        "/* XXX 4 bytes padding */",
+        "/* size: 56, members: 5, holes: 1, sum holes: 3, padding: 4 */",
+        "};",
     ]
+
+
+def test_places_are_those_of_pahole_with_bitfields_by_the_unit_that_holds_them(a_map: MakeMap) -> None:
+    # What pahole 1.24 prints for the same object: `g` is bit 3 of the unit at 16, `n[0].b` is at 24.
+    made = a_map(
+        "struct in { int a; char b; };"
+        "struct value { char c; __u64 x; int f:3; int g:5; struct in n[2]; union { int u; __u64 w; }; char tail; };"
+    ).value
+    assert made is not None
+    found = {
+        line.split("/*")[0].split()[-1].strip(";"): line.split("/*")[1].split("*/")[0].split()
+        for line in show_type(made).split("\n")
+        if ";" in line and "/*" in line
+    }
+    assert found == {
+        "c": ["0", "1"], "x": ["8", "8"], "f:3": ["16:", "0", "4"], "g:5": ["16:", "3", "4"], "a": ["20", "4"],
+        "b": ["24", "1"], "n[2]": ["20", "16"], "u": ["40", "4"], "w": ["40", "8"], "}": ["40", "8"],
+        "tail": ["48", "1"],
+    }  # fmt: skip
+    holes = [line.split()[2:5] for line in show_type(made).split("\n") if "XXX" in line]
+    assert holes == [
+        ["7", "bytes", "hole"], ["3", "bytes", "hole"], ["3", "bytes", "padding"], ["4", "bytes", "hole"],
+        ["7", "bytes", "padding"],
+    ]  # fmt: skip
 
 
 def test_a_map_is_shown_with_its_definition_and_what_is_not_known() -> None:

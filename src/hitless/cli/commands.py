@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import click
@@ -29,17 +31,18 @@ def _command(trouble: int = TROUBLE) -> Callable[[Callable[..., int | None]], Ca
             except HitlessError as error:
                 if debug:
                     raise
-                _complain(as_json, error.code, error.message, error.facts)
+                _complain(_form(as_json, options), error.code, error.message, error.facts)
                 sys.exit(trouble)
             except OSError as error:
                 if debug:
                     raise
                 hint = "; run as root" if isinstance(error, PermissionError) else ""
                 text = f"{error.filename or 'system call'}: {error.strerror}{hint}"
-                _complain(as_json, "system", text, {"errno": error.errno})
+                _complain(_form(as_json, options), "system", text, {"errno": error.errno})
                 sys.exit(trouble)
             except KeyboardInterrupt:
-                _complain(as_json, "interrupted-by-user", "interrupted; what was running was undone or finished", {})
+                text = "interrupted; what was running was undone or finished"
+                _complain(_form(as_json, options), "interrupted-by-user", text, {})
                 sys.exit(130)
             sys.exit(code or 0)
 
@@ -48,13 +51,19 @@ def _command(trouble: int = TROUBLE) -> Callable[[Callable[..., int | None]], Ca
     return decorate
 
 
-def _complain(as_json: bool, code: str, message: str, facts: dict[str, object]) -> None:
-    if as_json:
-        from hitless.cli.output import print_json
+def _form(as_json: bool, options: dict[str, Any]) -> str:
+    return "json" if as_json else str(options.get("form", "text"))
 
+
+def _complain(form: str, code: str, message: str, facts: dict[str, object]) -> None:
+    from hitless.cli.output import annotation, print_json, printable
+
+    if form == "json":
         print_json({"error": {**facts, "code": code, "message": message}})
-    else:
-        click.echo(f"hitless: {message}", err=True)
+        return
+    if form == "github":
+        click.echo(annotation("error", None, "hitless: trouble", message))
+    click.echo(printable(f"hitless: {message}", "\n"), err=True)
 
 
 def _variables(_context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:
@@ -76,6 +85,10 @@ _allow_loss = click.option(
 )
 
 
+def _follows(given: list[str], option: str, value: str) -> bool:
+    return any(one == option and other == value for one, other in pairwise(given))
+
+
 class _Commands(click.Group):
     """Bad arguments are trouble like any other: the command's exit code for it, and JSON where that was asked for."""
 
@@ -84,12 +97,12 @@ class _Commands(click.Group):
         try:
             code = super().main(given, *more, **{**extra, "standalone_mode": False})
         except click.ClickException as error:
-            if "--json" in given:
-                _complain(True, "usage", error.format_message(), {})
+            if "--json" in given or "--format=json" in given or _follows(given, "--format", "json"):
+                _complain("json", "usage", error.format_message(), {})
             else:
                 error.show()
             # click's own 2 would be "changes" of plan.
-            sys.exit(2 if given[:1] == ["diff"] else TROUBLE)
+            sys.exit(2 if given[:1] in (["diff"], ["check"]) else TROUBLE)
         except click.Abort:
             click.echo("Aborted!", err=True)
             sys.exit(TROUBLE)
@@ -124,25 +137,81 @@ def inspect(what: str, as_json: bool) -> None:
 def diff(old: str, new: str, as_json: bool) -> int:
     """Say what changed between the maps of OLD and NEW. Exit code: 0 same, 1 differ, 2 trouble."""
     from hitless.cli.output import print_json, show_diffs
-    from hitless.sources import compare
+    from hitless.compare import compare
 
     comparison = compare(old, new)
     if as_json:
-        print_json(comparison)
+        print_json(comparison.to_dict())
     else:
-        click.echo(show_diffs(comparison))
+        click.echo(show_diffs(comparison, _width()))
     return 0 if comparison.verdict == "identical" else 1
+
+
+@main.command(epilog="Example: hitless check release-1/ release-2/ --format github")
+@click.argument("old")
+@click.argument("new")
+@_allow_loss
+@click.option(
+    "--format", "form", type=click.Choice(["text", "json", "github", "html"]), default="text", show_default=True,
+    help="html is one page with a memory map of every changed struct; github annotates a pull request.",
+)  # fmt: skip
+@_command(trouble=2)
+def check(old: str, new: str, allow_loss: tuple[str, ...], form: str, as_json: bool) -> int:
+    """Say whether all state of OLD survives an upgrade to NEW: for CI, on any system, without root.
+
+    Exit code: 0 all of it does (or the loss is accepted), 1 some would be lost, 2 trouble.
+    """
+    from hitless.compare import compare
+
+    comparison = compare(old, new, allow_loss)
+    if as_json or form == "json":
+        from hitless.cli.output import print_json
+
+        print_json(comparison.to_dict())
+    elif form == "html":
+        from hitless.cli.page import page
+
+        click.echo(page(comparison), nl=False)
+    else:
+        from hitless.cli.output import show_annotations, show_diffs
+
+        click.echo(show_annotations(comparison) if form == "github" else show_diffs(comparison, _width()))
+    return 1 if comparison.lost else 0
+
+
+def _width() -> int | None:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 @main.command(epilog="Example: hitless snapshot release-1/ > release-1.json")
 @click.argument("what")
+@click.option(
+    "--format", "form", type=click.Choice(["hitless", "kmesh"]), default="hitless", show_default=True,
+    help="kmesh is the shape of Kmesh's mapspecs_by_prog.json, which tells less.",
+)  # fmt: skip
 @_command()
-def snapshot(what: str, as_json: bool) -> None:
-    """Print the layouts of WHAT as JSON, for `hitless diff` and `hitless inspect` to read later."""
-    from hitless.layout.snapshot import dump
+def snapshot(what: str, form: str, as_json: bool) -> None:
+    """Print the layouts of WHAT as JSON, for `hitless check`, `diff` and `inspect` to read later."""
+    from hitless.layout import kmesh, snapshot
     from hitless.sources import read_objects
 
-    click.echo(dump(read_objects(what)).decode(), nl=False)
+    objects = read_objects(what)
+    text = kmesh.dump(objects) if form == "kmesh" else snapshot.dump(objects)
+    click.echo(text.decode(), nl=False)
+
+
+@main.command(epilog='Example: clang -target bpf -g -O2 -I"$(hitless include)" -c connect.bpf.c')
+@_command()
+def include(as_json: bool) -> None:
+    """Print the directory of hitless.h, whose macros say in C what was renamed and how counters are merged."""
+    import hitless
+
+    if as_json:
+        from hitless.cli.output import print_json
+
+        print_json({"schema": 1, "include": hitless.include_dir()})
+    else:
+        click.echo(hitless.include_dir())
 
 
 @main.command(epilog="Example: hitless plan release-2/ --root /sys/fs/bpf/mesh --set cgroup=/sys/fs/cgroup/mesh")

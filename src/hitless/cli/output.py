@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
-from hitless.layout.show import show_diff, show_map
+from hitless.layout.show import diff_lines, show_map
 
 if TYPE_CHECKING:
-    from hitless.sources import Comparison, Source
+    from hitless.compare import Comparison
+    from hitless.sources import Source
     from hitless.upgrade.model import HookPlan, MapPlan, Plan, Progress, Result
     from hitless.upgrade.status import Status
 
 __all__ = [
+    "annotation",
     "print_json",
+    "printable",
     "progress_line",
+    "show_annotations",
     "show_diffs",
     "show_plan",
     "show_result",
@@ -46,33 +51,84 @@ def show_source(source: Source) -> str:
     if programs:
         rows = [(p.name, p.section, p.type or "type unknown", p.attach_type) for p in programs]
         parts.append("programs:\n" + "\n".join(_aligned(rows)))
-    return "\n\n".join(parts)
+    return printable("\n\n".join(parts), "\n")
 
 
-def show_diffs(comparison: Comparison) -> str:
-    """Every map that changed, then one sentence."""
-    parts = [show_diff(diff) for diff in comparison.maps if diff.verdict != "identical" or diff.changes]
-    same = sum(diff.verdict == "identical" and not diff.changes for diff in comparison.maps)
+def show_diffs(comparison: Comparison, width: int | None = None) -> str:
+    """Every map that changed, old beside new, then one sentence; coloured, for ``click.echo`` to strip if need be."""
+    parts = []
+    for item in comparison.maps:
+        lines = diff_lines(item.diff, item.old, item.new, width) if item.changed else []
+        told = {text for change in item.diff.changes for text in (change.loss, change.reason)}
+        unsaid = [loss for loss in item.losses if loss.removeprefix("all entries: ") not in told]
+        if item.whole:
+            lines += [("!", f"  {item.name} loses {loss}") for loss in unsaid]
+        if item.losses and item.allowed:
+            lines.append((" ", f"  {item.name}: this loss is accepted"))
+        if item.note:
+            lines += [("~", f"  {item.name}: {item.note}")]
+        if lines:
+            parts.append("\n".join(_coloured(mark, line) for mark, line in lines))
+    same = sum(not item.changed for item in comparison.maps)
     if same:
         parts.append(f"{same} {_plural(same, 'map')} unchanged")
-    parts.append(_sentence(comparison))
+    parts.append(_coloured("=", comparison.sentence))
     return "\n\n".join(parts)
 
 
-def _sentence(comparison: Comparison) -> str:
-    gone = [diff.name for diff in comparison.maps if diff.verdict in ("removed", "needs-converter", "not-carried")]
-    gone += [diff.name for diff in comparison.maps if diff.verdict == "unknown"]
-    cut = [diff.name for diff in comparison.maps if diff.verdict == "lossy"]
-    if gone or cut:
-        words = []
-        if cut:
-            words.append(f"some fields of {', '.join(cut)}")
-        if gone:
-            words.append(f"all of {', '.join(gone)}")
-        return f"Upgrading loses {' and '.join(words)}; apply asks for --allow-loss for each of these maps."
-    if comparison.verdict == "identical":
-        return "The maps are the same: an upgrade keeps them as they are."
-    return "All state survives the upgrade."
+_MARKS: dict[str, dict[str, Any]] = {
+    "+": {"fg": "green"}, "-": {"fg": "red"}, "!": {"fg": "red", "bold": True}, "~": {"fg": "cyan"}, "#": {"dim": True},
+    "=": {"bold": True},
+}  # fmt: skip
+
+
+def _coloured(mark: str, line: str) -> str:
+    text = printable(line)
+    return click.style(text, **_MARKS[mark]) if mark in _MARKS and "NO_COLOR" not in os.environ else text
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with control characters spelled out: names come from files that anybody may have made."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else _spelled(c) for c in text)
+
+
+def _spelled(character: str) -> str:
+    return f"\\x{ord(character):02x}" if ord(character) < 256 else f"\\u{ord(character):04x}"
+
+
+def show_annotations(comparison: Comparison) -> str:
+    """Workflow commands of GitHub: an error for each map that would lose state, a warning for an accepted loss."""
+    file = comparison.new.file
+    lines = []
+    for item in comparison.maps:
+        was = f" (was {item.diff.was})" if item.diff.was else ""
+        text = "\n".join(map(printable, item.losses))
+        if item.losses and not item.allowed:
+            hint = f"\nIf that is fine, accept it with --allow-loss {printable(item.name)} or on_loss = \"discard\"."
+            lines.append(annotation("error", file, f"hitless: {item.name}{was} would lose state", text + hint))
+        elif item.losses:
+            lines.append(annotation("warning", file, f"hitless: {item.name}{was} loses state, as accepted", text))
+        elif item.note:
+            lines.append(annotation("warning", file, f"hitless: {item.name}{was}", item.note))
+    level = "error" if comparison.lost else "notice"
+    if level == "notice":
+        lines.append(annotation(level, file, "hitless check", comparison.sentence))
+    lines.append(printable(comparison.sentence))
+    return "\n".join(lines)
+
+
+def annotation(level: str, file: str | None, title: str, message: str) -> str:
+    """One workflow command, escaped so that no name in it can end it or begin another."""
+    where = f"file={_property(file)}," if file else ""
+    return f"::{level} {where}title={_property(title)}::{_message(message)}"
+
+
+def _message(text: str) -> str:
+    return printable(text, "\n").replace("%", "%25").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _message(printable(text)).replace(":", "%3A").replace(",", "%2C")
 
 
 def show_plan(plan: Plan) -> None:
@@ -205,7 +261,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
     table = Table(*columns, title=title, title_justify="left", box=None, header_style="dim")
     for row in rows:
-        table.add_row(Text(row[0], style=_COLOURS.get(row[0], "")), *(Text(cell) for cell in row[1:]))
+        table.add_row(Text(row[0], style=_COLOURS.get(row[0], "")), *(Text(cell, overflow="fold") for cell in row[1:]))
     Console().print(table)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from hitless.errors import LayoutError, UnsupportedError
+from hitless.layout.members import overlapping, repeated
 from hitless.layout.model import Array, Enum, Field, Float, Int, Opaque, Order, Pointer, Record, Type
 
 __all__ = ["Btf", "Section", "Variable", "renamed"]
@@ -35,9 +36,10 @@ _NAMED = (STRUCT, UNION, TYPEDEF, ENUM, ENUM64, INT, FLOAT)
 _MODIFIERS = (VOLATILE, CONST, RESTRICT, TYPE_TAG)
 
 # The kernel refuses types nested deeper than 32; the other two limits only keep a lying blob from costing us
-# unbounded time, since a few hundred bytes of BTF can describe a tree with 2**100 leaves.
+# unbounded time, since a few hundred bytes of BTF can describe a tree with 2**100 leaves. The largest of a kernel's
+# own types has some 5,000 parts.
 _MAX_DEPTH = 64
-_MAX_NODES = 1_000_000
+_MAX_NODES = 100_000
 _MAX_SIZE = 1 << 32
 
 
@@ -87,6 +89,7 @@ class Btf:
         self._raw = raw
         self._strings = strings
         self._types: dict[int, tuple[Type, int]] = {}
+        self._open: set[int] = set()
         self._tags: dict[tuple[int, int], tuple[str, ...]] | None = None
         self._names: dict[str, list[int]] | None = None
 
@@ -114,8 +117,13 @@ class Btf:
             )
         if header < _HEADER_SIZE or header > len(data):
             raise LayoutError(f"{where}: header length {header} is impossible", header=header)
-        if header + type_off + type_len > len(data) or header + str_off + str_len > len(data):
-            raise LayoutError(f"{where}: cut short: the header promises more bytes than there are", size=len(data))
+        ends = (("types", header + type_off + type_len), ("strings", header + str_off + str_len))
+        for what, end in ends:
+            if end > len(data):
+                raise LayoutError(
+                    f"{where}: cut short: by its header the {what} end at byte {end}, but there are {len(data)}",
+                    size=len(data),
+                )
         strings = data[header + str_off : header + str_off + str_len]
         if not strings or strings[0] or strings[-1]:
             raise LayoutError(f"{where}: the string table does not begin and end with NUL")
@@ -124,18 +132,18 @@ class Btf:
         words = struct.Struct(mark + "III")
         while at < end:
             if at + _TYPE_SIZE > end:
-                raise LayoutError(f"{where}: type {len(raw)} is cut short", type_id=len(raw))
+                raise _short(where, len(raw), at, end)
             name, info, size = words.unpack_from(data, at)
             kind, count = info >> 24 & 0x1F, info & 0xFFFF
             if kind not in _EXTRA:
                 raise UnsupportedError(
-                    f"{where}: type {len(raw)} has kind {kind}, which this parser does not know",
+                    f"{where}: type {len(raw)} at byte {at} has kind {kind}, which this parser does not know",
                     feature=f"BTF kind {kind}",
                 )
             fixed, each = _EXTRA[kind]
             at += _TYPE_SIZE
             if at + fixed + each * count > end:
-                raise LayoutError(f"{where}: type {len(raw)} is cut short", type_id=len(raw))
+                raise _short(where, len(raw), at - _TYPE_SIZE, end)
             raw.append(_Raw(kind, bool(info >> 31), count, name, size, at))
             at += fixed + each * count
         return cls(data, raw, strings, where, order)
@@ -242,9 +250,12 @@ class Btf:
         if end < 0:
             raise LayoutError(f"{self._where}: string offset {offset} is outside the string table", offset=offset)
         try:
-            return self._strings[offset:end].decode()
+            text = self._strings[offset:end].decode()
         except UnicodeDecodeError as error:
             raise LayoutError(f"{self._where}: the string at {offset} is not UTF-8", offset=offset) from error
+        if not text.isprintable():
+            raise LayoutError(f"{self._where}: the string at {offset} has control characters: {text!r}", offset=offset)
+        return text
 
     def _resolve(self, type_id: int) -> int:
         for _ in range(_MAX_DEPTH):
@@ -279,7 +290,13 @@ class Btf:
             return self._types[type_id]
         if depth > _MAX_DEPTH:
             raise LayoutError(f"{self._where}: type {type_id} is nested more than {_MAX_DEPTH} deep", type_id=type_id)
-        made, nodes = self._make(type_id, depth)
+        if type_id in self._open:
+            raise LayoutError(f"{self._where}: type {type_id} contains itself, so it has no size", type_id=type_id)
+        self._open.add(type_id)
+        try:
+            made, nodes = self._make(type_id, depth)
+        finally:
+            self._open.remove(type_id)
         if nodes > _MAX_NODES:
             raise LayoutError(f"{self._where}: type {type_id} has more than {_MAX_NODES} parts", type_id=type_id)
         if made.size >= _MAX_SIZE:
@@ -356,11 +373,20 @@ class Btf:
             if bits and (not isinstance(made, Int | Enum) or bits > 8 * made.size):
                 raise LayoutError(f"{self._where}: {what}: bitfield {member!r} of {bits} bits in {made.name!r}")
             if not bits and offset % 8:
-                raise LayoutError(f"{self._where}: {what}: member {member!r} begins inside a byte")
+                raise LayoutError(f"{self._where}: {what}: member {member!r} at bit {offset} begins inside a byte")
             if offset + (bits or 8 * made.size) > 8 * raw.word:
-                raise LayoutError(f"{self._where}: {what}: member {member!r} lies outside its {raw.word} bytes")
+                why = f"member {member!r} at bit {offset} lies outside its {raw.word} bytes"
+                raise LayoutError(f"{self._where}: {what}: {why}", type_id=type_id)
             total += nodes
             fields.append(Field(member, made, offset, bits, self._tags_of(type_id, i)))
+        # A tree that is too large is refused by our caller; to walk it would only take long.
+        twice = repeated(fields) if total <= _MAX_NODES else None
+        if twice is not None:
+            raise LayoutError(f"{self._where}: {what} has two members called {twice!r}", type_id=type_id)
+        clash = overlapping(fields) if raw.kind == STRUCT else None
+        if clash is not None:
+            why = f"member {clash[1].name!r} at bit {clash[1].offset} overlaps {clash[0].name!r} at {clash[0].offset}"
+            raise LayoutError(f"{self._where}: {what}: {why}", type_id=type_id)
         return Record(name, raw.word, tuple(fields), raw.kind == UNION), total
 
     def _section(self, type_id: int, raw: _Raw, name: str, depth: int) -> tuple[Record, int]:
@@ -402,6 +428,12 @@ class Btf:
                 return " ".join(words)
             type_id = raw.word
         raise LayoutError(f"{self._where}: type {type_id} is a chain of pointers without end", type_id=type_id)
+
+
+def _short(where: str, type_id: int, at: int, end: int) -> LayoutError:
+    return LayoutError(
+        f"{where}: type {type_id} at byte {at} is cut short: the types end at byte {end}", type_id=type_id, offset=at
+    )
 
 
 def _join(low: int, high: int, signed: bool) -> int:

@@ -7,11 +7,9 @@ A :class:`Conversion` makes no decisions. :mod:`hitless.layout.diff` decides; co
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from hitless.errors import LayoutError
 from hitless.layout.members import SPECIAL, is_bytes, join, members
@@ -22,8 +20,23 @@ __all__ = [
     "Conversion", "Converted", "Cut", "Default", "Leaf", "Misfit", "Move", "Records", "Repeat", "collisions", "leaves",
 ]  # fmt: skip
 
-#: Records side by side: uint8, shape (number of records, bytes of one).
-Records = npt.NDArray[np.uint8]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    #: Records side by side: uint8, shape (number of records, bytes of one).
+    Records = npt.NDArray[np.uint8]
+else:
+    Records = "npt.NDArray[np.uint8]"
+
+    class _Numpy:
+        # It takes longer to load than two releases to compare, and only `apply` needs it.
+        def __getattr__(self, name):
+            import numpy
+
+            return getattr(numpy, name)
+
+    np = _Numpy()
 
 _FIRST = 10  # rows that a misfit names
 _MAX_LEAVES = 1_000_000
@@ -77,6 +90,8 @@ class Move(msgspec.Struct, frozen=True):
     @property
     def bounds(self) -> tuple[int, int] | None:
         """(lowest, highest) number that fits the new side, or None if every number of the old side does."""
+        if self.old_size > 16:
+            return None  # no number: bytes, of which there may be gigabytes, so that 2**bits must not be worked out
         low, high = _range(self.old_bits or 8 * self.old_size, self.old_signed, self.old_bool)
         new_low, new_high = _range(self.new_bits or 8 * self.new_size, self.new_signed, self.new_bool)
         if new_low <= low and high <= new_high:

@@ -3,17 +3,24 @@
 Verdicts, from best to worst:
 
 - ``identical``: the same bytes mean the same thing; the live map can be kept, under a new name if it has one.
-- ``lossless``: every old field has a place in the new layout.
-- ``lossy``: something is dropped, cut, or may not fit; every change that loses says what.
-- ``needs-converter``: the meaning changed, or the change is of a kind that is not supported yet; ``reason`` says which.
+- ``lossless``: every value that the old layout can hold has a place in the new one: moved, renamed, widened within its
+  signedness, nested into a struct of one or an element 0, taken into a union as its only field, in a longer array or
+  bitfield, under the same number of an enum.
+- ``lossy``: something is dropped, cut, or may not fit; every change that loses says what. Narrowed numbers, numbers
+  that change signedness, removed fields and enum names, shorter arrays and texts, a union reduced to one of its
+  members, enums numbered anew (names are followed, numbers without a name are not).
+- ``needs-converter``: only the author can know: a byte order that changed, fields that begin or cease to share bytes, a
+  union member of another type, text for a number. ``reason`` says which. So is a key of which two may become one,
+  unless the rules say what happens then (``on_collision``).
 - ``not-carried``: the entries cannot be read, or cannot be written to another map.
 - ``unknown``: a layout is not known on one side. Equal sizes prove nothing.
 - ``added``, ``removed``: the map is in one release only.
 
 What makes no change: names of typedefs, structs and enums, qualifiers, padding. What does: signedness, positions,
-sizes, element counts, enum values, union members. Fields match by name; a new name is followed only where a tag or a
-rule says so (a tag also when going back). A field that vanished where another of its type appeared is hinted at as a
-rename, never taken for one.
+sizes, element counts, enum values, union members, network byte order (the kernel's ``__be`` names). Fields match by
+name; a new name is followed only where a tag or a rule says so (a tag also when going back). A field that vanished
+where another of its type appeared is hinted at as a rename, never taken for one; so is a map that vanished. A type that
+was guessed for a map (``inferred``) is shown as such and makes no change by itself.
 """
 
 from __future__ import annotations
@@ -86,7 +93,7 @@ class MapDiff(msgspec.Struct, frozen=True):
 
 def is_constant(spec: MapSpec) -> bool:
     """Whether the map holds constants that come with the release's object file (``.rodata``), never state."""
-    return spec.name == ".rodata" or spec.name.startswith(".rodata.")
+    return ".rodata" in spec.name  # that of one object among several is called OBJECT.rodata
 
 
 def diff_maps(
@@ -209,6 +216,7 @@ def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDif
             changes.append(Change(side, "inferred", *guesses))
         walk = _Walk(side, before, after, fields[side], new.order == "big")
         found, conversion = walk.run()
+        unknown += [change for change in found if change.kind == "unknown"]
         if side == "key":
             found = [_for_key(change, rules.on_collision) for change in found]
         changes += found
@@ -326,7 +334,9 @@ def _opt(made: Type | None) -> str | None:
 def _by_name(specs: Sequence[MapSpec], side: str) -> dict[str, MapSpec]:
     out: dict[str, MapSpec] = {}
     for spec in specs:
-        if out.setdefault(spec.name, spec) != spec:
+        # What libbpf puts in, and how a type was found, may differ between objects that share the map.
+        known = msgspec.structs.replace(out.setdefault(spec.name, spec), slots=spec.slots, inferred=spec.inferred)
+        if known != spec:
             raise LayoutError(f"map {spec.name!r} has two definitions on the {side} side", map=spec.name)
     return out
 
@@ -511,7 +521,9 @@ class _Walk:
             case (Record(union=True), Int() | Enum() | Float() | Pointer() | Array()) if old.fields:
                 self.out_of_union(path, old, at, new, to, repeat)
             case (Opaque(), _) | (_, Opaque()):
-                self.refuse(path, old, new, "bytes without a known type are equal to nothing")
+                reason = "bytes without a known type are equal to nothing"
+                hint = "compare with the old release's objects: this snapshot does not tell"
+                self.change(path, "unknown", _spell(old), _spell(new), reason=reason, hint=hint)
             case _:
                 self.refuse(path, old, new, f"no rule makes {_spell(old)} into {_spell(new)}")
 

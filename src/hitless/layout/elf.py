@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from hitless.errors import LayoutError, UnsupportedError
 from hitless.layout.btf import Btf, Section
 from hitless.layout.dwarf import DAMAGE, Dwarf
 from hitless.layout.infer import fitting
+from hitless.layout.members import overlapping, repeated
 from hitless.layout.model import Field, Int, MapSpec, ObjectSpec, Order, ProgramSpec, Record, Type
 from hitless.layout.sections import program_type
 
@@ -33,7 +35,9 @@ MAP_TYPES = (
 _EM_BPF = 247
 _SHF_EXECINSTR = 4
 _SHF_COMPRESSED = 0x800
-_SHT_NOBITS = "SHT_NOBITS"
+_NULL, _SYMTAB, _NOBITS = 0, 2, 8
+_SECTION = struct.Struct("<IIQQQQIIQQ")
+_SYMBOL_SIZE = 24
 _RDONLY_PROG = 1 << 7
 _MMAPABLE = 1 << 10
 _MAX_INNER = 2
@@ -70,6 +74,7 @@ class _Symbol(NamedTuple):
     value: int
     kind: str
     bind: str
+    hidden: bool
     size: int
 
 
@@ -132,6 +137,8 @@ def read_object(data: bytes, name: str, bindings: Mapping[str, Binding] | None =
         seen.add(spec.name)
     found = elf.part("license")
     text = found.data.split(b"\0")[0].decode("ascii", "replace") if found else ""
+    if not text.isprintable():
+        raise LayoutError(f"{name}: the license {text!r} has control characters", object=name)
     return ObjectSpec(name, tuple(maps), tuple(_programs(elf, name)), text)
 
 
@@ -162,9 +169,10 @@ def _read_elf(data: bytes, name: str) -> _Elf:
     machine = int.from_bytes(data[18:20], "little" if data[5] == 1 else "big")
     if machine != _EM_BPF:
         raise LayoutError(f"{name}: for machine {machine}, not BPF ({_EM_BPF}): compile with -target bpf", object=name)
+    _check_sections(data, "<" if data[5] == 1 else ">", name)
     try:
         elf = ELFFile(io.BytesIO(data))
-        parts = tuple(_part(section, len(data), name) for section in elf.iter_sections())
+        parts = tuple(_part(section, name) for section in elf.iter_sections())
         symbols = tuple(
             _Symbol(
                 symbol.name,
@@ -172,6 +180,7 @@ def _read_elf(data: bytes, name: str) -> _Elf:
                 symbol["st_value"],
                 symbol["st_info"]["type"],
                 symbol["st_info"]["bind"],
+                symbol["st_other"]["visibility"] in ("STV_HIDDEN", "STV_INTERNAL"),
                 symbol["st_size"],
             )
             for section in elf.iter_sections()
@@ -181,8 +190,6 @@ def _read_elf(data: bytes, name: str) -> _Elf:
         pointers = tuple(_pointers(elf, parts))
     except DAMAGE as error:
         raise LayoutError(f"{name}: damaged or truncated ELF file: {error}", object=name) from error
-    if not parts:
-        raise LayoutError(f"{name}: damaged or truncated ELF file: it has no sections", object=name)
     return _Elf(parts, symbols, pointers, "little" if data[5] == 1 else "big")
 
 
@@ -198,11 +205,36 @@ def _pointers(elf: ELFFile, parts: tuple[_Part, ...]) -> Iterator[_Pointer]:
                 yield _Pointer(entry["r_offset"], symbol.name)
 
 
-def _part(section: Any, total: int, name: str) -> _Part:
+def _check_sections(data: bytes, order: str, name: str) -> None:
+    # pyelftools reads where it is told to; what it then says of a file that lies helps nobody.
+    def bad(why: str) -> LayoutError:
+        return LayoutError(f"{name}: damaged or truncated ELF file: {why}", object=name)
+
+    (start,) = struct.unpack_from(f"{order}Q", data, 0x28)
+    each, count, names = struct.unpack_from(f"{order}HHH", data, 0x3A)
+    if not start or not count:
+        raise bad("it has no sections")
+    if each != _SECTION.size:
+        raise bad(f"its section headers are {each} bytes each, not {_SECTION.size}")
+    if start + each * count > len(data):
+        raise bad(f"its {count} section headers at byte {start} end after its {len(data)} bytes")
+    if names >= count:
+        raise bad(f"the names of its sections are in section {names}, but there are only {count}")
+    for index in range(count):
+        _name, kind, _flags, _address, offset, size, link, _info, _align, entry = struct.unpack_from(
+            f"{order}IIQQQQIIQQ", data, start + each * index
+        )
+        if kind not in (_NULL, _NOBITS) and offset + size > len(data):
+            raise bad(f"section {index} at byte {offset} has {size} bytes and ends after the file's {len(data)}")
+        if kind == _SYMTAB and (entry != _SYMBOL_SIZE or size % _SYMBOL_SIZE or link >= count):
+            raise bad(f"section {index} at byte {offset} is no table of {_SYMBOL_SIZE}-byte symbols with their names")
+
+
+def _part(section: Any, name: str) -> _Part:
     kind, flags, size = str(section["sh_type"]), int(section["sh_flags"]), int(section["sh_size"])
-    stored = 0 if kind in (_SHT_NOBITS, "SHT_NULL") else size
-    if stored and section["sh_offset"] + stored > total:
-        raise LayoutError(f"{name}: truncated ELF file: section {section.name!r} ends after the file", object=name)
+    stored = kind not in ("SHT_NOBITS", "SHT_NULL") and size > 0
+    if not section.name.isprintable():
+        raise LayoutError(f"{name}: the section name {section.name!r} has control characters", object=name)
     if flags & _SHF_COMPRESSED:
         raise UnsupportedError(
             f"{name}: section {section.name!r} is compressed", feature="compressed sections", object=name
@@ -223,10 +255,16 @@ def _programs(elf: _Elf, name: str) -> list[ProgramSpec]:
             continue
         if symbol.bind == "STB_LOCAL":
             raise LayoutError(f"{name}: program {symbol.name!r} is static, so libbpf will not load it", object=name)
+        if not _is_identifier(symbol.name):
+            raise LayoutError(f"{name}: the program name {symbol.name!r} is no C identifier", object=name)
         section = part.name.removeprefix("?")
         kind, attach = program_type(section)
         out.append(ProgramSpec(symbol.name, part.name, kind, attach, not part.name.startswith("?")))
     return out
+
+
+def _is_identifier(name: str) -> bool:
+    return name.isascii() and name.isidentifier()
 
 
 def _data_maps(elf: _Elf, btf: Btf, sections: dict[str, Section], name: str) -> list[MapSpec]:
@@ -236,26 +274,46 @@ def _data_maps(elf: _Elf, btf: Btf, sections: dict[str, Section], name: str) -> 
         base = part.name.split(".")[1] if part.name.startswith(".") and len(part.name) > 1 else ""
         if base not in ("rodata", "data", "bss") or not part.size or part.flags & _SHF_EXECINSTR:
             continue
+        if part.size >= 1 << 32:
+            why = f"section {part.name} claims {part.size} bytes, more than a map can hold"
+            raise LayoutError(f"{name}: {why}", object=name)
         section = sections.get(part.name)
         value = _data_layout(elf, btf, section, index, part, name) if section else None
         flags = _RDONLY_PROG if base == "rodata" else 0
-        if section and any(var.exported for var in section.variables):
+        # As libbpf has it: only a map with a variable that others may see can be mapped into memory.
+        hidden = {symbol.name for symbol in elf.symbols if symbol.section == index and symbol.hidden}
+        if section and any(var.exported and var.name not in hidden for var in section.variables):
             flags |= _MMAPABLE
         out.append(MapSpec(part.name, "array", 4, part.size, 1, flags, Int("int", 4, True), value))
     return out
 
 
 def _data_layout(elf: _Elf, btf: Btf, section: Section, index: int, part: _Part, name: str) -> Record:
-    # clang leaves offsets at 0 in the object and libbpf fills them in from the symbol table, as done here.
-    places = {symbol.name: symbol.value for symbol in elf.symbols if symbol.section == index and symbol.name}
+    # clang leaves the offsets of what others may see at 0, and libbpf fills them in from the symbol table, as done
+    # here. Statics have theirs, and need not have a name of their own when several files were linked into one.
+    places = {
+        symbol.name: symbol.value
+        for symbol in elf.symbols
+        if symbol.section == index and symbol.name and symbol.bind != "STB_LOCAL"
+    }
     fields = []
     for var in section.variables:
         made = btf.layout(var.type_id)
-        offset = places.get(var.name, var.offset)
+        offset = places.get(var.name, var.offset) if var.exported else var.offset
         if offset + made.size > part.size:
             raise LayoutError(f"{name}: variable {var.name!r} lies outside section {part.name}", object=name)
         fields.append(Field(var.name, made, 8 * offset, 0, var.tags))
     fields.sort(key=lambda field: field.offset)
+    twice = repeated(fields)
+    if twice is not None:
+        raise UnsupportedError(
+            f"{name}: section {part.name} has two variables called {twice!r}, which cannot be told apart: rename one",
+            feature="variables of one name", object=name,
+        )  # fmt: skip
+    clash = overlapping(fields)
+    if clash is not None:
+        why = f"variables {clash[0].name!r} and {clash[1].name!r} overlap in section {part.name}"
+        raise LayoutError(f"{name}: {why}", object=name)
     return Record(part.name, part.size, tuple(fields))
 
 
@@ -276,11 +334,14 @@ def _map(btf: Btf, type_id: int, name: str, tags: tuple[str, ...], where: str, d
             raise bad(f"{member!r} is not made with __type()")
         return btf.layout(target)
 
+    if not depth and not _is_identifier(name):
+        raise bad("its name is no C identifier, as the kernel wants one")
     numbers = dict.fromkeys(("type", "max_entries", "map_flags", "pinning", "key_size", "value_size", "map_extra"), 0)
     key: Type | None = None
     value: Type | None = None
     inner: MapSpec | None = None
     sized = set()
+    listed = False
     for member, ref in btf.members(type_id):
         if member in numbers:
             numbers[member] = number(member, ref)
@@ -294,6 +355,7 @@ def _map(btf: Btf, type_id: int, name: str, tags: tuple[str, ...], where: str, d
             target = btf.pointee(array[0]) if array else None
             if target is None:
                 raise bad("'values' is not made with __array()")
+            listed = True
             if not btf.is_function(target):
                 if depth + 1 >= _MAX_INNER:
                     raise bad("maps are nested more than two deep")
@@ -308,9 +370,15 @@ def _map(btf: Btf, type_id: int, name: str, tags: tuple[str, ...], where: str, d
                 raise bad(f"{side}_size says {numbers[f'{side}_size']} bytes but its type has {made.size}")
             numbers[f"{side}_size"] = made.size
     kind = MAP_TYPES[numbers["type"]]
-    if kind in ("array_of_maps", "hash_of_maps", "prog_array") and "values" in {m for m, _ in btf.members(type_id)}:
-        numbers["key_size"] = numbers["key_size"] or 4
-        numbers["value_size"] = numbers["value_size"] or 4
+    if listed:
+        # As libbpf has it: what such a map holds are file descriptors to user space.
+        if kind not in ("array_of_maps", "hash_of_maps", "prog_array"):
+            raise bad(f"'values' is for maps of maps and program arrays, not for a map of type {kind}")
+        if numbers["value_size"] not in (0, 4):
+            raise bad(f"its values are maps or programs, which take 4 bytes, not {numbers['value_size']}")
+        numbers["value_size"] = 4
+    if numbers["pinning"] > 1 or (numbers["pinning"] and depth):
+        raise bad(f"pinning {numbers['pinning']} is not known: maps are pinned by name (1), inner maps not at all")
     return MapSpec(
         name, kind, numbers["key_size"], numbers["value_size"], numbers["max_entries"], numbers["map_flags"],
         key, value, bool(numbers["pinning"]), inner, numbers["map_extra"], tags,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from hitless.layout.model import Array, Field, Int, Record, Type
 
-__all__ = ["SPECIAL", "Member", "inside", "is_bytes", "is_text", "join", "members", "singles"]
+__all__ = [
+    "SPECIAL", "Member", "inside", "is_bytes", "is_text", "join", "members", "overlapping", "repeated", "singles",
+]  # fmt: skip
 
 #: Records whose bytes belong to the kernel, and what is lost when an entry moves to another map (None: nothing).
 SPECIAL: dict[str, str | None] = {
@@ -75,6 +79,29 @@ def members(record: Record) -> tuple[Member, ...]:
             out += [m._replace(offset=m.offset + at, tags=m.tags + field.tags) for m in members(field.type)]
     flush()
     return tuple(out)
+
+
+def repeated(fields: Iterable[Field]) -> str | None:
+    """A name that two of these fields bear, those of anonymous structs and unions among them; None if none is."""
+    seen: set[str] = set()
+    todo = list(fields)
+    while todo:
+        field = todo.pop()
+        if field.name in seen:
+            return field.name
+        if field.name:
+            seen.add(field.name)
+        elif isinstance(field.type, Record):
+            todo += field.type.fields
+    return None
+
+
+def overlapping(fields: Sequence[Field]) -> tuple[Field, Field] | None:
+    """Neighbours in a struct of which the second begins before the first ends, as no compiler places them."""
+    for before, after in pairwise(fields):
+        if after.offset < before.offset + (before.bits or 8 * before.type.size):
+            return before, after
+    return None
 
 
 def singles(record: Record) -> tuple[Member, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import secrets
 import threading
 from collections.abc import Callable
 
@@ -28,6 +29,9 @@ __all__ = [
 ]
 
 Indices = npt.NDArray[np.intp]
+
+# Keys may come from the network: nobody outside can make many of them share a mark.
+_SEED = np.uint64(secrets.randbits(64))
 
 
 class Tally:
@@ -248,12 +252,37 @@ def verify_copy(carriage: Carriage, writing: threading.RLock) -> None:
 
 
 def match_rows(rows: Rows, others: Rows) -> tuple[Indices, Indices, Indices, Indices]:
-    """Where equal records are: indices in ``rows`` and ``others``, then those in ``rows`` only, in ``others`` only."""
-    position = {row.tobytes(): index for index, row in enumerate(others)}
-    matches = np.array([position.get(row.tobytes(), -1) for row in rows], np.intp)
+    """Where equal records are: indices in ``rows`` and ``others``, then those in ``rows`` only, in ``others`` only.
+
+    No record is twice on one side.
+    """
+    matches = np.full(len(rows), -1, np.intp)
+    if len(rows) and len(others):
+        marks, other_marks = _marks(rows), _marks(others)
+        order = np.argsort(other_marks)
+        candidates = order[np.searchsorted(other_marks, marks, sorter=order).clip(max=len(others) - 1)]
+        equal = (rows == others[candidates]).all(axis=1)
+        matches[equal] = candidates[equal]
+        # Different records may share a mark: the few are looked up one by one.
+        for index in np.flatnonzero(~equal & (other_marks[candidates] == marks)):
+            found = np.flatnonzero((others == rows[index]).all(axis=1))
+            matches[index] = found[0] if len(found) else -1
     in_both = np.flatnonzero(matches >= 0)
     at_others = matches[in_both]
-    return in_both, at_others, np.flatnonzero(matches < 0), np.setdiff1d(np.arange(len(others)), at_others)
+    alone = np.ones(len(others), bool)
+    alone[at_others] = False
+    return in_both, at_others, np.flatnonzero(matches < 0), np.flatnonzero(alone)
+
+
+def _marks(rows: Rows) -> npt.NDArray[np.uint64]:
+    """A number for each record that is the same for equal ones and seldom for others."""
+    words = np.zeros((len(rows), (rows.shape[1] + 7) // 8 * 8), np.uint8)
+    words[:, : rows.shape[1]] = rows
+    marks = np.full(len(rows), _SEED, np.uint64)
+    for word in words.view(np.uint64).T:
+        marks = (marks ^ word) * np.uint64(0x9E3779B97F4A7C15)
+        marks ^= marks >> np.uint64(29)
+    return marks
 
 
 def _wrong(carriage: Carriage, key: Rows, how: str, count: int) -> VerifyError:

@@ -11,21 +11,17 @@ from collections.abc import Collection, Mapping
 
 import msgspec
 
+from hitless.bundle import Attach, Bundle, unite_maps
+from hitless.carry import is_global, obstacle
 from hitless.errors import BundleError, UnsupportedError
 from hitless.layout.conversion import leaves
 from hitless.layout.diff import MapDiff, diff_maps
-from hitless.layout.model import Array, MapSpec, Record, Type
+from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
-from hitless.upgrade.bundle import Attach, Bundle, unite_maps
 from hitless.upgrade.model import Generation, HookPlan, MapPlan, NodeState, Plan
 
 __all__ = ["make_plan"]
 
-_CONVERTIBLE_TYPES = ("hash", "lru_hash", "array")
-_PROGRAMS_BARRED = 1 << 7 | 1 << 8  # BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG
-_MAX_WORDS = 2000  # what surely fits one merge program: its jumps reach 32767 instructions
-# Values with these inside hold kernel objects, which a copy of bytes would not carry.
-_KERNEL_OBJECTS = ("bpf_spin_lock", "bpf_res_spin_lock", "bpf_timer", "bpf_wq", "bpf_list_head", "bpf_rb_root")
 
 
 def make_plan(
@@ -82,26 +78,22 @@ def _check_names(current: Generation, bundle: Bundle, allow_loss: Collection[str
 
 def _globals_of(current: Generation) -> list[MapSpec]:
     united = unite_maps(current.record.objects)
-    return [msgspec.structs.replace(spec, name=name) for name, spec in united.items() if _is_global(name)]
-
-
-def _is_global(name: str) -> bool:
-    return "." in name  # bpffs refuses a dot, so no other map has one
+    return [msgspec.structs.replace(spec, name=name) for name, spec in united.items() if is_global(name)]
 
 
 def _created(name: str) -> MapPlan:
-    method = "from the release's object" if _is_global(name) else "empty"
+    method = "from the release's object" if is_global(name) else "empty"
     return MapPlan(name, "create", verdict="added", method=method)
 
 
 def _plan_maps(current: Generation, bundle: Bundle, allow_loss: Collection[str]) -> tuple[MapPlan, ...]:
     old = [live.spec for live in current.maps.values()]
     new = [
-        msgspec.structs.replace(spec, name=name) for name, spec in bundle.maps.items() if not _is_global(name)
+        msgspec.structs.replace(spec, name=name) for name, spec in bundle.maps.items() if not is_global(name)
     ]
     plans = [
         _plan_map(diff, {spec.name: spec for spec in old}, bundle, allow_loss)
-        for diff in diff_maps(old, new, {name: rule for name, rule in bundle.rules.items() if not _is_global(name)})
+        for diff in diff_maps(old, new, {name: rule for name, rule in bundle.rules.items() if not is_global(name)})
     ]
     return (*plans, *_plan_globals(current, bundle, allow_loss))
 
@@ -127,46 +119,13 @@ def _plan_map(
         return planned("keep", "same map")
     if diff.verdict in ("lossless", "lossy"):
         spec = old[diff.was or diff.name]
-        obstacle = _obstacle(spec, bundle.maps[diff.name], rules)
-        if obstacle is None:
+        found = obstacle(spec, bundle.maps[diff.name], rules)
+        if found is None:
             exactness = _exactness(bundle.maps[diff.name], rules)
             return planned("convert", "batch copy, merge in the kernel", exactness, losses)
-        return planned("discard", "empty", loss=(f"all entries: {obstacle}", *losses))
+        return planned("discard", "empty", loss=(f"all entries: {found}", *losses))
     reasons = tuple(f"all entries: {change.reason}" for change in diff.changes if change.reason)
     return planned("discard", "empty", loss=reasons or (f"all entries: {diff.verdict}",))
-
-
-def _obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
-    """Why entries of ``old`` cannot be converted into ``new`` by this version, or None."""
-    if old.type != new.type:
-        return f"from a map of type {old.type} to {new.type} is not supported yet"
-    if new.type not in _CONVERTIBLE_TYPES:
-        return f"converting maps of type {new.type} is not supported yet"
-    if new.type == "array" and new.max_entries < old.max_entries:
-        return "making an array smaller is not supported yet"
-    for spec in (old, new):
-        if spec.flags & _PROGRAMS_BARRED:
-            return "its flags bar programs from it (BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG), and the merge is one"
-        if spec.value is not None and (found := _kernel_object(spec.value)):
-            return f"its value holds a {found}, and converting such maps is not supported yet"
-    if new.value is not None and (words := _words_to_merge(new.value, rules)) > _MAX_WORDS:
-        return f"its value takes {words} steps to merge, and more than {_MAX_WORDS} are not supported yet"
-    return None
-
-
-def _words_to_merge(value: Type, rules: MapRules) -> int:
-    """Size of the merge program: a step for a field or 8 bytes of one; max and min try again and again."""
-    return sum(4 if leaf.merge in ("max", "min") else max(1, leaf.size // 8) for leaf in leaves(value, rules))
-
-
-def _kernel_object(layout: Type) -> str | None:
-    if isinstance(layout, Array):
-        return _kernel_object(layout.element)
-    if isinstance(layout, Record):
-        if layout.name in _KERNEL_OBJECTS:
-            return layout.name
-        return next((found for field in layout.fields if (found := _kernel_object(field.type))), None)
-    return None
 
 
 def _exactness(spec: MapSpec, rules: MapRules) -> str:
@@ -186,7 +145,7 @@ def _plan_globals(current: Generation, bundle: Bundle, allow_loss: Collection[st
     """Global data are in no pin: each release starts with its own, and what programs wrote is lost."""
     plans = []
     old = {spec.name for spec in _globals_of(current)}
-    for name in (*(name for name in bundle.maps if _is_global(name)), *sorted(old - set(bundle.maps))):
+    for name in (*(name for name in bundle.maps if is_global(name)), *sorted(old - set(bundle.maps))):
         rules = bundle.rules.get(name, MapRules())
         written = name in old and ".rodata" not in name and ".kconfig" not in name
         loss = ("variables written by programs: carrying global data is not supported yet",) if written else ()

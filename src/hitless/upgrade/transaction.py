@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from hitless.bundle import Bundle
 from hitless.errors import BusyError, InterruptedUpgradeError, LossNotAllowedError, NodeError, VerifyError
 from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.bpffs import exchange, remove_tree, require_bpffs
@@ -24,7 +25,6 @@ from hitless.layout.conversion import leaves
 from hitless.layout.diff import diff_map
 from hitless.layout.model import MapSpec, Type
 from hitless.layout.rules import FieldRule, MapRules
-from hitless.upgrade.bundle import Bundle
 from hitless.upgrade.copy import Carriage, Tally, copy_entries, fill_way_back, prepare_carriage, verify_copy, way_back
 from hitless.upgrade.cutover import detach_hooks, switch_back, switch_hooks
 from hitless.upgrade.handle import Staged

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from hitless.errors import BundleError, LayoutError, UnsupportedError
+from hitless.layout.contradictions import check_rules, differences
 from hitless.layout.elf import Binding, read_object
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec
 from hitless.layout.rules import FieldRule, MapRules
@@ -111,12 +112,14 @@ def unite_maps(objects: Iterable[ObjectSpec]) -> dict[str, MapSpec]:
         for spec in item.maps:
             name = f"{item.name}{spec.name}" if spec.name.startswith(".") else spec.name
             known = united.setdefault(name, spec)
-            if known != spec:
+            wrong = differences(known, spec) if known != spec else []
+            if wrong:
                 raise LayoutError(
-                    f"map {name} is defined differently by {origin[name]} and {item.name}: "
-                    "objects of one bundle share maps by name; give one of them another name",
+                    f"map {name} is defined differently by {origin[name]} and {item.name} ({'; '.join(wrong)}): "
+                    "objects of one bundle share maps by name; make them the same, or give one another name",
                     map=name,
                     objects=[origin[name], item.name],
+                    differences=wrong,
                 )
             origin.setdefault(name, item.name)
     return united
@@ -134,6 +137,9 @@ class _Reader:
     def bundle(self) -> Bundle:
         try:
             manifest = tomllib.loads(self._text)
+            self._check_text(manifest, ())
+        except RecursionError:
+            raise BundleError(f"{self._file}: nested too deeply for a manifest", file=str(self._file)) from None
         except tomllib.TOMLDecodeError as error:
             raise BundleError(f"{self._file} is not TOML: {error}", file=str(self._file)) from None
         self._check(manifest, "", ())
@@ -148,6 +154,9 @@ class _Reader:
         if not objects:
             self._fail((), "names no object: add [[object]] with file = \"NAME.bpf.o\"")
         specs = [item.spec for item in objects]
+        for index, spec in enumerate(specs):
+            if spec.name in {other.name for other in specs[:index]}:
+                self._fail(("object", str(index)), f"two [[object]] are called {spec.name}")
         maps = unite_maps(specs)
         programs = self._programs(specs)
         rules = {name: self._rules(entry, maps, name) for name, entry in manifest.get("map", {}).items()}
@@ -170,6 +179,15 @@ class _Reader:
             attach=tuple(attach),
             rules=rules,
         )
+
+    def _check_text(self, item: Any, path: tuple[str, ...]) -> None:
+        # Names and values end up in messages and plans, whose lines a control character could forge.
+        items = item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, list) else ()
+        for key, value in items:
+            for text in (key, value):
+                if isinstance(text, str) and not text.isprintable():
+                    self._fail((*path, str(key)), f"{text!r} has control characters")
+            self._check_text(value, (*path, str(key)))
 
     def _check(self, table: Any, kind: str, path: tuple[str, ...]) -> None:
         """Types and names of the keys of one table; ``kind`` is its row in _KEYS."""
@@ -199,8 +217,6 @@ class _Reader:
 
     def _object(self, entry: Any, bindings: Mapping[str, Binding], path: tuple[str, ...]) -> BundleObject:
         self._check(entry, "object", path)
-        if "\0" in entry["file"]:
-            self._fail((*path, "file"), f"{entry['file']!r} cannot be the name of a file")
         file = self._file.parent / entry["file"]
         if file.resolve().parent != self._file.parent.resolve():
             self._fail((*path, "file"), f"{entry['file']} is not a file beside the manifest")
@@ -215,11 +231,14 @@ class _Reader:
 
     def _programs(self, objects: Iterable[ObjectSpec]) -> dict[str, ProgramSpec]:
         programs: dict[str, ProgramSpec] = {}
-        for item in objects:
+        origin: dict[str, str] = {}
+        for index, item in enumerate(objects):
             for program in item.programs:
                 if program.name in programs:
-                    self._fail(("object",), f"two objects have a program called {program.name}")
+                    both = f"{origin[program.name]} and {item.name}"
+                    self._fail(("object", str(index)), f"{both} both have a program called {program.name}: rename one")
                 programs[program.name] = program
+                origin[program.name] = item.name
         return programs
 
     def _rules(self, entry: Any, maps: Mapping[str, MapSpec], name: str) -> MapRules:
@@ -237,13 +256,20 @@ class _Reader:
             if merge not in (None, "keep", "sum", "max", "min", "or"):
                 self._fail((*path, "field", field, "merge"), f"merge is keep, sum, max, min or or, not {merge!r}")
             fields[field] = FieldRule(was=rule.get("was"), merge=merge, default=rule.get("default"))
-        return MapRules(
+        rules = MapRules(
             was=entry.get("was"),
             key=entry.get("key"),
             value=entry.get("value"),
             on_loss=on_loss,
             fields=fields,
         )
+        if name in maps:
+            try:
+                check_rules(maps[name], rules)
+            except LayoutError as error:
+                field = error.facts.get("field")
+                self._fail((*path, "field", str(field)) if field else path, error.message)
+        return rules
 
     def _attach(self, entry: Any, programs: Mapping[str, ProgramSpec], path: tuple[str, ...]) -> Attach:
         self._check(entry, "attach", path)

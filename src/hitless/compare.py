@@ -1,0 +1,192 @@
+"""Comparing two releases from their files: what changed, what would be lost, and what a person should do about it.
+
+Pure: any OS, no root, no libbpf, so that it can judge a pull request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+from hitless.carry import is_global, obstacle
+from hitless.errors import BundleError
+from hitless.layout.diff import Change, MapDiff, diff_maps, is_constant
+from hitless.layout.model import MapSpec
+from hitless.layout.rules import MapRules
+from hitless.sources import Source, read_source
+
+__all__ = ["Comparison", "Judged", "compare"]
+
+# From best to worst; an added map loses nothing.
+_ORDER = ("identical", "added", "lossless", "lossy", "removed", "needs-converter", "not-carried", "unknown")
+_FEW = 3  # maps whose options a sentence can hold
+_GONE = ("removed", "needs-converter", "not-carried", "unknown")
+
+
+class Judged(msgspec.Struct, frozen=True):
+    """One map: how it differs, both its definitions, and what an upgrade would lose of it.
+
+    ``old`` is None for an added map, ``new`` for a removed one. ``losses`` is empty if all its state survives;
+    ``whole`` says that the loss is every entry. ``allowed`` says that somebody accepted that, by an option or by
+    ``on_loss = "discard"``. ``note`` is what this version cannot keep though the layout did not change.
+    """
+
+    diff: MapDiff
+    old: MapSpec | None
+    new: MapSpec | None
+    losses: tuple[str, ...] = ()
+    whole: bool = False
+    allowed: bool = False
+    note: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in the new release, or in the old one if it was removed."""
+        return self.diff.name
+
+    @property
+    def changed(self) -> bool:
+        """Whether there is anything to show about it."""
+        return self.diff.verdict != "identical" or bool(self.diff.changes)
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """What changed from ``old`` to ``new``, map by map; ``verdict`` is the worst of the maps' verdicts."""
+
+    old: Source
+    new: Source
+    verdict: str
+    maps: tuple[Judged, ...]
+
+    @property
+    def lost(self) -> tuple[Judged, ...]:
+        """Maps that would lose something that nobody accepted."""
+        return tuple(item for item in self.maps if item.losses and not item.allowed)
+
+    @property
+    def sentence(self) -> str:
+        """The conclusion, and what to do, in one sentence."""
+        if lost := self.lost:
+            return f"An upgrade would lose {_listed(lost)}: {_advice(lost)}."
+        accepted = [item for item in self.maps if item.losses]
+        if accepted:
+            return f"An upgrade loses {_listed(accepted)}, which is accepted; all other state survives."
+        if self.verdict == "identical":
+            return "The maps are the same: an upgrade keeps them as they are."
+        return "All state survives the upgrade."
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``--json`` prints: the documented keys, as plain values."""
+        maps = []
+        for item in self.maps:
+            facts: dict[str, Any] = msgspec.to_builtins(item.diff)
+            maps.append({**facts, "losses": list(item.losses), "allowed": item.allowed, "note": item.note})
+        return {
+            "schema": 1,
+            "old": self.old.path,
+            "new": self.new.path,
+            "verdict": self.verdict,
+            "survives": not self.lost,
+            "summary": self.sentence,
+            "maps": maps,
+        }
+
+
+def compare(old: str, new: str, allow_loss: Collection[str] = ()) -> Comparison:
+    """Compare the maps of two sources under the rules of the new one; ``allow_loss`` names maps that may lose state.
+
+    Raises HitlessError by kind: BundleError also for an allowed loss of a map that neither side has.
+    """
+    before, after = read_source(old), read_source(new)
+    if before.kind == after.kind == "pinned map" and set(before.maps) != set(after.maps):
+        # Two pinned maps are compared with each other, whatever they are called.
+        (spec,) = before.maps.values()
+        (name,) = after.maps
+        before = msgspec.structs.replace(before, maps={name: msgspec.structs.replace(spec, name=name)})
+    was, now = _named(before), _named(after)
+    for name in allow_loss:
+        if name not in was and name not in now:
+            known = ", ".join(sorted({*was, *now}))
+            raise BundleError(f"--allow-loss {name}: neither side has such a map; there are: {known}", map=name)
+    diffs = diff_maps(list(was.values()), list(now.values()), after.rules)
+    worst = max((diff.verdict for diff in diffs), key=_ORDER.index, default="identical")
+    judged = tuple(_judge(diff, was, now, after.rules.get(diff.name, MapRules()), allow_loss) for diff in diffs)
+    return Comparison(before, after, worst, judged)
+
+
+def _judge(
+    diff: MapDiff, was: Mapping[str, MapSpec], now: Mapping[str, MapSpec], rules: MapRules, allow_loss: Collection[str]
+) -> Judged:
+    before = None if diff.verdict == "added" else was[diff.was or diff.name]
+    after = None if diff.verdict == "removed" else now[diff.name]
+    allowed = rules.on_loss == "discard" or diff.name in allow_loss or diff.was in allow_loss
+    losses: tuple[str, ...] = ()
+    note, whole = None, diff.verdict in _GONE
+    constant = is_constant(before or after or now[diff.name])
+    if diff.verdict == "identical" and before is not None and not constant:
+        note = _not_kept(before)
+    elif before is not None and after is not None and diff.verdict in ("lossless", "lossy") and not constant:
+        losses = tuple(_phrases(diff.changes)) if diff.verdict == "lossy" else ()
+        missing = _NO_GLOBALS if is_global(diff.name) else obstacle(before, after, rules)
+        if missing is not None:
+            losses, whole = (f"all entries: {missing}", *losses), True
+    elif diff.verdict == "removed" and not constant:
+        losses = tuple(change.loss for change in diff.changes if change.loss)
+    elif whole and not constant:
+        reasons = dict.fromkeys(change.reason for change in diff.changes if change.reason)
+        losses = tuple(f"all entries: {reason}" for reason in reasons) or (f"all entries: {diff.verdict}",)
+    return Judged(diff, before, after, losses, whole and bool(losses), allowed, note)
+
+
+_NO_GLOBALS = "carrying global data is not supported yet"
+
+
+def _not_kept(spec: MapSpec) -> str | None:
+    if is_global(spec.name):
+        return f"every release starts with its own: {_NO_GLOBALS}"
+    if spec.type == "prog_array":
+        return "slots that the new object does not fill itself start empty"
+    return None
+
+
+def _phrases(changes: tuple[Change, ...]) -> Iterator[str]:
+    for change in changes:
+        if change.loss:
+            plain = change.loss.startswith(change.path) or not change.path
+            yield change.loss if plain else f"{change.path}: {change.loss}"
+
+
+def _named(source: Source) -> dict[str, MapSpec]:
+    return {name: msgspec.structs.replace(spec, name=name) for name, spec in source.maps.items()}
+
+
+def _listed(items: Collection[Judged]) -> str:
+    cut = [item.name for item in items if not item.whole]
+    gone = [item.name for item in items if item.whole]
+    words = []
+    if cut:
+        words.append(f"some of {', '.join(cut)}")
+    if gone:
+        words.append(f"all of {', '.join(gone)}")
+    return " and ".join(words)
+
+
+def _advice(items: Collection[Judged]) -> str:
+    """What a person can do, the most useful first."""
+    verdicts = {item.diff.verdict for item in items}
+    few = len(items) <= _FEW
+    options = " ".join(f"--allow-loss {item.name}" for item in items) if few else "--allow-loss MAP for each of them"
+    hints = " ".join(change.hint or "" for item in items for change in item.diff.changes)
+    if "under a new name" in hints:
+        first = "name what was renamed (hitless:was)"
+    elif "old release's objects" in hints:
+        first = "compare with the old release's objects instead of a snapshot that does not tell"
+    elif "unknown" in verdicts:
+        first = "bind types to the maps whose layout is unknown"
+    elif verdicts == {"removed"}:
+        first = "keep the map or say what it is called now (was)"
+    else:
+        first = "give the old contents a place in the new layout"
+    return f"{first}, or accept the loss with {options}"

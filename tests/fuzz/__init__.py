@@ -1,0 +1,1 @@
+"""A fuzzer over everything that reads bytes from strangers: objects, BTF, snapshots and manifests."""
