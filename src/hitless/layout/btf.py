@@ -7,13 +7,14 @@ chain of references is bounded, and whatever does not add up raises :class:`~hit
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from hitless.errors import LayoutError, UnsupportedError
 from hitless.layout.members import overlapping, repeated
-from hitless.layout.model import Array, Enum, Field, Float, Int, Opaque, Pointer, Record, Type
+from hitless.layout.model import Array, Enum, Field, Float, Int, Opaque, Order, Pointer, Record, Type
 
-__all__ = ["Btf", "Section", "Variable"]
+__all__ = ["Btf", "Section", "Variable", "renamed"]
 
 MAGIC = 0xEB9F
 (
@@ -21,12 +22,9 @@ MAGIC = 0xEB9F
     CONST, RESTRICT, FUNC, FUNC_PROTO, VAR, DATASEC, FLOAT, DECL_TAG, TYPE_TAG, ENUM64,
 ) = range(20)  # fmt: skip
 
-_HEADER = struct.Struct("<HBBIIIII")
-_TYPE = struct.Struct("<III")
-_MEMBER = struct.Struct("<III")
-_ENUM_SIGNED = struct.Struct("<Ii")
-_ENUM_UNSIGNED = struct.Struct("<II")
-_ENUM64 = struct.Struct("<III")
+_HEADER = "HBBIIIII"
+_HEADER_SIZE = 24
+_TYPE_SIZE = 12
 
 # Bytes that follow the common header of each kind: fixed, and per item of the kind's list.
 _EXTRA = {
@@ -77,7 +75,15 @@ class Section(NamedTuple):
 class Btf:
     """A parsed BTF blob. Type ids are as in the blob: 0 is void."""
 
-    def __init__(self, data: bytes, raw: list[_Raw], strings: bytes, where: str) -> None:
+    def __init__(self, data: bytes, raw: list[_Raw], strings: bytes, where: str, order: Order = "little") -> None:
+        #: Byte order of the processor that the types are for.
+        self.order: Order = order
+        mark = "<" if order == "little" else ">"
+        self._word = struct.Struct(mark + "I")
+        self._number = struct.Struct(mark + "i")
+        self._pair = struct.Struct(mark + "II")
+        self._signed_pair = struct.Struct(mark + "Ii")
+        self._triple = struct.Struct(mark + "III")
         self._bytes = data
         self._where = where
         self._raw = raw
@@ -93,23 +99,23 @@ class Btf:
 
         ``where`` begins the messages of errors, those of later calls too.
 
-        Raises :class:`LayoutError` if it is cut short or contradicts itself, :class:`UnsupportedError` if it is of
-        the other byte order, or of a version or with a kind that came after this parser.
+        Either byte order is read; ``order`` says which it is.
+
+        Raises :class:`LayoutError` if it is cut short or contradicts itself, :class:`UnsupportedError` if it is of a
+        version or with a kind that came after this parser.
         """
-        if len(data) < _HEADER.size:
+        if len(data) < _HEADER_SIZE:
             raise LayoutError(f"{where}: {len(data)} bytes are too few for a header", size=len(data))
-        magic, version, _flags, header, type_off, type_len, str_off, str_len = _HEADER.unpack_from(data)
-        if magic == 0x9FEB:
-            raise UnsupportedError(
-                f"{where}: foreign byte order (big-endian) is not supported", feature="big-endian BTF"
-            )
+        order: Order = "big" if data[:2] == MAGIC.to_bytes(2, "big") else "little"
+        mark = "<" if order == "little" else ">"
+        magic, version, _flags, header, type_off, type_len, str_off, str_len = struct.unpack_from(mark + _HEADER, data)
         if magic != MAGIC:
             raise LayoutError(f"{where}: magic is {magic:#06x}, not {MAGIC:#06x}: this is no BTF", magic=magic)
         if version != 1:
             raise UnsupportedError(
                 f"{where}: version {version} is not known, only 1 is", feature=f"BTF version {version}"
             )
-        if header < _HEADER.size or header > len(data):
+        if header < _HEADER_SIZE or header > len(data):
             raise LayoutError(f"{where}: header length {header} is impossible", header=header)
         ends = (("types", header + type_off + type_len), ("strings", header + str_off + str_len))
         for what, end in ends:
@@ -123,10 +129,11 @@ class Btf:
             raise LayoutError(f"{where}: the string table does not begin and end with NUL")
         raw = [_Raw(VOID, False, 0, 0, 0, 0)]
         at, end = header + type_off, header + type_off + type_len
+        words = struct.Struct(mark + "III")
         while at < end:
-            if at + _TYPE.size > end:
+            if at + _TYPE_SIZE > end:
                 raise _short(where, len(raw), at, end)
-            name, info, word = _TYPE.unpack_from(data, at)
+            name, info, size = words.unpack_from(data, at)
             kind, count = info >> 24 & 0x1F, info & 0xFFFF
             if kind not in _EXTRA:
                 raise UnsupportedError(
@@ -134,12 +141,12 @@ class Btf:
                     feature=f"BTF kind {kind}",
                 )
             fixed, each = _EXTRA[kind]
-            at += _TYPE.size
+            at += _TYPE_SIZE
             if at + fixed + each * count > end:
-                raise _short(where, len(raw), at - _TYPE.size, end)
-            raw.append(_Raw(kind, bool(info >> 31), count, name, word, at))
+                raise _short(where, len(raw), at - _TYPE_SIZE, end)
+            raw.append(_Raw(kind, bool(info >> 31), count, name, size, at))
             at += fixed + each * count
-        return cls(data, raw, strings, where)
+        return cls(data, raw, strings, where, order)
 
     def __len__(self) -> int:
         return len(self._raw)
@@ -164,6 +171,11 @@ class Btf:
         found = [i for i in self._named().get(bare, []) if self._raw[i].kind in kinds]
         return self.layout(min(found, key=lambda i: (_NAMED.index(self._raw[i].kind), i))) if found else None
 
+    def names(self) -> Iterator[str]:
+        """Names of structs, unions and typedefs."""
+        kinds = (STRUCT, UNION, TYPEDEF)
+        return (name for name, ids in self._named().items() if any(self._raw[i].kind in kinds for i in ids))
+
     def sections(self) -> dict[str, Section]:
         """Every DATASEC by name."""
         out = {}
@@ -180,8 +192,17 @@ class Btf:
         raw = self._at(self._resolve(type_id))
         if raw.kind not in (STRUCT, UNION):
             raise LayoutError(f"{self._where}: type {type_id} is no struct or union", type_id=type_id)
-        items = (_MEMBER.unpack_from(self._bytes, raw.extra + 12 * i) for i in range(raw.vlen))
+        items = (self._triple.unpack_from(self._bytes, raw.extra + 12 * i) for i in range(raw.vlen))
         return [(self._string(name), ref) for name, ref, _ in items]
+
+    def offset_of(self, type_id: int, name: str) -> int | None:
+        """Where member ``name`` of a struct begins, in bytes, or None if there is none."""
+        raw = self._at(self._resolve(type_id))
+        for index, (member, _) in enumerate(self.members(type_id)):
+            if member == name:
+                _, _, place = self._triple.unpack_from(self._bytes, raw.extra + 12 * index)
+                return (int(place) & 0xFFFFFF if raw.flag else int(place)) // 8
+        return None
 
     def pointee(self, type_id: int) -> int | None:
         """The id of the type behind a pointer, or None if ``type_id`` is no pointer."""
@@ -193,7 +214,7 @@ class Btf:
         raw = self._at(self._resolve(type_id))
         if raw.kind != ARRAY:
             return None
-        element, _index, count = struct.unpack_from("<III", self._bytes, raw.extra)
+        element, _index, count = self._triple.unpack_from(self._bytes, raw.extra)
         return element, count
 
     def is_function(self, type_id: int) -> bool:
@@ -204,7 +225,7 @@ class Btf:
         raw = self._raw[type_id]
         out = []
         for i in range(raw.vlen):
-            ref, offset, size = struct.unpack_from("<III", self._bytes, raw.extra + 12 * i)
+            ref, offset, size = self._triple.unpack_from(self._bytes, raw.extra + 12 * i)
             var = self._at(ref)
             if var.kind == FUNC:
                 continue  # .ksyms lists functions too
@@ -212,7 +233,7 @@ class Btf:
                 raise LayoutError(
                     f"{self._where}: section {self._string(raw.name)} lists type {ref}, which is no variable"
                 )
-            (linkage,) = struct.unpack_from("<I", self._bytes, var.extra)
+            (linkage,) = self._word.unpack_from(self._bytes, var.extra)
             tags = self._tags_of(ref, -1)
             out.append(Variable(self._string(var.name), var.word, offset, size, tags, linkage != 0))
         return out
@@ -249,7 +270,7 @@ class Btf:
             self._tags = {}
             for raw in self._raw:
                 if raw.kind == DECL_TAG:
-                    (index,) = struct.unpack_from("<i", self._bytes, raw.extra)
+                    (index,) = self._number.unpack_from(self._bytes, raw.extra)
                     key = (raw.word, index)
                     self._tags[key] = (*self._tags.get(key, ()), self._string(raw.name))
         return self._tags.get((type_id, component), ())
@@ -292,26 +313,26 @@ class Btf:
             case 2:
                 return Pointer(self._spell(raw.word)), 1
             case 3:
-                ref, _index, count = struct.unpack_from("<III", self._bytes, raw.extra)
+                ref, _index, count = self._triple.unpack_from(self._bytes, raw.extra)
                 element, nodes = self._layout(ref, depth + 1)
                 # Any number of nothing is nothing; a count would only send walkers round in circles.
                 return Array(element, count if element.size else 0), nodes + 1
             case 4 | 5:
                 return self._record(type_id, raw, name, depth)
             case 6:
-                item = _ENUM_SIGNED if raw.flag else _ENUM_UNSIGNED
+                item = self._signed_pair if raw.flag else self._pair
                 pairs = (item.unpack_from(self._bytes, raw.extra + 8 * i) for i in range(raw.vlen))
                 values = tuple((self._string(text), value) for text, value in pairs)
                 return Enum(name, self._scalar_size(raw, name, (1, 2, 4, 8)), raw.flag, values), 1
             case 19:
-                triples = (_ENUM64.unpack_from(self._bytes, raw.extra + 12 * i) for i in range(raw.vlen))
+                triples = (self._triple.unpack_from(self._bytes, raw.extra + 12 * i) for i in range(raw.vlen))
                 values = tuple((self._string(text), _join(low, high, raw.flag)) for text, low, high in triples)
                 return Enum(name, self._scalar_size(raw, name, (1, 2, 4, 8)), raw.flag, values), 1
             case 16:
                 return Float(name, self._scalar_size(raw, name, (2, 4, 8, 12, 16))), 1
             case 8:
                 made, nodes = self._layout(raw.word, depth + 1)
-                return _renamed(made, name), nodes
+                return renamed(made, name), nodes
             case 9 | 10 | 11 | 18:
                 return self._layout(raw.word, depth + 1)
             case 14:
@@ -333,7 +354,7 @@ class Btf:
 
     def _int(self, raw: _Raw, name: str) -> Int:
         size = self._scalar_size(raw, name, (1, 2, 4, 8, 16))
-        (word,) = struct.unpack_from("<I", self._bytes, raw.extra)
+        (word,) = self._word.unpack_from(self._bytes, raw.extra)
         encoding = word >> 24 & 0xF
         # clang marks char only as signed, so its name has to tell it from signed char.
         text = "bool" if encoding & 4 else "char" if encoding & 2 or name == "char" else ""
@@ -343,7 +364,7 @@ class Btf:
         what = f"{'union' if raw.kind == UNION else 'struct'} {name or f'(type {type_id})'}"
         fields, total = [], 1
         for i in range(raw.vlen):
-            text, ref, place = _MEMBER.unpack_from(self._bytes, raw.extra + 12 * i)
+            text, ref, place = self._triple.unpack_from(self._bytes, raw.extra + 12 * i)
             member = self._string(text)
             made, nodes = self._layout(ref, depth + 1)
             bits, offset = (place >> 24, place & 0xFFFFFF) if raw.flag else (0, place)
@@ -384,7 +405,7 @@ class Btf:
         raw = self._at(self._resolve(type_id))
         if raw.kind != INT:
             return 0, offset
-        (word,) = struct.unpack_from("<I", self._bytes, raw.extra)
+        (word,) = self._word.unpack_from(self._bytes, raw.extra)
         bits, shift = word & 0xFF, word >> 16 & 0xFF
         return (bits, offset + shift) if bits != 8 * raw.word else (0, offset)
 
@@ -420,7 +441,8 @@ def _join(low: int, high: int, signed: bool) -> int:
     return value - (1 << 64) if signed and value >> 63 else value
 
 
-def _renamed(made: Type, name: str) -> Type:
+def renamed(made: Type, name: str) -> Type:
+    """A type under the name that a typedef gives it; structs, unions and enums keep a name of their own."""
     match made:
         case Int(size=size, signed=signed, encoding=encoding):
             return Int(name, size, signed, encoding)

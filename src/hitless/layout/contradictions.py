@@ -47,6 +47,8 @@ def differences(one: MapSpec, other: MapSpec) -> list[str]:
     if not out:
         # Names of types may differ: what they mean decides.
         for change in diff_map(one, other).changes:
+            if change.kind == "inferred":
+                continue
             what = f"{change.path}: {change.kind}, {change.old or 'nothing'} and {change.new or 'nothing'}"
             out.append(change.reason or what)
     for side, mine, yours in (("key", one.key, other.key), ("value", one.value, other.value)):

@@ -3,17 +3,24 @@
 Verdicts, from best to worst:
 
 - ``identical``: the same bytes mean the same thing; the live map can be kept, under a new name if it has one.
-- ``lossless``: every old field has a place in the new layout.
-- ``lossy``: something is dropped, cut, or may not fit; every change that loses says what.
-- ``needs-converter``: the meaning changed, or the change is of a kind that is not supported yet; ``reason`` says which.
+- ``lossless``: every value that the old layout can hold has a place in the new one: moved, renamed, widened within its
+  signedness, nested into a struct of one or an element 0, taken into a union as its only field, in a longer array or
+  bitfield, under the same number of an enum.
+- ``lossy``: something is dropped, cut, or may not fit; every change that loses says what. Narrowed numbers, numbers
+  that change signedness, removed fields and enum names, shorter arrays and texts, a union reduced to one of its
+  members, enums numbered anew (names are followed, numbers without a name are not).
+- ``needs-converter``: only the author can know: a byte order that changed, fields that begin or cease to share bytes, a
+  union member of another type, text for a number. ``reason`` says which. So is a key of which two may become one,
+  unless the rules say what happens then (``on_collision``).
 - ``not-carried``: the entries cannot be read, or cannot be written to another map.
 - ``unknown``: a layout is not known on one side. Equal sizes prove nothing.
 - ``added``, ``removed``: the map is in one release only.
 
 What makes no change: names of typedefs, structs and enums, qualifiers, padding. What does: signedness, positions,
-sizes, element counts, enum values, union members. Fields match by name; a new name is followed only where a tag or a
-rule says so (a tag also when going back). A field that vanished where another of its type appeared is hinted at as a
-rename, never taken for one.
+sizes, element counts, enum values, union members, network byte order (the kernel's ``__be`` names). Fields match by
+name; a new name is followed only where a tag or a rule says so (a tag also when going back). A field that vanished
+where another of its type appeared is hinted at as a rename, never taken for one; so is a map that vanished. A type that
+was guessed for a map (``inferred``) is shown as such and makes no change by itself.
 """
 
 from __future__ import annotations
@@ -191,16 +198,22 @@ def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDif
             continue
         if before is None or after is None:
             which = "either side" if before is after else "the old side" if before is None else "the new side"
+            guess = next((spec.inferred_type(side) for spec in (new, old) if spec.inferred_type(side)), None)
+            hint = f"bind a type to it in the manifest ({side} = \"type_name\"), or declare it with __type()"
+            if guess is not None:
+                hint = f"{guess} alone fits by size and name: if it is that, say {side} = \"{guess}\" or infer = true"
             change = Change(
                 side, "unknown", _opt(before), _opt(after),
-                reason=f"the {side}'s type is not known on {which}; equal sizes prove nothing",
-                hint=f"bind a type to it in the manifest ({side} = \"type_name\"), or declare it with __type()",
+                reason=f"the {side}'s type is not known on {which}; equal sizes prove nothing", hint=hint,
             )  # fmt: skip
             changes.append(change)
             unknown.append(change)
             continue
         _check_size(new.name, side, before, old_size)
         _check_size(new.name, side, after, new_size)
+        guesses = old.inferred_type(side), new.inferred_type(side)
+        if any(guesses):
+            changes.append(Change(side, "inferred", *guesses))
         walk = _Walk(side, before, after, fields[side], new.order == "big")
         found, conversion = walk.run()
         unknown += [change for change in found if change.kind == "unknown"]
@@ -219,7 +232,7 @@ def _judge(
     unknown: bool,
     converted: dict[str, Conversion | None],
 ) -> MapDiff:
-    real = [change for change in changes if not (change.path == "" and change.kind == "renamed")]
+    real = [c for c in changes if not (c.path == "" and c.kind == "renamed") and c.kind != "inferred"]
     verdict: Verdict
     if unknown:
         verdict = "unknown"
@@ -321,7 +334,9 @@ def _opt(made: Type | None) -> str | None:
 def _by_name(specs: Sequence[MapSpec], side: str) -> dict[str, MapSpec]:
     out: dict[str, MapSpec] = {}
     for spec in specs:
-        if out.setdefault(spec.name, spec) != spec:
+        # What libbpf puts in, and how a type was found, may differ between objects that share the map.
+        known = msgspec.structs.replace(out.setdefault(spec.name, spec), slots=spec.slots, inferred=spec.inferred)
+        if known != spec:
             raise LayoutError(f"map {spec.name!r} has two definitions on the {side} side", map=spec.name)
     return out
 

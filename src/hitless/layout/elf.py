@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
+import msgspec
 from elftools.common.exceptions import ELFError
-from elftools.construct.core import ConstructError
 from elftools.elf.elffile import ELFFile
+from elftools.elf.relocation import RelocationSection
 from elftools.elf.sections import SymbolTableSection
 
 from hitless.errors import LayoutError, UnsupportedError
 from hitless.layout.btf import Btf, Section
+from hitless.layout.dwarf import DAMAGE, Dwarf
+from hitless.layout.infer import fitting
 from hitless.layout.members import overlapping, repeated
-from hitless.layout.model import Field, Int, MapSpec, ObjectSpec, ProgramSpec, Record, Type
+from hitless.layout.model import Field, Int, MapSpec, ObjectSpec, Order, ProgramSpec, Record, Type
 from hitless.layout.sections import program_type
 
 __all__ = ["MAP_TYPES", "Binding", "read_btf", "read_object"]
@@ -39,18 +42,22 @@ _RDONLY_PROG = 1 << 7
 _MMAPABLE = 1 << 10
 _MAX_INNER = 2
 
-# What pyelftools is known to raise on damaged input; it was written for files that a linker made.
-_DAMAGE = (
-    ELFError, ConstructError, UnicodeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
-    AssertionError, EOFError, OSError, MemoryError, RecursionError,
+# Maps whose keys and values are bytes that programs give a meaning.
+_TYPED = (
+    "hash", "array", "percpu_hash", "percpu_array", "lru_hash", "lru_percpu_hash", "lpm_trie", "cgroup_storage",
+    "percpu_cgroup_storage", "queue", "stack", "sk_storage", "inode_storage", "task_storage", "cgrp_storage",
 )  # fmt: skip
 
 
 class Binding(NamedTuple):
-    """Type names for a map whose definition carries only sizes; None leaves a side as the object has it."""
+    """Type names for a map whose definition carries only sizes; None leaves a side as the object has it.
+
+    ``infer`` accepts, for a side that has no type then, the one type that fits by size and name.
+    """
 
     key: str | None = None
     value: str | None = None
+    infer: bool = False
 
 
 class _Part(NamedTuple):
@@ -68,11 +75,21 @@ class _Symbol(NamedTuple):
     kind: str
     bind: str
     hidden: bool
+    size: int
+
+
+class _Pointer(NamedTuple):
+    """A place in .maps, in bytes, where the linker will put the address of ``symbol``."""
+
+    offset: int
+    symbol: str
 
 
 class _Elf(NamedTuple):
     parts: tuple[_Part, ...]
     symbols: tuple[_Symbol, ...]
+    pointers: tuple[_Pointer, ...]
+    order: Order
 
     def part(self, name: str) -> _Part | None:
         return next((part for part in self.parts if part.name == name), None)
@@ -81,11 +98,12 @@ class _Elf(NamedTuple):
 def read_object(data: bytes, name: str, bindings: Mapping[str, Binding] | None = None) -> ObjectSpec:
     """Everything that an object file says about its maps and programs; ``name`` is used in messages and the spec.
 
-    ``bindings`` gives types, by map name, to maps that were declared with sizes only.
+    ``bindings`` gives types, by map name, to maps that were declared with sizes only. The types are looked up in BTF,
+    then in the debug information if the object has any.
 
     Raises :class:`LayoutError` if the bytes are no whole BPF object, have no ``.BTF`` or no ``.maps``, or define a
-    map that makes no sense; :class:`UnsupportedError` for a big-endian object, legacy ``maps`` sections,
-    struct_ops maps and compressed sections.
+    map that makes no sense; :class:`UnsupportedError` for legacy ``maps`` sections, struct_ops maps and compressed
+    sections. Objects of either byte order are read.
     """
     elf = _read_elf(data, name)
     for part in elf.parts:
@@ -103,13 +121,15 @@ def read_object(data: bytes, name: str, bindings: Mapping[str, Binding] | None =
     if maps_part is None or ".maps" not in sections:
         raise LayoutError(f'{name}: no .maps section: the object defines no map with SEC(".maps")', object=name)
     bound = dict(bindings or {})
+    types = _Types(btf, data, name)
     maps = [
-        _bind(_map(btf, var.type_id, var.name, var.tags, name), bound.pop(var.name, None), btf, name)
+        _bind(_map(btf, var.type_id, var.name, var.tags, name), bound.pop(var.name, Binding()), types, name)
         for var in sections[".maps"].variables
     ]
     if bound:
         raise LayoutError(f"{name}: no map {', '.join(sorted(bound))} to bind a type to", object=name)
     maps += _data_maps(elf, btf, sections, name)
+    maps = [_finished(spec, elf, btf, sections[".maps"], name) for spec in maps]
     seen: set[str] = set()
     for spec in maps:
         if spec.name in seen:
@@ -131,7 +151,10 @@ def _read_btf(elf: _Elf, name: str) -> Btf:
     part = elf.part(".BTF")
     if part is None:
         raise LayoutError(f"{name}: no .BTF section: compile with clang -g, and do not strip it", object=name)
-    return Btf.parse(part.data, f"{name}: BTF")
+    btf = Btf.parse(part.data, f"{name}: BTF")
+    if btf.order != elf.order:
+        raise LayoutError(f"{name}: a {elf.order}-endian file with {btf.order}-endian BTF", object=name)
+    return btf
 
 
 def _read_elf(data: bytes, name: str) -> _Elf:
@@ -141,17 +164,12 @@ def _read_elf(data: bytes, name: str) -> _Elf:
         raise LayoutError(f"{name}: cut short: {len(data)} bytes do not hold an ELF header", object=name)
     if data[4] != 2:
         raise LayoutError(f"{name}: not a 64-bit ELF file, which BPF objects are", object=name)
-    if data[5] == 2:
-        raise UnsupportedError(
-            f"{name}: foreign byte order: this is a big-endian object; compile with -target bpfel",
-            feature="big-endian object", object=name,
-        )  # fmt: skip
-    if data[5] != 1:
+    if data[5] not in (1, 2):
         raise LayoutError(f"{name}: unknown byte order {data[5]} in the ELF header", object=name)
-    machine = int.from_bytes(data[18:20], "little")
+    machine = int.from_bytes(data[18:20], "little" if data[5] == 1 else "big")
     if machine != _EM_BPF:
         raise LayoutError(f"{name}: for machine {machine}, not BPF ({_EM_BPF}): compile with -target bpf", object=name)
-    _check_sections(data, "<", name)
+    _check_sections(data, "<" if data[5] == 1 else ">", name)
     try:
         elf = ELFFile(io.BytesIO(data))
         parts = tuple(_part(section, name) for section in elf.iter_sections())
@@ -163,14 +181,28 @@ def _read_elf(data: bytes, name: str) -> _Elf:
                 symbol["st_info"]["type"],
                 symbol["st_info"]["bind"],
                 symbol["st_other"]["visibility"] in ("STV_HIDDEN", "STV_INTERNAL"),
+                symbol["st_size"],
             )
             for section in elf.iter_sections()
             if isinstance(section, SymbolTableSection)
             for symbol in section.iter_symbols()
         )
-    except _DAMAGE as error:
+        pointers = tuple(_pointers(elf, parts))
+    except DAMAGE as error:
         raise LayoutError(f"{name}: damaged or truncated ELF file: {error}", object=name) from error
-    return _Elf(parts, symbols)
+    return _Elf(parts, symbols, pointers, "little" if data[5] == 1 else "big")
+
+
+def _pointers(elf: ELFFile, parts: tuple[_Part, ...]) -> Iterator[_Pointer]:
+    index = next((i for i, part in enumerate(parts) if part.name == ".maps"), None)
+    for section in elf.iter_sections():
+        if isinstance(section, RelocationSection) and section["sh_info"] == index:
+            symbols = elf.get_section(section["sh_link"])
+            if not isinstance(symbols, SymbolTableSection):
+                raise ELFError(f"relocations {section.name!r} refer to no symbol table")
+            for entry in section.iter_relocations():
+                symbol = symbols.get_symbol(entry["r_info_sym"])
+                yield _Pointer(entry["r_offset"], symbol.name)
 
 
 def _check_sections(data: bytes, order: str, name: str) -> None:
@@ -353,24 +385,73 @@ def _map(btf: Btf, type_id: int, name: str, tags: tuple[str, ...], where: str, d
     )  # fmt: skip
 
 
-def _bind(spec: MapSpec, binding: Binding | None, btf: Btf, where: str) -> MapSpec:
-    if binding is None:
+def _finished(spec: MapSpec, elf: _Elf, btf: Btf, section: Section, where: str) -> MapSpec:
+    """The map with what its BTF alone does not tell: byte order, and what its slots hold from the start."""
+    inner = msgspec.structs.replace(spec.inner, order=btf.order) if spec.inner else None
+    spec = msgspec.structs.replace(spec, order=btf.order, inner=inner)
+    var = next((var for var in section.variables if var.name == spec.name), None)
+    place = next((s for s in elf.symbols if s.name == spec.name and s.kind == "STT_OBJECT"), None)
+    start = btf.offset_of(var.type_id, "values") if var else None
+    if start is None or place is None:
         return spec
-    sides: dict[str, Type | None] = {"key": spec.key, "value": spec.value}
-    for side, type_name, size in (("key", binding.key, spec.key_size), ("value", binding.value, spec.value_size)):
-        if type_name is None:
+    first = place.value + start
+    slots = []
+    for pointer in elf.pointers:
+        if not first <= pointer.offset < place.value + place.size:
             continue
-        made = btf.find(type_name)
-        if made is None:
-            why = f"no type {type_name!r} in the object's BTF"
-            raise LayoutError(f"{where}: map {spec.name!r}: {why}", object=where, map=spec.name)
-        if made.size != size:
-            raise LayoutError(
-                f"{where}: map {spec.name!r}: {side} is {size} bytes but type {type_name!r} has {made.size}",
-                object=where, map=spec.name,
-            )  # fmt: skip
-        sides[side] = made
-    return MapSpec(
-        spec.name, spec.type, spec.key_size, spec.value_size, spec.max_entries, spec.flags,
-        sides["key"], sides["value"], spec.pinned_by_name, spec.inner, spec.extra, spec.tags,
+        if (pointer.offset - first) % 8:
+            raise LayoutError(f"{where}: map {spec.name!r}: a slot begins at an odd place", object=where, map=spec.name)
+        slots.append(((pointer.offset - first) // 8, pointer.symbol))
+    return msgspec.structs.replace(spec, slots=tuple(sorted(slots)))
+
+
+class _Types:
+    """The types that an object's maps can be bound to: BTF's, and where those do not do, the debug information's."""
+
+    def __init__(self, btf: Btf, data: bytes, where: str) -> None:
+        self.btf = btf
+        self._data = data
+        self._where = where
+        self._dwarf: Dwarf | None = None
+
+    @property
+    def dwarf(self) -> Dwarf:
+        if self._dwarf is None:
+            self._dwarf = Dwarf.parse(self._data, self._where)
+        return self._dwarf
+
+    def find(self, name: str) -> Type | None:
+        made = self.btf.find(name)
+        return self.dwarf.find(name) if made is None else made
+
+    def names(self) -> set[str]:
+        return {*self.btf.names(), *self.dwarf.names()}
+
+
+def _bind(spec: MapSpec, binding: Binding, types: _Types, where: str) -> MapSpec:
+    def bad(why: str) -> LayoutError:
+        return LayoutError(f"{where}: map {spec.name!r}: {why}", object=where, map=spec.name)
+
+    sides: dict[str, Type | None] = {"key": spec.key, "value": spec.value}
+    inferred = []
+    wanted: tuple[tuple[Literal["key", "value"], str | None, int], ...] = (
+        ("key", binding.key, spec.key_size), ("value", binding.value, spec.value_size),
     )  # fmt: skip
+    for side, type_name, size in wanted:
+        if type_name is not None:
+            made = types.find(type_name)
+            if made is None:
+                raise bad(f"no type {type_name!r} in the object's BTF or debug information")
+            if made.size != size:
+                raise bad(f"{side} is {size} bytes but type {type_name!r} has {made.size}")
+            sides[side] = made
+        elif sides[side] is None and size and spec.type in _TYPED:
+            # Reading debug information takes its time, so that a mere proposal does without.
+            names = types.names() if binding.infer else types.btf.names()
+            guess = fitting(spec.name, side, size, names, types.find)
+            if guess is not None:
+                inferred.append((side, guess))
+                sides[side] = types.find(guess) if binding.infer else None
+            elif binding.infer and (side == "value" or "array" not in spec.type):
+                raise bad(f"infer: no type, or more than one, fits its {side} of {size} bytes by name")
+    return msgspec.structs.replace(spec, key=sides["key"], value=sides["value"], inferred=tuple(inferred))

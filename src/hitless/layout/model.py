@@ -130,6 +130,9 @@ class MapSpec(msgspec.Struct, frozen=True):
     are None when only sizes are known. ``flags`` are the BPF_F_* map flags. ``inner`` is the spec of inner maps.
     ``extra`` is ``map_extra``, whose meaning depends on the type. ``tags`` are the declaration tags of the map's
     variable in C. ``order`` is the byte order of the processor that the object is for.
+    ``slots`` are (index, name) of the programs, or inner maps, that libbpf puts into it when it is loaded.
+    ``inferred`` are (side, type name) of types that were guessed by size and name: where the user accepted that, the
+    side has the type, else the guess is a proposal and the side has none.
     """
 
     name: str
@@ -145,6 +148,12 @@ class MapSpec(msgspec.Struct, frozen=True):
     extra: int = 0
     tags: tuple[str, ...] = ()
     order: Order = "little"
+    slots: tuple[tuple[int, str], ...] = ()
+    inferred: tuple[tuple[str, str], ...] = ()
+
+    def inferred_type(self, side: str) -> str | None:
+        """The name of the type that was guessed for ``key`` or ``value``, or None."""
+        return dict(self.inferred).get(side)
 
 
 class ProgramSpec(msgspec.Struct, frozen=True):
