@@ -7,6 +7,7 @@ A plan is made from what is live and what the release declares. A person can rea
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection, Mapping
 
 import msgspec
@@ -33,6 +34,7 @@ def make_plan(
     what the plan says they lose. Raises BundleError or LayoutError for rules that cannot apply, UnsupportedError
     for changes that this version cannot make.
     """
+    _check_order(bundle)
     current = state.current
     if current is None:
         start_type = "normal"
@@ -66,6 +68,17 @@ def make_plan(
         maps=maps,
         hooks=hooks,
     )
+
+
+def _check_order(bundle: Bundle) -> None:
+    for name, spec in bundle.maps.items():
+        if spec.order != sys.byteorder:
+            raise UnsupportedError(
+                f"map {name} of {bundle.path} is for a {spec.order}-endian processor, and this one is "
+                f"{sys.byteorder}-endian: take the release that was compiled for it",
+                feature=f"{spec.order}-endian objects",
+                map=name,
+            )
 
 
 def _check_names(current: Generation, bundle: Bundle, allow_loss: Collection[str]) -> None:
