@@ -7,6 +7,7 @@ A plan is made from what is live and what the release declares. A person can rea
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection, Mapping
 
 import msgspec
@@ -31,8 +32,15 @@ def make_plan(
 
     ``cgroups`` has the kernel's id of each target of the bundle's hooks; ``allow_loss`` names maps that may lose
     what the plan says they lose. Raises BundleError or LayoutError for rules that cannot apply, UnsupportedError
-    for changes that this version cannot make.
+    for changes that this version cannot make, and for a release that is for processors of the other byte order.
     """
+    foreign = next((spec for spec in bundle.maps.values() if spec.order != sys.byteorder), None)
+    if foreign is not None:
+        raise UnsupportedError(
+            f"bundle {bundle.name} is for {foreign.order}-endian processors, and this one is {sys.byteorder}-endian: "
+            "compile it with -target bpf here, or for this byte order",
+            feature=f"{foreign.order}-endian objects on this processor", map=foreign.name,
+        )  # fmt: skip
     current = state.current
     if current is None:
         start_type = "normal"
