@@ -145,7 +145,7 @@ def _instrumented() -> Any:
         return contextlib.nullcontext()
     import atheris
 
-    return atheris.instrument_imports(include=["hitless.layout", "hitless.upgrade.bundle"])
+    return atheris.instrument_imports(include=["hitless.layout", "hitless.bundle"])
 
 
 def _guided(case: Callable[[bytes], None], mutate: Mutator, whole: list[bytes], corpus: Path, seed: int) -> None:

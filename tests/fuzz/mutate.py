@@ -97,7 +97,7 @@ def elf(data: bytes, dice: random.Random) -> bytes:
     out = bytearray(data)
     for _ in range(_few(dice)):
         header, (_name, kind, _flags, _addr, offset, size, *_rest) = dice.choice(sections)
-        match dice.randrange(6):
+        match dice.randrange(8):
             case 0:
                 _put(out, header + 4 * dice.randrange(16), _word(dice, len(out)))
             case 1:  # symbols
@@ -109,6 +109,10 @@ def elf(data: bytes, dice: random.Random) -> bytes:
                 out[place : place + len(word)] = word
             case 3:
                 _put(out, 4 * dice.randrange(16), _word(dice, len(sections)))
+            case 4 if kind != 8 and 0 < size <= len(out):  # what is in it: debug information, relocations
+                for _ in range(_few(dice)):
+                    place = (offset + dice.randrange(size)) % len(out)
+                    out[place] = dice.choice((0, 1, 0x7F, 0x80, 0xFF, dice.randrange(256)))
             case _:
                 for place, (_, _, _, _, start, length, *_) in sections:
                     if data[start : start + 2] == b"\x9f\xeb" and place + 40 <= len(out):
@@ -177,7 +181,7 @@ def manifest(data: bytes, dice: random.Random) -> bytes:
 
 
 #: By the name of the format.
-MUTATORS: dict[str, Mutator] = {"elf": elf, "btf": btf, "snapshot": snapshot, "manifest": manifest}
+MUTATORS: dict[str, Mutator] = {"elf": elf, "btf": btf, "snapshot": snapshot, "kmesh": snapshot, "manifest": manifest}
 
 _ODD: tuple[Any, ...] = (
     None, True, 0, 1, -1, 3, 8, 64, 1 << 31, 1 << 32, 1 << 63, 1 << 64, 1 << 200, 1.5, 1e308, "", "x", "key", "record",

@@ -13,6 +13,7 @@ from elftools.elf.elffile import ELFFile
 
 from hitless.bundle import MANIFEST, Bundle
 from hitless.errors import BundleError, LayoutError, UnsupportedError
+from hitless.layout import kmesh
 from hitless.layout.btf import Btf
 from hitless.layout.codec import Codec
 from hitless.layout.diff import diff_maps
@@ -73,7 +74,7 @@ attach = [
 name = 'mesh'
 version = "2.0.0-\xc3\xa9"
 [map]
-service = { on_loss = "discard", field = { hits = { merge = "max" }, port = { default = 1.5 } } }
+service = { on_loss = "discard", field = { hits = { merge = "max" }, port = { default = 7 } } }
 blind.key = "int"
 "small.bss".was = "small.data"
 """,
@@ -81,7 +82,7 @@ blind.key = "int"
 
 
 def compiled(source: str) -> bytes:
-    """The object that clang makes of C source; without DWARF, which makes it five times as large."""
+    """The object that clang makes of C source."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.o"
         command = ["clang-19", "-target", "bpf", "-g", "-O2", "-x", "c", "-c", "-o", str(out), "-"]
@@ -105,7 +106,8 @@ def seeds(name: str) -> list[bytes]:
     objects += [file.read_bytes() for file in sorted(RELEASES.glob("*/*.bpf.o"))]
     if name == "btf":
         return [btf_of(data) for data in objects]
-    return [dump({"o": read_object(data, "o")}) for data in objects]
+    write = kmesh.dump if name == "kmesh" else dump
+    return [write({"o": read_object(data, "o")}) for data in objects]
 
 
 def targets(folder: Path) -> dict[str, Target]:
@@ -114,7 +116,8 @@ def targets(folder: Path) -> dict[str, Target]:
     return {
         "elf": read_elf,
         "btf": lay_out,
-        "snapshot": read_snapshot,
+        "snapshot": lambda data: read_snapshot(data, load),
+        "kmesh": lambda data: read_snapshot(data, kmesh.load),
         "manifest": lambda data: read_manifest(folder, data),
     }
 
@@ -169,9 +172,9 @@ def lay_out(data: bytes) -> None:
         raise refusal
 
 
-def read_snapshot(data: bytes) -> None:
+def read_snapshot(data: bytes, reader: Callable[[bytes], dict[str, ObjectSpec]]) -> None:
     """A snapshot that is accepted is the same after another round."""
-    found = load(data)
+    found = reader(data)
     keep(found)
     for spec in found.values():
         use(spec.maps)

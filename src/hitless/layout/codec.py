@@ -334,8 +334,8 @@ def _code(made: Type) -> str | None:
         case Int() | Enum():
             code = {1: "b", 2: "h", 4: "i", 8: "q"}[made.size]
             return code if made.signed else code.upper()
-        case Pointer(size=8):
-            return "Q"
+        case Pointer(size=size):
+            return {4: "I", 8: "Q"}[size]
         case Float(size=size) if size in _FLOATS:
             return _FLOATS[size]
         case Record(union=False):

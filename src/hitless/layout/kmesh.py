@@ -22,6 +22,7 @@ import msgspec
 
 from hitless.errors import LayoutError
 from hitless.layout.model import Array, Field, Int, MapSpec, ObjectSpec, Opaque, Pointer, Record, Type
+from hitless.layout.snapshot import check
 
 __all__ = ["dump", "is_kmesh", "load"]
 
@@ -123,6 +124,7 @@ def load(data: bytes) -> dict[str, ObjectSpec]:
             value = _whole(entry.value, entry.value_size, doubtful)
             specs.append(MapSpec(name, _TYPES[entry.type], *numbers, key, value))
         out[program] = ObjectSpec(program, tuple(specs), ())
+    check(out, "Kmesh snapshot")
     return out
 
 

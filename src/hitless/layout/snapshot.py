@@ -11,7 +11,7 @@ from hitless.errors import LayoutError, UnsupportedError
 from hitless.layout.members import overlapping, repeated
 from hitless.layout.model import Array, Enum, Field, Float, Int, MapSpec, ObjectSpec, Pointer, Record, Type
 
-__all__ = ["SCHEMA", "dump", "load"]
+__all__ = ["SCHEMA", "check", "dump", "load"]
 
 SCHEMA = 1
 _MAX_DEPTH = 64
@@ -47,8 +47,14 @@ def load(data: bytes) -> dict[str, ObjectSpec]:
         objects = msgspec.json.decode(data, type=_Snapshot).objects
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise LayoutError(f"snapshot: damaged: {error}") from error
+    check(objects, "snapshot")
+    return objects
+
+
+def check(objects: Mapping[str, ObjectSpec], what: str) -> None:
+    """Whether these objects, read from ``what``, can be. Raises :class:`LayoutError` that names map and field."""
     for name, spec in objects.items():
-        where = f"snapshot: object {name!r}"
+        where = f"{what}: object {name!r}"
         _check_text(where, name, spec.name, spec.license)
         for program in spec.programs:
             _check_text(where, program.name, program.section, program.type, program.attach_type)
@@ -58,7 +64,6 @@ def load(data: bytes) -> dict[str, ObjectSpec]:
                 raise LayoutError(f"{where}: map {item.name!r} is there twice")
             seen.add(item.name)
             _check_map(item, f"{where}: map {item.name!r}")
-    return objects
 
 
 def _check_text(where: str, *texts: str) -> None:
