@@ -81,11 +81,11 @@ blind.key = "int"
 )
 
 
-def compiled(source: str) -> bytes:
+def compiled(source: str, target: str = "bpf") -> bytes:
     """The object that clang makes of C source."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.o"
-        command = ["clang-19", "-target", "bpf", "-g", "-O2", "-x", "c", "-c", "-o", str(out), "-"]
+        command = ["clang-19", "-target", target, "-g", "-O2", "-x", "c", "-c", "-o", str(out), "-"]
         subprocess.run(command, input=source, text=True, check=True, timeout=60)
         return out.read_bytes()
 
@@ -100,7 +100,7 @@ def seeds(name: str) -> list[bytes]:
     """Whole files of one format, from real objects."""
     if name == "manifest":
         return list(MANIFESTS)
-    objects = [compiled(EVERYTHING.read_text()), compiled(SMALL)]
+    objects = [compiled(EVERYTHING.read_text()), compiled(SMALL), compiled(SMALL, "bpfeb")]
     if name == "elf":
         return objects
     objects += [file.read_bytes() for file in sorted(RELEASES.glob("*/*.bpf.o"))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import cffi
 import pytest
+from elftools.elf.elffile import ELFFile
 
 from hitless.errors import LayoutError
 from hitless.layout.btf import Btf
@@ -305,6 +307,16 @@ def test_objects_with_everything_are_read_as_libbpf_reads_them(
     tally = Tally()
     compare_object(compile_bpf(source, *flags), tally)
     print(f"agreed with libbpf: {tally}")
+
+
+def test_types_of_the_other_byte_order_are_read_as_libbpf_reads_them(compile_bpf: Compile) -> None:
+    data = compile_bpf(EVERYTHING, "-target", "bpfeb")
+    # libbpf swaps bytes of BTF, but opens no such object.
+    found: Any = ELFFile(io.BytesIO(data)).get_section_by_name(".BTF")
+    tally = Tally()
+    with opened_btf(found.data()) as oracle:
+        compare_types(read_btf(data, "o"), oracle, tally)
+    print(f"agreed with libbpf, big-endian: {tally}")
 
 
 def test_the_daemons_releases_are_read_as_libbpf_reads_them() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +85,7 @@ class Map(Object):
             value_size=info.value_size,
             max_entries=info.max_entries,
             flags=info.flags,
+            order=sys.byteorder,
             key=types.layout(info.key_type_id) if types and info.key_type_id else None,
             value=types.layout(info.value_type_id) if types and info.value_type_id else None,
         )

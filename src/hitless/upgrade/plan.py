@@ -32,15 +32,9 @@ def make_plan(
 
     ``cgroups`` has the kernel's id of each target of the bundle's hooks; ``allow_loss`` names maps that may lose
     what the plan says they lose. Raises BundleError or LayoutError for rules that cannot apply, UnsupportedError
-    for changes that this version cannot make, and for a release that is for processors of the other byte order.
+    for changes that this version cannot make.
     """
-    foreign = next((spec for spec in bundle.maps.values() if spec.order != sys.byteorder), None)
-    if foreign is not None:
-        raise UnsupportedError(
-            f"bundle {bundle.name} is for {foreign.order}-endian processors, and this one is {sys.byteorder}-endian: "
-            "compile it with -target bpf here, or for this byte order",
-            feature=f"{foreign.order}-endian objects on this processor", map=foreign.name,
-        )  # fmt: skip
+    _check_order(bundle)
     current = state.current
     if current is None:
         start_type = "normal"
@@ -74,6 +68,17 @@ def make_plan(
         maps=maps,
         hooks=hooks,
     )
+
+
+def _check_order(bundle: Bundle) -> None:
+    for name, spec in bundle.maps.items():
+        if spec.order != sys.byteorder:
+            raise UnsupportedError(
+                f"map {name} of {bundle.path} is for a {spec.order}-endian processor, and this one is "
+                f"{sys.byteorder}-endian: take the release that was compiled for it",
+                feature=f"{spec.order}-endian objects",
+                map=name,
+            )
 
 
 def _check_names(current: Generation, bundle: Bundle, allow_loss: Collection[str]) -> None:
