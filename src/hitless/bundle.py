@@ -39,7 +39,7 @@ _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "attach": {"program": str, "hook": str, "target": str, "link": str, "was": str},
     "map": {
         "was": str, "key": str, "value": str, "old_value": str, "convert": str, "on_collision": str, "on_loss": str,
-        "field": dict,
+        "infer": bool, "field": dict,
     },
     "field": {"was": str, "merge": str, "default": (int, float)},
 }  # fmt: skip
@@ -146,7 +146,10 @@ class _Reader:
         self._check(manifest.get("bundle", {}), "bundle", ("bundle",))
         for name, entry in manifest.get("map", {}).items():
             self._check(entry, "map", ("map", name))
-        bindings = {name: Binding(rule.get("key"), rule.get("value")) for name, rule in manifest.get("map", {}).items()}
+        bindings = {
+            name: Binding(rule.get("key"), rule.get("value"), rule.get("infer", False))
+            for name, rule in manifest.get("map", {}).items()
+        }
         objects = [
             self._object(entry, bindings, ("object", str(index)))
             for index, entry in enumerate(manifest.get("object", []))
@@ -207,7 +210,7 @@ class _Reader:
                     f"{self._where((*path, key))}: folding several maps into one is not supported yet",
                     feature="map.was list",
                 )
-            if not isinstance(value, known[key]) or isinstance(value, bool):
+            if not isinstance(value, known[key]) or (isinstance(value, bool) and known[key] is not bool):
                 wanted = known[key]
                 names = wanted.__name__ if isinstance(wanted, type) else " or ".join(one.__name__ for one in wanted)
                 self._fail((*path, key), f"{key} must be of type {names}, not {type(value).__name__}")

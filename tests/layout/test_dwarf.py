@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from hitless.bundle import Bundle
 from hitless.errors import HitlessError, LayoutError
 from hitless.layout.diff import diff_map
 from hitless.layout.dwarf import Dwarf
 from hitless.layout.elf import Binding, read_btf, read_object
 from hitless.layout.model import MapSpec
+from hitless.layout.show import show_map
 
 Compile = Callable[..., bytes]
 
@@ -120,6 +123,21 @@ def test_an_accepted_proposal_gives_the_type_and_is_shown_as_inferred(compile_bp
     changed = diff_map(spec, grown)
     assert changed.verdict == "lossy"
     assert changed.value is not None
+
+
+def test_what_was_inferred_is_shown_as_such(compile_bpf: Compile) -> None:
+    assert "value (inferred): struct service_value {" in show_map(infer(compile_bpf, ONE, accept=True))
+    proposed = show_map(infer(compile_bpf, ONE, accept=False))
+    assert "value: 4 bytes, type not known; service_value alone fits by size and name" in proposed
+
+
+def test_a_manifest_accepts_it_map_by_map(compile_bpf: Compile, tmp_path: Path) -> None:
+    (tmp_path / "a.bpf.o").write_bytes(compile_bpf(TYPES + SIZED, "-Wno-everything"))
+    manifest = '[bundle]\nname = "a"\nversion = "1"\n[[object]]\nfile = "a.bpf.o"\n'
+    (tmp_path / "bundle.toml").write_text(manifest)
+    assert Bundle.load(tmp_path).maps["km_service"].value is None
+    (tmp_path / "bundle.toml").write_text(manifest + "[map.km_service]\ninfer = true\n")
+    assert Bundle.load(tmp_path).maps["km_service"].inferred == (("key", "service_key"), ("value", "service_value"))
 
 
 @pytest.mark.parametrize(

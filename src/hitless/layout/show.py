@@ -32,10 +32,12 @@ def show_map(spec: MapSpec) -> str:
     """One map: its definition in a line, then its key and its value."""
     lines = [f"map {spec.name}: {', '.join((*describe(spec), *(f'tag {tag}' for tag in spec.tags)))}"]
     for side, made, size in (("key", spec.key, spec.key_size), ("value", spec.value, spec.value_size)):
+        guess = spec.inferred_type(side)
         if made is not None:
-            lines += _indented(f"{side}:", show_type(made))
+            lines += _indented(f"{side}{' (inferred)' if guess else ''}:", show_type(made))
         elif size:
-            lines.append(f"{_INDENT}{side}: {size} bytes, type not known")
+            proposal = f"; {guess} alone fits by size and name" if guess else ""
+            lines.append(f"{_INDENT}{side}: {size} bytes, type not known{proposal}")
     if spec.inner is not None:
         lines += _indented("inner:", show_map(spec.inner))
     return "\n".join(lines)
