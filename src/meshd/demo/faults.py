@@ -57,13 +57,13 @@ def _skip_copy() -> None:
 
 def _skip_catch_up() -> None:
     """What old programs wrote after the copy stays behind."""
-    mock.patch.object(transaction, "merge_round", lambda carriage: 0).start()
+    mock.patch.object(transaction, "merge_round", lambda carriage, last=False: 0).start()
 
 
 def _overwrite() -> None:
     """The catch-up copies once more instead of merging, over what the new programs have written already."""
 
-    def merge_round(carriage: Carriage) -> int:
+    def merge_round(carriage: Carriage, last: bool = False) -> int:
         keys, values = carriage.source.entries()
         carriage.target.write(carriage.keys(keys), carriage.values(values, keys))
         return len(keys)
