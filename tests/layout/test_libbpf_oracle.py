@@ -88,7 +88,18 @@ DATASEC, FLOAT, DECL_TAG, ENUM64 = 15, 16, 17, 19
 
 EVERYTHING = (Path(__file__).parent / "everything.bpf.c").read_text()
 NO_DATA = 'struct { __uint(type, 2); __uint(max_entries, 1); __type(key, int); __type(value, long); } m SEC(".maps");'
-SOURCES = {"everything": EVERYTHING, "no data": NO_DATA}
+KCONFIG = """
+#define __kconfig __attribute__((section(".kconfig")))
+#define __weak __attribute__((weak))
+extern int LINUX_KERNEL_VERSION __kconfig;
+extern _Bool CONFIG_BPF __kconfig __weak;
+extern char CONFIG_DEFAULT_HOSTNAME[16] __kconfig __weak;
+extern unsigned long CONFIG_HZ __kconfig __weak;
+extern char CONFIG_LOCALVERSION[9] __kconfig __weak;
+SEC("xdp") int told(void *ctx)
+{ return LINUX_KERNEL_VERSION + CONFIG_HZ + CONFIG_BPF + CONFIG_DEFAULT_HOSTNAME[0] + CONFIG_LOCALVERSION[0]; }
+"""
+SOURCES = {"everything": EVERYTHING, "no data": NO_DATA, "kconfig": NO_DATA + KCONFIG}
 
 
 class Tally:

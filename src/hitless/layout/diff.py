@@ -92,8 +92,8 @@ class MapDiff(msgspec.Struct, frozen=True):
 
 
 def is_constant(spec: MapSpec) -> bool:
-    """Whether the map holds constants that come with the release's object file (``.rodata``), never state."""
-    return ".rodata" in spec.name  # that of one object among several is called OBJECT.rodata
+    """Whether the map holds constants of the release (``.rodata``) or the kernel (``.kconfig``), never state."""
+    return ".rodata" in spec.name or ".kconfig" in spec.name  # of one among several objects: OBJECT.rodata
 
 
 def diff_maps(
@@ -166,7 +166,7 @@ def _named(spec: MapSpec) -> set[str]:
 
 
 def _is_data(spec: MapSpec) -> bool:
-    return spec.name.startswith((".data", ".bss", ".rodata"))
+    return spec.name.startswith((".data", ".bss", ".rodata", ".kconfig"))
 
 
 def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDiff:  # noqa: B008 - frozen

@@ -18,7 +18,7 @@ from hitless.layout.btf import Btf, Section
 from hitless.layout.dwarf import DAMAGE, Dwarf
 from hitless.layout.infer import fitting
 from hitless.layout.members import overlapping, repeated
-from hitless.layout.model import Field, Int, MapSpec, ObjectSpec, Order, ProgramSpec, Record, Type
+from hitless.layout.model import Array, Field, Int, MapSpec, ObjectSpec, Order, ProgramSpec, Record, Type
 from hitless.layout.sections import program_type
 
 __all__ = ["MAP_TYPES", "Binding", "read_btf", "read_object"]
@@ -268,7 +268,7 @@ def _is_identifier(name: str) -> bool:
 
 
 def _data_maps(elf: _Elf, btf: Btf, sections: dict[str, Section], name: str) -> list[MapSpec]:
-    # .kconfig and .ksyms hold what the kernel tells a program, no state of anyone, and are left out.
+    # .ksyms hold addresses that the kernel tells a program, no map at all, and are left out.
     out = []
     for index, part in enumerate(elf.parts):
         base = part.name.split(".")[1] if part.name.startswith(".") and len(part.name) > 1 else ""
@@ -285,7 +285,34 @@ def _data_maps(elf: _Elf, btf: Btf, sections: dict[str, Section], name: str) -> 
         if section and any(var.exported and var.name not in hidden for var in section.variables):
             flags |= _MMAPABLE
         out.append(MapSpec(part.name, "array", 4, part.size, 1, flags, Int("int", 4, True), value))
+    if ".kconfig" in sections:
+        out.append(_kconfig(btf, sections[".kconfig"], name))
     return out
+
+
+def _kconfig(btf: Btf, section: Section, name: str) -> MapSpec:
+    """What the kernel's configuration tells a program: externs that the compiler gives no place, so libbpf does.
+
+    The widest alignment first, then the smallest, then by name (libbpf, ``cmp_externs``).
+    """
+    variables = [(btf.layout(var.type_id), var) for var in section.variables]
+    variables.sort(key=lambda pair: (-_alignment(pair[0]), pair[0].size, pair[1].name))
+    fields: list[Field] = []
+    end = 0
+    for made, var in variables:
+        start = -(-end // _alignment(made)) * _alignment(made)
+        fields.append(Field(var.name, made, 8 * start, 0, var.tags))
+        end = start + made.size
+    twice = repeated(fields)
+    if twice is not None or not 0 < end < 1 << 32:
+        why = f"two variables called {twice!r}" if twice else f"{end} bytes of variables"
+        raise LayoutError(f"{name}: section {section.name} has {why}, as no compiler makes it", object=name)
+    value = Record(section.name, end, tuple(fields))
+    return MapSpec(section.name, "array", 4, end, 1, _RDONLY_PROG | _MMAPABLE, Int("int", 4, True), value)
+
+
+def _alignment(made: Type) -> int:
+    return _alignment(made.element) if isinstance(made, Array) else max(made.size, 1)
 
 
 def _data_layout(elf: _Elf, btf: Btf, section: Section, index: int, part: _Part, name: str) -> Record:
