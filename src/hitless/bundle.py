@@ -288,6 +288,9 @@ class _Reader:
         if hook not in _HOOKS:
             self._fail((*path, "hook"), f"unknown hook {hook!r}; known: {', '.join((*_HOOKS, *_HOOKS_NOT_YET))}")
         program = programs[entry["program"]]
+        if not program.autoload:
+            why = f"{program.name} is in section {program.section}, which libbpf does not load"
+            self._fail((*path, "program"), why)
         if not program.attach_type.startswith("cgroup_"):
             what = program.attach_type or "nothing that libbpf knows"
             self._fail(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hitless.layout.conversion import leaves
+from hitless.layout.members import SPECIAL
 from hitless.layout.model import Array, MapSpec, Record, Type
 from hitless.layout.rules import MapRules
 
@@ -11,8 +12,6 @@ __all__ = ["is_global", "obstacle"]
 _CONVERTIBLE_TYPES = ("hash", "lru_hash", "array")
 _PROGRAMS_BARRED = 1 << 7 | 1 << 8  # BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG
 _MAX_WORDS = 2000  # what surely fits one merge program: its jumps reach 32767 instructions
-# Values with these inside hold kernel objects, which a copy of bytes would not carry.
-_KERNEL_OBJECTS = ("bpf_spin_lock", "bpf_res_spin_lock", "bpf_timer", "bpf_wq", "bpf_list_head", "bpf_rb_root")
 
 
 def is_global(name: str) -> bool:
@@ -33,21 +32,22 @@ def obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
             return "its flags bar programs from it (BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG), and the merge is one"
         if spec.value is not None and (found := _kernel_object(spec.value)):
             return f"its value holds a {found}, and converting such maps is not supported yet"
-    if new.value is not None and (words := _words_to_merge(new.value, rules)) > _MAX_WORDS:
+    if (words := _words_to_merge(new, rules)) > _MAX_WORDS:
         return f"its value takes {words} steps to merge, and more than {_MAX_WORDS} are not supported yet"
     return None
 
 
-def _words_to_merge(value: Type, rules: MapRules) -> int:
+def _words_to_merge(spec: MapSpec, rules: MapRules) -> int:
     """Size of the merge program: a step for a field or 8 bytes of one; max and min try again and again."""
-    return sum(4 if leaf.merge in ("max", "min") else max(1, leaf.size // 8) for leaf in leaves(value, rules))
+    fields = leaves(spec.value, rules, spec.tags) if spec.value is not None else ()
+    return sum(4 if leaf.merge in ("max", "min") else max(1, leaf.size // 8) for leaf in fields)
 
 
 def _kernel_object(layout: Type) -> str | None:
     if isinstance(layout, Array):
         return _kernel_object(layout.element)
     if isinstance(layout, Record):
-        if layout.name in _KERNEL_OBJECTS:
+        if layout.name in SPECIAL:  # bytes that belong to the kernel, and that a copy would not carry
             return layout.name
         return next((found for field in layout.fields if (found := _kernel_object(field.type))), None)
     return None

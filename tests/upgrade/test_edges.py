@@ -314,3 +314,11 @@ def test_the_same_command_may_be_given_twice(node: hitless.Node, release: Releas
     hitless.apply(node, release(2))
     hitless.apply(node, release(1), allow_loss=["tally", "limit", "extra"])
     assert hitless.apply(node, release(1), allow_loss=["tally", "limit", "extra"]).start_type == "restart"
+
+
+def test_a_program_that_is_loaded_only_when_asked_for_is_left_out(node: hitless.Node, make: Make) -> None:
+    optional = 'SEC("?cgroup/connect6") int spare(struct bpf_sock_addr *ctx) { return 1; }\n'
+    hitless.apply(node, make("1.0", store("__u32 a;"), optional + PROGRAM))
+    assert [path.name for path in (node.root / "progs").iterdir()] == ["count4"]
+    with pytest.raises(hitless.BundleError, match="which libbpf does not load"):
+        make("2.0", store("__u32 a;"), PROGRAM.replace("cgroup/connect4", "?cgroup/connect4"))

@@ -97,7 +97,9 @@ def load_object(data: bytes, name: str, reuse: Mapping[str, Map]) -> Loaded:
             program = lib().bpf_object__next_program(handle, ffi.NULL)
             while program:
                 title = ffi.string(lib().bpf_program__name(program)).decode()
-                programs[title] = Program(os.dup(lib().bpf_program__fd(program)))
+                fd = lib().bpf_program__fd(program)
+                if fd >= 0:  # a section that begins with "?" is not loaded unless asked for
+                    programs[title] = Program(os.dup(fd))
                 program = lib().bpf_object__next_program(handle, program)
             return Loaded({title: Map(os.dup(lib().bpf_map__fd(entry))) for title, entry in maps.items()}, programs)
         finally:

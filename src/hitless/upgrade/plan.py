@@ -16,7 +16,7 @@ from hitless.bundle import Attach, Bundle, unite_maps
 from hitless.carry import is_global, obstacle
 from hitless.errors import BundleError, UnsupportedError
 from hitless.layout.conversion import leaves
-from hitless.layout.diff import MapDiff, diff_maps
+from hitless.layout.diff import MapDiff, diff_maps, is_constant
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
 from hitless.upgrade.model import Generation, HookPlan, MapPlan, NodeState, Plan
@@ -157,10 +157,10 @@ def _exactness(spec: MapSpec, rules: MapRules) -> str:
 def _plan_globals(current: Generation, bundle: Bundle, allow_loss: Collection[str]) -> list[MapPlan]:
     """Global data are in no pin: each release starts with its own, and what programs wrote is lost."""
     plans = []
-    old = {spec.name for spec in _globals_of(current)}
-    for name in (*(name for name in bundle.maps if is_global(name)), *sorted(old - set(bundle.maps))):
+    old = {spec.name: spec for spec in _globals_of(current)}
+    for name in (*(name for name in bundle.maps if is_global(name)), *sorted(old.keys() - set(bundle.maps))):
         rules = bundle.rules.get(name, MapRules())
-        written = name in old and ".rodata" not in name and ".kconfig" not in name
+        written = name in old and not is_constant(old[name])
         loss = ("variables written by programs: carrying global data is not supported yet",) if written else ()
         action = ("discard" if written else "create") if name in bundle.maps else "drop"
         allowed = rules.on_loss == "discard" or name in allow_loss

@@ -239,10 +239,6 @@ class MeshdProcess:
             said = self._log.read_text().strip().splitlines()[-8:]
             raise NodeError("\n  ".join([error.message, *said])) from error
 
-    def wait_for_config(self, seconds: float = 10.0) -> dict[str, Any]:
-        """Return the next event that says a new service file is in force."""
-        return self.lines.wait_for({"event": ("config",)}, seconds)
-
     def stop(self, seconds: float = 20.0) -> int:
         """Ask it to end, and return its exit code; raises NodeError when it does not end."""
         self.process.send_signal(signal.SIGTERM)
