@@ -22,7 +22,7 @@ __all__ = ["Daemon", "ExitType", "Settings"]
 ExitType = Literal["restart", "normal"]
 
 _PROGRESS = 0.2  # s between two lines about the same step
-_LOOK = 0.5  # s between looks whether the follower is still there
+_LOOK = 0.05  # s between looks whether a signal came, and whether the follower is still there
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -57,12 +57,12 @@ class Daemon:
         A signal during an upgrade takes effect when the upgrade is done. Raises HitlessError when the mesh cannot
         be started: what was live before is live still.
         """
-        with _signals_set(self._stop):
+        with _signals_noted() as noted:
             self._follower.load()
             try:
                 self._start()
-                while not self._stop.wait(_LOOK) and not self._follower.ended():
-                    pass
+                while not noted and not self._follower.ended():
+                    time.sleep(_LOOK)
             finally:
                 self._stop.set()
                 self._follower.finish()
@@ -104,11 +104,16 @@ class Daemon:
 
 
 @contextmanager
-def _signals_set(stop: threading.Event) -> Iterator[None]:
+def _signals_noted() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT are put on the list and do nothing else.
+
+    A handler that set the stop event could wait for ever: the thread that it interrupts may hold the event's lock.
+    """
+    noted: list[int] = []
     numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda _number, _frame: stop.set()) for number in numbers]
+    before = [signal.signal(number, lambda got, _frame: noted.append(got)) for number in numbers]
     try:
-        yield
+        yield noted
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
