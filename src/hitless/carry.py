@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
+import msgspec
+
 from hitless.layout.conversion import leaves
 from hitless.layout.members import SPECIAL
 from hitless.layout.model import Array, MapSpec, Record, Type
 from hitless.layout.rules import MapRules
 
-__all__ = ["is_global", "obstacle"]
+__all__ = ["KINDS", "Way", "is_global", "obstacle", "way"]
 
-_CONVERTIBLE_TYPES = ("hash", "lru_hash", "array")
 _PROGRAMS_BARRED = 1 << 7 | 1 << 8  # BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG
 _MAX_WORDS = 2000  # what surely fits one merge program: its jumps reach 32767 instructions
 
@@ -19,11 +23,57 @@ def is_global(name: str) -> bool:
     return "." in name  # bpffs refuses a dot, so no other map has one
 
 
+class Way(msgspec.Struct, frozen=True):
+    """How the contents of a map are carried: the ``kind`` of carrier, its ``method`` and ``exactness`` in words."""
+
+    kind: str
+    method: str
+    exactness: str = "exact"
+
+
+#: The kind of carrier that each type of map has.
+KINDS: dict[str, str] = {
+    "hash": "entries",
+    "lru_hash": "entries",
+    "array": "entries",
+}
+
+
+def way(old: MapSpec, new: MapSpec, rules: MapRules) -> Way | str:
+    """How ``old`` becomes ``new``, or why this version cannot."""
+    found = obstacle(old, new, rules)
+    if found is not None:
+        return found
+    return _WAYS[KINDS[new.type]](old, new, rules)
+
+
+def _entries(_old: MapSpec, new: MapSpec, rules: MapRules) -> Way:
+    return Way("entries", "batch copy, merge in the kernel", _exactness(new, rules))
+
+
+_WAYS: dict[str, Callable[[MapSpec, MapSpec, MapRules], Way]] = {
+    "entries": _entries,
+}
+
+
+def _exactness(spec: MapSpec, rules: MapRules) -> str:
+    assert spec.value is not None  # a convertible map has layouts
+    if spec.type == "lru_hash":
+        return "best-effort: an LRU map may evict entries at any time"
+    # Elements of one array are told once: `backends[].addr`.
+    paths = (re.sub(r"\[\d+\]", "[]", leaf.path) for leaf in leaves(spec.value, rules, spec.tags) if not leaf.atomic)
+    loose = list(dict.fromkeys(paths))
+    if not loose:
+        return "exact"
+    shown = ", ".join(loose[:3]) + (f" and {len(loose) - 3} more" if len(loose) > 3 else "")
+    return f"exact, but best-effort where programs of both releases write these at once: {shown}"
+
+
 def obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
     """Why entries of ``old`` cannot be converted into ``new`` by this version, or None."""
     if old.type != new.type:
         return f"from a map of type {old.type} to {new.type} is not supported yet"
-    if new.type not in _CONVERTIBLE_TYPES:
+    if new.type not in KINDS:
         return f"converting maps of type {new.type} is not supported yet"
     if new.type == "array" and new.max_entries < old.max_entries:
         return "making an array smaller is not supported yet"

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import hitless
-from hitless.upgrade import transaction
+from hitless.upgrade.copy import Carriage
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.upgrade.conftest import Release
@@ -84,8 +84,8 @@ def test_no_increment_is_lost_or_gained_while_upgrades_go_back_and_forth(
 def test_without_the_catch_up_increments_are_lost(
     node: hitless.Node, release: Release, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transaction, "merge_round", lambda carriage, last=False: 0)
-    monkeypatch.setattr(transaction, "verify_copy", lambda carriage, writing: None)
+    monkeypatch.setattr(Carriage, "catch_up", lambda carriage, last=False: 0)
+    monkeypatch.setattr(Carriage, "verify", lambda carriage: None)
     hitless.apply(node, release(1))
     with clients(lab) as tries:
         for _ in range(10):

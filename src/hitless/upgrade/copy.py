@@ -6,6 +6,7 @@ import errno
 import secrets
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -14,16 +15,17 @@ import numpy.typing as npt
 from hitless.errors import KernelError, LossNotAllowedError, VerifyError
 from hitless.kernel.codegen import Merger
 from hitless.kernel.maps import Map, Rows, create_like
-from hitless.layout.conversion import Conversion, Converted, Leaf
-from hitless.layout.diff import MapDiff
+from hitless.layout.conversion import Conversion, Converted, Leaf, leaves
+from hitless.layout.model import MapSpec, Type
+from hitless.layout.rules import FieldRule, MapRules
+from hitless.upgrade.carrier import Carrier, Passage, Tally
 
 __all__ = [
     "Carriage",
-    "Tally",
+    "carry_entries",
     "copy_entries",
     "fill_way_back",
     "match_rows",
-    "prepare_carriage",
     "verify_copy",
     "way_back",
 ]
@@ -32,18 +34,6 @@ Indices = npt.NDArray[np.intp]
 
 # Keys may come from the network: nobody outside can make many of them share a mark.
 _SEED = np.uint64(secrets.randbits(64))
-
-
-class Tally:
-    """Counts of one map's journey, filled while it goes on; what did not fit is in ``lost``, by field path."""
-
-    def __init__(self) -> None:
-        self.entries = 0
-        self.copied = 0
-        self.rounds = 0
-        self.caught_up = 0
-        self.seconds = 0.0
-        self.lost: dict[str, int] = {}
 
 
 class Carriage(msgspec.Struct):
@@ -71,7 +61,32 @@ class Carriage(msgspec.Struct):
     merger: Merger
     tally: Tally
     written: set[bytes]
+    writing: threading.RLock
     going_back: bool = False
+
+    def copy(self, progress: Callable[[int], None]) -> None:
+        """See :class:`Carrier`; a second pass follows at once, since the first takes long."""
+        copy_entries(self, self.writing, progress)
+        self.tally.entries = self.tally.copied
+        self.catch_up()
+
+    def verify(self) -> None:
+        """See :class:`Carrier`."""
+        verify_copy(self, self.writing)
+
+    def catch_up(self, last: bool = False) -> int:
+        """See :class:`Carrier`."""
+        from hitless.upgrade.merge import merge_round  # which builds on this module
+
+        with self.writing:
+            return merge_round(self, last)
+
+    def turned(self, pin: Path, fresh: bool) -> Carrier:
+        """See :class:`Carrier`."""
+        base = fill_way_back(self) if fresh else Map.open(pin)
+        if fresh:
+            base.pin(pin)
+        return way_back(self, base)
 
     @property
     def can_wait_for_room(self) -> bool:
@@ -122,19 +137,18 @@ class Carriage(msgspec.Struct):
             self.tally.lost[misfit.path] = self.tally.lost.get(misfit.path, 0) + misfit.count
 
 
-def prepare_carriage(
-    name: str,
-    source: Map,
-    target: Map,
-    base: Map,
-    diff: MapDiff,
-    fields: tuple[Leaf, ...],
-    back_fields: tuple[Leaf, ...],
-    lossy_allowed: bool,
-) -> Carriage:
-    """The carriage for map ``name``, its merge program loaded. Raises KernelError if the verifier refuses that."""
+def carry_entries(passage: Passage) -> Carriage:
+    """The carrier of entries, its merge program loaded. Raises KernelError if the verifier refuses that."""
+    source, target, diff = passage.source, passage.target, passage.diff
+    if passage.fresh:
+        base = create_like(source, f"base_{passage.name}")
+        base.pin(passage.pin)
+    else:
+        base = Map.open(passage.pin)
+    fields = leaves(_value_of(passage.new), passage.rules, passage.new.tags)
+    back_fields = leaves(_value_of(passage.old), _turned(passage.rules), passage.old.tags)
     return Carriage(
-        name=name,
+        name=passage.name,
         source=source,
         target=target,
         base=base,
@@ -144,11 +158,23 @@ def prepare_carriage(
         back_value=diff.value.inverse() if diff.value else None,
         leaves=fields,
         back_leaves=back_fields,
-        lossy_allowed=lossy_allowed,
-        merger=Merger(name, source, target, base, fields),
+        lossy_allowed=passage.lossy_allowed,
+        merger=Merger(passage.name, source, target, base, fields),
         tally=Tally(),
         written=set(),
+        writing=passage.writing,
     )
+
+
+def _turned(rules: MapRules) -> MapRules:
+    """The merge policies of ``rules`` for the fields of the old release: counts are taken back as counts."""
+    fields = {rule.was or path: FieldRule(merge=rule.merge) for path, rule in rules.fields.items()}
+    return MapRules(fields=fields)
+
+
+def _value_of(spec: MapSpec) -> Type:
+    assert spec.value is not None  # the plan converts no map without layouts
+    return spec.value
 
 
 def fill_way_back(carriage: Carriage) -> Map:
@@ -179,6 +205,7 @@ def way_back(carriage: Carriage, base: Map) -> Carriage:
         merger=Merger(f"{carriage.name}_back", carriage.target, carriage.source, base, carriage.back_leaves),
         tally=Tally(),
         written=set(),
+        writing=carriage.writing,
         going_back=True,
     )
 

@@ -16,6 +16,7 @@ from hitless.errors import KernelError, NodeError
 from hitless.kernel.maps import Map
 from hitless.layout.codec import decode, encode
 from hitless.layout.model import MapSpec, Type
+from hitless.upgrade.carrier import Carrier
 from hitless.upgrade.copy import Carriage
 from hitless.upgrade.merge import forget_deleted, merge_entry, merge_round
 from hitless.upgrade.record import read_record
@@ -28,7 +29,7 @@ class Staged(msgspec.Struct):
 
     maps: dict[str, Map]
     specs: dict[str, MapSpec]
-    carried: dict[str, Carriage]
+    carried: dict[str, Carrier]
 
 
 class Access:
@@ -112,7 +113,14 @@ class MapHandle:
             if staged is not None:
                 if self._name not in staged.maps:
                     raise self._absent(staged.maps)
-                yield staged.maps[self._name], staged.specs[self._name], staged.carried.get(self._name)
+                carrier = staged.carried.get(self._name)
+                if carrier is not None and not isinstance(carrier, Carriage):
+                    raise NodeError(
+                        f"map {self._name} is a {staged.specs[self._name].type}, which cannot be used by its entries "
+                        "while an upgrade carries it; try again when that is done",
+                        map=self._name,
+                    )
+                yield staged.maps[self._name], staged.specs[self._name], carrier
                 return
             path = access.root / "maps" / self._name
             if not path.exists():

@@ -44,7 +44,7 @@ class MapPlan(msgspec.Struct, frozen=True):
     ``action``: ``keep`` (the same map), ``convert`` (a new map, filled from the old), ``create`` (new and empty),
     ``drop`` (the release has it no more), ``discard`` (a new empty map takes its place). ``method`` is how
     entries travel, ``exactness`` what is promised of them meanwhile. ``loss`` names each thing that is lost;
-    ``allowed`` tells whether all of it may be.
+    ``allowed`` tells whether all of it may be. ``kind`` names the carrier of a map that is converted.
     """
 
     name: str
@@ -56,6 +56,7 @@ class MapPlan(msgspec.Struct, frozen=True):
     loss: tuple[str, ...] = ()
     allowed: bool = True
     changes: tuple[Change, ...] = ()
+    kind: str = ""
 
 
 class HookPlan(msgspec.Struct, frozen=True):

@@ -6,16 +6,14 @@ A plan is made from what is live and what the release declares. A person can rea
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Collection, Mapping
 
 import msgspec
 
 from hitless.bundle import Attach, Bundle, unite_maps
-from hitless.carry import is_global, obstacle
+from hitless.carry import is_global, way
 from hitless.errors import BundleError, UnsupportedError
-from hitless.layout.conversion import leaves
 from hitless.layout.diff import MapDiff, diff_maps, is_constant
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
@@ -118,8 +116,10 @@ def _plan_map(
     allowed = rules.on_loss == "discard" or diff.name in allow_loss or diff.was in allow_loss
     losses = tuple(change.loss for change in diff.changes if change.loss)
 
-    def planned(action: str, method: str, exactness: str = "exact", loss: tuple[str, ...] = ()) -> MapPlan:
-        return MapPlan(diff.name, action, diff.was, diff.verdict, method, exactness, loss, allowed, diff.changes)
+    def planned(
+        action: str, method: str, exactness: str = "exact", loss: tuple[str, ...] = (), kind: str = ""
+    ) -> MapPlan:
+        return MapPlan(diff.name, action, diff.was, diff.verdict, method, exactness, loss, allowed, diff.changes, kind)
 
     if diff.verdict == "added":
         return planned("create", "empty")
@@ -132,26 +132,12 @@ def _plan_map(
         return planned("keep", "same map")
     if diff.verdict in ("lossless", "lossy"):
         spec = old[diff.was or diff.name]
-        found = obstacle(spec, bundle.maps[diff.name], rules)
-        if found is None:
-            exactness = _exactness(bundle.maps[diff.name], rules)
-            return planned("convert", "batch copy, merge in the kernel", exactness, losses)
-        return planned("discard", "empty", loss=(f"all entries: {found}", *losses))
+        found = way(spec, bundle.maps[diff.name], rules)
+        if isinstance(found, str):
+            return planned("discard", "empty", loss=(f"all entries: {found}", *losses))
+        return planned("convert", found.method, found.exactness, losses, found.kind)
     reasons = tuple(f"all entries: {change.reason}" for change in diff.changes if change.reason)
     return planned("discard", "empty", loss=reasons or (f"all entries: {diff.verdict}",))
-
-
-def _exactness(spec: MapSpec, rules: MapRules) -> str:
-    assert spec.value is not None  # a convertible map has layouts
-    if spec.type == "lru_hash":
-        return "best-effort: an LRU map may evict entries at any time"
-    # Elements of one array are told once: `backends[].addr`.
-    paths = (re.sub(r"\[\d+\]", "[]", leaf.path) for leaf in leaves(spec.value, rules, spec.tags) if not leaf.atomic)
-    loose = list(dict.fromkeys(paths))
-    if not loose:
-        return "exact"
-    shown = ", ".join(loose[:3]) + (f" and {len(loose) - 3} more" if len(loose) > 3 else "")
-    return f"exact, but best-effort where programs of both releases write these at once: {shown}"
 
 
 def _plan_globals(current: Generation, bundle: Bundle, allow_loss: Collection[str]) -> list[MapPlan]:

@@ -19,16 +19,15 @@ from hitless.errors import BusyError, InterruptedUpgradeError, LossNotAllowedErr
 from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.bpffs import exchange, remove_tree, require_bpffs
 from hitless.kernel.links import Link, cgroup_id
-from hitless.kernel.maps import Map, create_like
+from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program, load_object
-from hitless.layout.conversion import leaves
 from hitless.layout.diff import diff_map
-from hitless.layout.model import MapSpec, Type
-from hitless.layout.rules import FieldRule, MapRules
-from hitless.upgrade.copy import Carriage, Tally, copy_entries, fill_way_back, prepare_carriage, verify_copy, way_back
+from hitless.layout.model import MapSpec
+from hitless.layout.rules import MapRules
+from hitless.upgrade.carrier import Carrier, Passage, Tally
+from hitless.upgrade.carriers import CARRIERS
 from hitless.upgrade.cutover import detach_hooks, switch_back, switch_hooks
 from hitless.upgrade.handle import Staged
-from hitless.upgrade.merge import merge_round
 from hitless.upgrade.model import (
     Cutover,
     Generation,
@@ -208,7 +207,7 @@ class _Upgrade:
         self._record: Record | None = None
         self._maps: dict[str, Map] = {}
         self._programs: dict[str, Program] = {}
-        self._carried: dict[str, Carriage] = {}
+        self._carried: dict[str, Carrier] = {}
         self._steps: dict[str, float] = {}
 
     def restart(self, prepare: Callable[[Node], None] | None) -> Result:
@@ -233,14 +232,14 @@ class _Upgrade:
                 self._carry(bundle.maps, bundle.rules, fresh=True)
                 with node.access.writing:
                     node.access.staged = Staged(self._maps, self._specs(), self._carried)
-                for carriage in self._carried.values():
-                    self._copy(carriage)
+                for carrier in self._carried.values():
+                    self._copy(carrier)
             with self._step("prepare"):
                 if prepare is not None:
                     prepare(node)
             with self._step("verify"):
-                for carriage in self._carried.values():
-                    verify_copy(carriage, node.access.writing)
+                for carrier in self._carried.values():
+                    carrier.verify()
         except BaseException:
             self._drop()
             raise
@@ -325,48 +324,45 @@ class _Upgrade:
             program.pin(node.next / "progs" / name)
 
     def _carry(self, specs: Mapping[str, MapSpec], rules: Mapping[str, MapRules], fresh: bool) -> None:
-        """Prepare the maps to be converted; their bases are made new, or opened if another process filled them."""
+        """Prepare the maps to be converted; ``fresh`` is false if another process had filled what they keep."""
         for entry in self._plan.maps:
             if entry.action != "convert":
                 continue
             if self._current is None:
                 raise NodeError(f"map {entry.name} is to be converted, but nothing runs", map=entry.name)
             name, was = entry.name, entry.was or entry.name
-            source = Map.open(self._node.current / "maps" / was)
+            old, new = self._current.maps[was].spec, msgspec.structs.replace(specs[name], name=name)
             rule = rules.get(name, MapRules())
-            diff = diff_map(self._current.maps[was].spec, msgspec.structs.replace(specs[name], name=name), rule)
-            pin = self._node.next / "base" / name
-            if fresh:
-                base = create_like(source, f"base_{name}")
-                base.pin(pin)
-            else:
-                base = Map.open(pin)
-            fields = leaves(_value_of(specs[name]), rule, specs[name].tags)
-            old = self._current.maps[was].spec
-            back_fields = leaves(_value_of(old), _turned(rule), old.tags)
-            self._carried[name] = prepare_carriage(
-                name, source, self._maps[name], base, diff, fields, back_fields, entry.allowed
+            self._carried[name] = CARRIERS[entry.kind](
+                Passage(
+                    name=name,
+                    source=Map.open(self._node.current / "maps" / was),
+                    target=self._maps[name],
+                    old=old,
+                    new=new,
+                    diff=diff_map(old, new, rule),
+                    rules=rule,
+                    pin=self._node.next / "base" / name,
+                    fresh=fresh,
+                    lossy_allowed=entry.allowed,
+                    writing=self._node.access.writing,
+                )
             )
 
-    def _copy(self, carriage: Carriage) -> None:
-        node, name = self._node, carriage.name
+    def _copy(self, carrier: Carrier) -> None:
         started = time.perf_counter()
 
         def copied(done: int) -> None:
-            self._tell(Progress("copy", name, done))
+            self._tell(Progress("copy", carrier.name, done))
 
-        copy_entries(carriage, node.access.writing, copied)
-        carriage.tally.entries = carriage.tally.copied
-        with node.access.writing:
-            merge_round(carriage)
-        carriage.tally.seconds = time.perf_counter() - started
+        carrier.copy(copied)
+        carrier.tally.seconds = time.perf_counter() - started
 
     def _merge(self, last: bool = False) -> None:
-        for carriage in self._carried.values():
+        for carrier in self._carried.values():
             started = time.perf_counter()
-            with self._node.access.writing:
-                merge_round(carriage, last)
-            carriage.tally.seconds += time.perf_counter() - started
+            carrier.catch_up(last)
+            carrier.tally.seconds += time.perf_counter() - started
 
     def _verify_hooks(self) -> None:
         for hook in self._plan.hooks:
@@ -418,25 +414,16 @@ class _Upgrade:
             if not filled:
                 write_record(record, self._phase("merging-back"))
             for back in backs:
-                merge_round(back, last=True)
+                back.catch_up(last=True)
             write_record(record, self._phase("undone"))
         self._drop()
 
-    def _ways_back(self, directory: Path, filled: bool) -> list[Carriage]:
-        """The carried maps with the sides changed; their bases are made new, or opened if they are ``filled``."""
+    def _ways_back(self, directory: Path, filled: bool) -> list[Carrier]:
+        """The carriers with the sides changed; what they keep is made new, or opened if it is ``filled``."""
         if not filled:
             remove_tree(directory)
             directory.mkdir()
-        backs = []
-        for entry in self._plan.maps:
-            if self._current is None or entry.name not in self._carried:
-                continue
-            carriage = self._carried[entry.name]
-            base = Map.open(directory / entry.name) if filled else fill_way_back(carriage)
-            if not filled:
-                base.pin(directory / entry.name)
-            backs.append(way_back(carriage, base))
-        return backs
+        return [carrier.turned(directory / name, not filled) for name, carrier in self._carried.items()]
 
     def _is_committed(self) -> bool:
         """Whether the exchange happened, by what is there: a signal may come right behind it."""
@@ -496,17 +483,6 @@ class _Upgrade:
             cutover=cutover,
             steps=self._steps,
         )
-
-
-def _turned(rules: MapRules) -> MapRules:
-    """The merge policies of ``rules`` for the fields of the old release: counts are taken back as counts."""
-    fields = {rule.was or path: FieldRule(merge=rule.merge) for path, rule in rules.fields.items()}
-    return MapRules(fields=fields)
-
-
-def _value_of(spec: MapSpec) -> Type:
-    assert spec.value is not None  # the plan converts no map without layouts
-    return spec.value
 
 
 def _finish(node: Node) -> None:

@@ -7,7 +7,6 @@ process only; no product code knows of them.
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -48,27 +47,24 @@ def _reattach() -> None:
 def _skip_copy() -> None:
     """A changed map becomes an empty one; the control plane fills in what it knows."""
 
-    def copy_entries(carriage: Carriage, writing: threading.RLock, progress: Callable[[int], None]) -> None:
-        progress(0)
-
-    mock.patch.object(transaction, "copy_entries", copy_entries).start()
+    mock.patch.object(Carriage, "copy", lambda carriage, progress: progress(0)).start()
     _skip_catch_up()
 
 
 def _skip_catch_up() -> None:
     """What old programs wrote after the copy stays behind."""
-    mock.patch.object(transaction, "merge_round", lambda carriage, last=False: 0).start()
+    mock.patch.object(Carriage, "catch_up", lambda carriage, last=False: 0).start()
 
 
 def _overwrite() -> None:
     """The catch-up copies once more instead of merging, over what the new programs have written already."""
 
-    def merge_round(carriage: Carriage, last: bool = False) -> int:
+    def catch_up(carriage: Carriage, last: bool = False) -> int:
         keys, values = carriage.source.entries()
         carriage.target.write(carriage.keys(keys), carriage.values(values, keys))
         return len(keys)
 
-    mock.patch.object(transaction, "merge_round", merge_round).start()
+    mock.patch.object(Carriage, "catch_up", catch_up).start()
 
 
 FAULTS: dict[str, Callable[[], None]] = {

@@ -1,0 +1,93 @@
+"""What carries the contents of one map of the running release into its successor: one kind of carrier a kind of map.
+
+:mod:`hitless.carry` says which kind a map gets, so that the plan can name it; the transaction calls every carrier in
+the same order: ``copy``, ``verify``, ``catch_up`` any number of times, ``catch_up(last=True)``; and, if the upgrade is
+taken back, ``turned`` and the last catch-up of what that returns.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from hitless.kernel.maps import Map
+from hitless.layout.diff import MapDiff
+from hitless.layout.model import MapSpec
+from hitless.layout.rules import MapRules
+
+__all__ = ["Carrier", "Passage", "Tally"]
+
+
+class Tally:
+    """Counts of one map's journey, filled while it goes on; what did not fit is in ``lost``, by field path."""
+
+    def __init__(self) -> None:
+        self.entries = 0
+        self.copied = 0
+        self.rounds = 0
+        self.caught_up = 0
+        self.seconds = 0.0
+        self.lost: dict[str, int] = {}
+
+
+class Passage(msgspec.Struct, frozen=True):
+    """All that a carrier is made from: one map from ``source`` to ``target``.
+
+    ``old`` and ``new`` are their definitions with layouts, ``diff`` what changed, ``rules`` the new release's.
+    ``pin`` is a path in the generation being built that is the carrier's own: what must survive the death of this
+    process is pinned there, or below it as a directory. It goes with the commit. ``fresh`` is false when a
+    killed process left it filled. ``lossy_allowed`` says whether values may be cut to fit. ``writing`` is held
+    around each step that must not meet a dual write, for some milliseconds at most while the old release runs.
+    """
+
+    name: str
+    source: Map
+    target: Map
+    old: MapSpec
+    new: MapSpec
+    diff: MapDiff
+    rules: MapRules
+    pin: Path
+    fresh: bool
+    lossy_allowed: bool
+    writing: threading.RLock
+
+
+class Carrier(Protocol):
+    """One map on its way."""
+
+    @property
+    def name(self) -> str:
+        """Name of the map in the new release."""
+
+    @property
+    def tally(self) -> Tally:
+        """What came of it so far."""
+
+    def copy(self, progress: Callable[[int], None]) -> None:
+        """Carry what can be carried while the old release runs and writes; ``progress`` gets the number done so far.
+
+        Leaves the source as it is. May leave everything to the catch-up. Raises KernelError, LossNotAllowedError.
+        """
+
+    def verify(self) -> None:
+        """Show that what was copied is there as the conversion says; no hook has changed yet. Raises VerifyError."""
+
+    def catch_up(self, last: bool = False) -> int:
+        """Bring the target up to date with the source; returns how many entries differed.
+
+        Hooks may run the new release, which wins where both wrote, unless the field's merge policy says how both
+        count. ``last``: no program of the old release runs any more; nothing is left behind then. May be repeated, also
+        after a kill.
+        """
+
+    def turned(self, pin: Path, fresh: bool) -> Carrier:
+        """The carrier that brings back what the target gained, once the old release's programs run again.
+
+        ``pin`` is its own path, as in :class:`Passage`; ``fresh`` is false if a killed process had filled it. Only
+        ``catch_up(last=True)`` of it is called.
+        """

@@ -1,0 +1,14 @@
+"""The carrier of each kind that :mod:`hitless.carry` names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from hitless.upgrade.carrier import Carrier, Passage
+from hitless.upgrade.copy import carry_entries
+
+__all__ = ["CARRIERS"]
+
+CARRIERS: Mapping[str, Callable[[Passage], Carrier]] = {
+    "entries": carry_entries,
+}
