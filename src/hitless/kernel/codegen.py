@@ -19,10 +19,9 @@ from enum import IntEnum
 import msgspec
 import numpy as np
 
-from hitless.errors import KernelError
 from hitless.kernel.libbpf import check, ffi, lib, options
 from hitless.kernel.maps import Map, Rows, create
-from hitless.kernel.programs import Program
+from hitless.kernel.programs import load_code
 from hitless.layout.conversion import Leaf
 
 __all__ = ["Merger", "Mode"]
@@ -59,7 +58,6 @@ _SLOTS = 1024
 _MAP_TYPE_ARRAY = 2
 _PROG_TYPE_SYSCALL = 31
 _F_SLEEPABLE = 1 << 4
-_LOG_BYTES = 1 << 20
 
 
 class Merger:
@@ -74,7 +72,8 @@ class Merger:
         self._record = _Record.of(old, new)
         self._records = create(_MAP_TYPE_ARRAY, f"merge_{name}", 4, self._record.size, _SLOTS)
         code = _merge_code(self._record, leaves, self._records.fd, new.fd, base.fd)
-        self._program = _load(name, code)
+        what = f"the merge program of map {name}"
+        self._program = load_code(_PROG_TYPE_SYSCALL, f"merge_{name}", code, what, prog_flags=_F_SLEEPABLE)
 
     def merge(
         self, mode: Mode, old_keys: Rows, new_keys: Rows, base: Rows, values: Rows, old: Rows, leave_out: bool = False
@@ -115,22 +114,6 @@ class Merger:
         """Give the program and its records back to the kernel."""
         self._program.close()
         self._records.close()
-
-
-def _load(name: str, code: bytes) -> Program:
-    log = ffi.new("char[]", _LOG_BYTES)
-    opts = options("bpf_prog_load_opts", prog_flags=_F_SLEEPABLE)
-    label = f"merge_{name}"[:15].encode()
-    fd = lib().bpf_prog_load(_PROG_TYPE_SYSCALL, label, b"Dual BSD/GPL", code, len(code) // 8, opts)
-    if fd < 0:
-        opts.log_level, opts.log_buf, opts.log_size = 1, log, _LOG_BYTES
-        fd = lib().bpf_prog_load(_PROG_TYPE_SYSCALL, label, b"Dual BSD/GPL", code, len(code) // 8, opts)
-    try:
-        return Program(check(fd, "BPF_PROG_LOAD", f"the merge program of map {name}"))
-    except KernelError as error:
-        text = ffi.string(log).decode(errors="replace")
-        tail = "\n  ".join(text.splitlines()[-12:])
-        raise KernelError(f"{error.message}:\n  {tail}", **error.facts, log=text) from None
 
 
 # Registers: R6 the record, R7 the entry of the new map, R8 the mode; R0 to R5 are scratch.

@@ -27,6 +27,10 @@ ffi.cdef(
         __u32 inner_map_fd; __u32 map_flags; __u64 map_extra; __u32 numa_node; __u32 map_ifindex;
     };
     struct bpf_link_update_opts { size_t sz; __u32 flags; __u32 old_prog_fd; };
+    union bpf_iter_link_info { struct { __u32 map_fd; } map; };
+    struct bpf_link_create_opts {
+        size_t sz; __u32 flags; union bpf_iter_link_info *iter_info; __u32 iter_info_len; __u32 target_btf_id;
+    };
     struct bpf_test_run_opts {
         size_t sz; const void *data_in; void *data_out; __u32 data_size_in; __u32 data_size_out;
         const void *ctx_in; void *ctx_out; __u32 ctx_size_in; __u32 ctx_size_out;
@@ -71,6 +75,7 @@ ffi.cdef(
     int bpf_prog_get_fd_by_id(__u32 id);
     int bpf_btf_get_fd_by_id(__u32 id);
     int bpf_link_create(int prog_fd, int target_fd, int attach_type, const void *opts);
+    int bpf_iter_create(int link_fd);
     int bpf_link_update(int link_fd, int new_prog_fd, const struct bpf_link_update_opts *opts);
     int bpf_link_detach(int link_fd);
     int bpf_prog_test_run_opts(int prog_fd, struct bpf_test_run_opts *opts);
@@ -78,6 +83,7 @@ ffi.cdef(
     /* libbpf.h */
     typedef int (*libbpf_print_fn_t)(int level, const char *format, void *args);
     libbpf_print_fn_t libbpf_set_print(libbpf_print_fn_t fn);
+    int libbpf_find_vmlinux_btf_id(const char *name, int attach_type);
     const char *libbpf_bpf_map_type_str(int type);
     const char *libbpf_bpf_prog_type_str(int type);
     const char *libbpf_bpf_attach_type_str(int type);

@@ -13,7 +13,9 @@ from hitless.errors import KernelError, NodeError
 from hitless.kernel.libbpf import Object, check, ffi, lib, messages, options, pinned_kind
 from hitless.kernel.maps import Map
 
-__all__ = ["Loaded", "Program", "ProgramInfo", "load_object"]
+__all__ = ["Loaded", "Program", "ProgramInfo", "load_code", "load_object"]
+
+_LOG_BYTES = 1 << 20
 
 
 class ProgramInfo(msgspec.Struct, frozen=True):
@@ -54,6 +56,28 @@ class Program(Object):
     def by_id(cls, program_id: int) -> Program:
         """Open the loaded program with the kernel's ``program_id``. Raises KernelError (ENOENT if it is gone)."""
         return cls(check(lib().bpf_prog_get_fd_by_id(program_id), "BPF_PROG_GET_FD_BY_ID", f"program {program_id}"))
+
+
+def load_code(kind: int, name: str, code: bytes, what: str, **fields: int) -> Program:
+    """Load instructions made here as a program of the kernel's numeric type ``kind``.
+
+    ``name`` is cut to the kernel's 15 characters; ``what`` names the program in errors; ``fields`` are of
+    ``struct bpf_prog_load_opts``. Raises KernelError whose message ends in the verifier's last words and whose fact
+    ``log`` is all of them.
+    """
+    log = ffi.new("char[]", _LOG_BYTES)
+    opts = options("bpf_prog_load_opts", **fields)
+    label = name[:15].encode()
+    fd = lib().bpf_prog_load(kind, label, b"Dual BSD/GPL", code, len(code) // 8, opts)
+    if fd < 0:  # again, for the log: keeping one slows every load
+        opts.log_level, opts.log_buf, opts.log_size = 1, log, _LOG_BYTES
+        fd = lib().bpf_prog_load(kind, label, b"Dual BSD/GPL", code, len(code) // 8, opts)
+    try:
+        return Program(check(fd, "BPF_PROG_LOAD", what))
+    except KernelError as error:
+        text = ffi.string(log).decode(errors="replace")
+        tail = "\n  ".join(text.splitlines()[-12:])
+        raise KernelError(f"{error.message}:\n  {tail}", **error.facts, log=text) from None
 
 
 class Loaded(msgspec.Struct):
