@@ -63,7 +63,7 @@ ffi.cdef(
     int bpf_prog_load(int type, const char *name, const char *license, const void *insns, size_t insn_cnt,
                       const struct bpf_prog_load_opts *opts);
     int bpf_map_update_elem(int fd, const void *key, const void *value, __u64 flags);
-    int bpf_map_lookup_elem(int fd, const void *key, void *value);
+    int bpf_map_lookup_elem_flags(int fd, const void *key, void *value, __u64 flags);
     int bpf_map_delete_elem(int fd, const void *key);
     int bpf_map_lookup_batch(int fd, void *in_batch, void *out_batch, void *keys, void *values, __u32 *count,
                              const struct bpf_map_batch_opts *opts);
@@ -84,6 +84,7 @@ ffi.cdef(
     typedef int (*libbpf_print_fn_t)(int level, const char *format, void *args);
     libbpf_print_fn_t libbpf_set_print(libbpf_print_fn_t fn);
     int libbpf_find_vmlinux_btf_id(const char *name, int attach_type);
+    int libbpf_num_possible_cpus(void);
     const char *libbpf_bpf_map_type_str(int type);
     const char *libbpf_bpf_prog_type_str(int type);
     const char *libbpf_bpf_attach_type_str(int type);

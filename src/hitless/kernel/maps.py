@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -12,20 +13,20 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hitless.errors import KernelError, NodeError, UnsupportedError
+from hitless.errors import KernelError, NodeError
 from hitless.kernel.libbpf import Object, check, ffi, lib, options, pinned_kind
 from hitless.layout.btf import Btf
 from hitless.layout.model import MapSpec
 
-__all__ = ["ANY", "EXIST", "NOEXIST", "Map", "MapInfo", "Rows", "create_like"]
+__all__ = ["ANY", "EXIST", "NOEXIST", "Map", "MapInfo", "Rows", "create", "possible_cpus"]
 
 ANY, NOEXIST, EXIST = 0, 1, 2
 
 Rows = npt.NDArray[np.uint8]
 """Records of one size: shape (entries, bytes of a record), dtype uint8."""
 
-_BATCH = 4096
-_HASH, _ARRAY = 1, 2  # BPF_MAP_TYPE_HASH, BPF_MAP_TYPE_ARRAY
+_BATCH = 8192
+F_LOCK = 4  # BPF_F_LOCK
 
 
 class MapInfo(msgspec.Struct, frozen=True):
@@ -42,6 +43,16 @@ class MapInfo(msgspec.Struct, frozen=True):
     key_type_id: int
     value_type_id: int
 
+    @property
+    def per_cpu(self) -> bool:
+        """Whether each entry has a value for every possible CPU."""
+        return "percpu" in self.type
+
+    @property
+    def entry_size(self) -> int:
+        """Bytes of an entry's value as user space sees it: those of all possible CPUs, each rounded up to 8."""
+        return (self.value_size + 7) // 8 * 8 * possible_cpus() if self.per_cpu else self.value_size
+
 
 class Map(Object):
     """One map, held by a descriptor."""
@@ -52,6 +63,8 @@ class Map(Object):
         length = ffi.new("__u32 *", ffi.sizeof("struct bpf_map_info"))
         check(lib().bpf_obj_get_info_by_fd(fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", f"map descriptor {fd}")
         kind = lib().libbpf_bpf_map_type_str(raw.type)
+        #: BPF_F_LOCK where the values hold a bpf_spin_lock that guards them, to be passed when they are read or set.
+        self.lock_flag = 0
         self.info = MapInfo(
             id=raw.id,
             type=ffi.string(kind).decode() if kind else f"type{raw.type}",
@@ -90,27 +103,20 @@ class Map(Object):
             value=types.layout(info.value_type_id) if types and info.value_type_id else None,
         )
 
-    def _require_plain(self) -> None:
-        """Refuse maps whose values user space sees as one per CPU: their bytes are not ``value_size``."""
-        if "percpu" in self.info.type:
-            raise UnsupportedError(
-                f"map {self.info.name} is a {self.info.type}: reading and writing per-CPU values is not supported yet",
-                feature=self.info.type,
-            )
-
     def lookup(self, key: bytes) -> bytes | None:
-        """The value at ``key``, or None. Raises UnsupportedError for a per-CPU map, as all that follow."""
-        self._require_plain()
-        value = bytearray(self.info.value_size)
-        result = lib().bpf_map_lookup_elem(self.fd, ffi.from_buffer(key), ffi.from_buffer(value))
+        """The value at ``key``, ``entry_size`` bytes, or None. Of an LPM trie, that of the longest matching prefix."""
+        value = bytearray(self.info.entry_size)
+        result = lib().bpf_map_lookup_elem_flags(
+            self.fd, ffi.from_buffer(key), ffi.from_buffer(value), self.lock_flag
+        )
         if result < 0 and ffi.errno == errno.ENOENT:
             return None
         check(result, "BPF_MAP_LOOKUP_ELEM", self.info.name)
         return bytes(value)
 
     def update(self, key: bytes, value: bytes, flags: int = ANY) -> None:
-        """Set ``key`` to ``value``. Raises KernelError (E2BIG when the map is full)."""
-        self._require_plain()
+        """Set ``key`` to ``value``, ``entry_size`` bytes. Raises KernelError (E2BIG when the map is full)."""
+        flags |= self.lock_flag
         result = lib().bpf_map_update_elem(self.fd, ffi.from_buffer(key), ffi.from_buffer(value), flags)
         check(result, "BPF_MAP_UPDATE_ELEM", self.info.name)
 
@@ -126,19 +132,17 @@ class Map(Object):
         """Keys and values of all entries, some thousand at a time, by BPF_MAP_LOOKUP_BATCH.
 
         On a hash that is being written this misses no key that was there all the time (shared measurements in
-        the protocol document); with no writer it is exact. Only maps whose user-space value is ``value_size``
-        bytes (no per-CPU maps).
+        the protocol document); with no writer it is exact. Values have ``entry_size`` bytes. What is yielded is
+        overwritten by the next step.
         """
-        self._require_plain()
         info = self.info
         size = _BATCH
-        opts = options("bpf_map_batch_opts")
+        opts = options("bpf_map_batch_opts", elem_flags=self.lock_flag)
+        keys, values = _buffers(info, size)
         tokens = [ffi.new("char[]", max(info.key_size, 8)) for _ in range(2)]
         position = ffi.NULL
         count = ffi.new("__u32 *")
         while True:
-            keys = np.empty((size, info.key_size), np.uint8)
-            values = np.empty((size, info.value_size), np.uint8)
             count[0] = size
             after = tokens[0] if position is not tokens[0] else tokens[1]
             result = lib().bpf_map_lookup_batch(
@@ -146,6 +150,7 @@ class Map(Object):
             )
             if result < 0 and ffi.errno == errno.ENOSPC:
                 size *= 2  # one bucket holds more entries than the buffer: nothing was returned, so ask for more
+                keys, values = _buffers(info, size)
                 continue
             last = result < 0 and ffi.errno == errno.ENOENT  # the end, with a valid last count
             if not last:
@@ -158,19 +163,18 @@ class Map(Object):
 
     def entries(self) -> tuple[Rows, Rows]:
         """All keys and values at once, as two arrays of rows."""
-        parts = list(self.batches())
+        parts = [(keys.copy(), values.copy()) for keys, values in self.batches()]
         if not parts:
-            return np.empty((0, self.info.key_size), np.uint8), np.empty((0, self.info.value_size), np.uint8)
+            return _buffers(self.info, 0)
         return np.concatenate([keys for keys, _ in parts]), np.concatenate([values for _, values in parts])
 
     def write(self, keys: Rows, values: Rows) -> None:
         """Set many entries by BPF_MAP_UPDATE_BATCH. Raises KernelError with ``written``, how many went in before."""
-        self._require_plain()
         if not len(keys):
             return
         keys, values = np.ascontiguousarray(keys), np.ascontiguousarray(values)
         count = ffi.new("__u32 *", len(keys))
-        opts = options("bpf_map_batch_opts")
+        opts = options("bpf_map_batch_opts", elem_flags=self.lock_flag)
         result = lib().bpf_map_update_batch(self.fd, ffi.from_buffer(keys), ffi.from_buffer(values), count, opts)
         try:
             check(result, "BPF_MAP_UPDATE_BATCH", self.info.name)
@@ -179,21 +183,20 @@ class Map(Object):
             raise
 
 
-def create_like(model: Map, name: str) -> Map:
-    """A new empty hash or array with the key, value and capacity of ``model``, without BTF.
-
-    It is preallocated, so that an update of a key it holds cannot fail, and no LRU, which would evict entries: beside
-    one it is twice as large, since it holds evicted entries until they are seen to be gone.
-    """
-    info = model.info
-    room = 2 * info.max_entries if info.type == "lru_hash" else info.max_entries
-    return create(_ARRAY if info.type == "array" else _HASH, name, info.key_size, info.value_size, room)
-
-
 def create(kind: int, name: str, key_size: int, value_size: int, max_entries: int, opts: object = ffi.NULL) -> Map:
     """A new map of the kernel's numeric type ``kind``; ``name`` is cut to the kernel's 15 characters."""
     fd = lib().bpf_map_create(kind, name[:15].encode(), key_size, value_size, max_entries, opts)
     return Map(check(fd, "BPF_MAP_CREATE", name))
+
+
+@functools.cache
+def possible_cpus() -> int:
+    """How many CPUs this kernel could ever have: per-CPU maps hold a value for each."""
+    return check(lib().libbpf_num_possible_cpus(), "reading the possible CPUs", "/sys/devices/system/cpu/possible")
+
+
+def _buffers(info: MapInfo, count: int) -> tuple[Rows, Rows]:
+    return np.empty((count, info.key_size), np.uint8), np.empty((count, info.entry_size), np.uint8)
 
 
 def _btf_bytes(btf_id: int) -> bytes:

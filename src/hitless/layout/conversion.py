@@ -40,6 +40,7 @@ else:
 
 _FIRST = 10  # rows that a misfit names
 _MAX_LEAVES = 1_000_000
+_MAX_STEPS = 1000  # of a conversion in BPF, whose programs should stay short
 
 
 class Repeat(msgspec.Struct, frozen=True):
@@ -97,6 +98,18 @@ class Move(msgspec.Struct, frozen=True):
         if new_low <= low and high <= new_high:
             return None
         return max(low, new_low), min(high, new_high)
+
+    @property
+    def in_kernel(self) -> bool:
+        """Whether BPF can do it with a load and a store: bytes as they are, or an aligned number made wider."""
+        if self.copies:
+            return True
+        if self.old_bits or self.new_bits or self.names or self.old_big or self.new_big:
+            return False
+        olds = (self.old_offset, *(repeat.old_stride for repeat in self.repeat))
+        news = (self.new_offset, *(repeat.new_stride for repeat in self.repeat))
+        sides = ((self.old_size, olds), (self.new_size, news))
+        return all(size <= 8 and not any(at % size for at in places) for size, places in sides)
 
     def reversed(self) -> Move:
         """The move that goes back."""
@@ -159,6 +172,14 @@ class Conversion(msgspec.Struct, frozen=True):
     def exact(self) -> bool:
         """Whether every record converts without a possible misfit."""
         return not self.cuts and all(move.bounds is None and not move.names for move in self.moves)
+
+    @property
+    def in_kernel(self) -> bool:
+        """Whether a short BPF program can do it: exact, whole bytes in the processor's order, aligned numbers."""
+        return self.exact and all(move.in_kernel for move in self.moves) and self._steps() <= _MAX_STEPS
+
+    def _steps(self) -> int:
+        return sum(math.prod(r.count for r in move.repeat) * max(1, move.old_size // 8) for move in self.moves)
 
     def inverse(self) -> Conversion:
         """The moves backwards: undoes this conversion for every value that fitted.

@@ -1,0 +1,222 @@
+"""The base of a merge: what each entry of the old map was when it was last converted, as rows of one flat BPF array.
+
+It is a map so that it outlives the process that fills it, flat so that it takes less memory than the map it is of,
+and mapped into this process so that it is read without system calls. A row is written whole by one run of a program,
+or by one system call, so that no kill leaves half of one.
+
+    row: state (8 bytes, 0 free, 1 live) | key, padded to 8 | value, padded to 8
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from hitless.kernel.libbpf import options
+from hitless.kernel.maps import Map, Rows, create
+
+__all__ = ["Base", "Indices", "marks", "padded"]
+
+Indices = npt.NDArray[np.intp]
+
+_ARRAY = 2  # BPF_MAP_TYPE_ARRAY
+_MMAPABLE = 1 << 10  # BPF_F_MMAPABLE
+_MARK_CHUNK = 1 << 16
+_LIVE = (1).to_bytes(8, sys.byteorder)
+
+# Keys may come from the network: nobody outside can make many of them share a mark.
+_SEED = np.uint64(secrets.randbits(64))
+
+
+def padded(size: int) -> int:
+    """``size`` bytes, rounded up to 8."""
+    return (size + 7) // 8 * 8
+
+
+class Base:
+    """Rows of keys and values of a map with ``key_size`` and ``entry_size``; ``used`` rows are or were in use.
+
+    While the first pass over the map fills it (``settled`` is false), rows set one by one go behind those of the pass
+    and are not looked for among them; :meth:`settle` puts that right.
+    """
+
+    def __init__(self, held: Map, key_size: int, entry_size: int) -> None:
+        self.map = held
+        self.value_at = 8 + padded(key_size)
+        self.row_size = self.value_at + padded(entry_size)
+        self.capacity = held.info.max_entries
+        memory = mmap.mmap(held.fd, _pages(self.capacity * self.row_size))
+        rows = np.frombuffer(memory, np.uint8)[: self.capacity * self.row_size].reshape(self.capacity, self.row_size)
+        self.live = np.frombuffer(memory, np.uint64)[: rows.size // 8].reshape(self.capacity, -1)[:, 0]
+        self.keys: Rows = rows[:, 8 : 8 + key_size]
+        self.values: Rows = rows[:, self.value_at : self.value_at + entry_size]
+        self.used = 0
+        self.settled = True
+        self._passed = 0  # rows that the pass wrote
+        self._single: dict[bytes, int] = {}  # rows set one by one
+        self._erased: dict[bytes, int] = {}  # keys erased during the pass, with the rows it had written then
+        self._index: tuple[npt.NDArray[np.uint64], Indices] | None = None
+
+    @classmethod
+    def create(cls, model: Map, name: str, rows: int) -> Base:
+        """A new base with room for ``rows`` rows of the keys and values of ``model``. Raises KernelError (ENOMEM)."""
+        size = 8 + padded(model.info.key_size) + padded(model.info.entry_size)
+        held = create(_ARRAY, name, 4, size, rows, options("bpf_map_create_opts", map_flags=_MMAPABLE))
+        made = cls(held, model.info.key_size, model.info.entry_size)
+        made.settled = False
+        return made
+
+    @classmethod
+    def open(cls, path: Path, model: Map) -> Base:
+        """The base of ``model`` that is pinned at ``path``, as a process left it. Raises NodeError, KernelError."""
+        made = cls(Map.open(path), model.info.key_size, model.info.entry_size)
+        live = np.flatnonzero(made.live)
+        made.used = made._passed = int(live[-1]) + 1 if len(live) else 0
+        made._free_doubles()
+        return made
+
+    def grown(self, name: str, pin: Path) -> Base:
+        """A base with twice the room and the same rows, which takes the place of this one at ``pin``."""
+        held = create(_ARRAY, name, 4, self.row_size, 2 * self.capacity, options("bpf_map_create_opts", map_flags=_MMAPABLE))
+        made = Base(held, self.keys.shape[1], self.values.shape[1])
+        for target, source in ((made.keys, self.keys), (made.values, self.values), (made.live, self.live)):
+            target[: self.used] = source[: self.used]
+        made.used, made.settled, made._passed = self.used, self.settled, self._passed
+        made._single, made._erased = self._single, self._erased
+        beside = pin.with_name(pin.name + "_grown")
+        held.pin(beside)
+        os.rename(beside, pin)
+        return made
+
+    @property
+    def room(self) -> int:
+        """Rows that can be written still."""
+        return self.capacity - self.used
+
+    def passed(self, used: int) -> None:
+        """The pass, in the kernel, has written rows up to ``used``."""
+        self.used = self._passed = used
+
+    def append(self, keys: Rows, values: Rows) -> None:
+        """Rows of the pass, made in user space; there must be room. A kill in the midst of it undoes the upgrade."""
+        rows = slice(self.used, self.used + len(keys))
+        self.keys[rows], self.values[rows], self.live[rows] = keys, values, 1
+        self.passed(rows.stop)
+
+    def take(self, key: bytes) -> int:
+        """The row that ``key`` is to have, behind all others; whoever asks writes it. There must be room."""
+        row = self.used
+        self.used += 1
+        self._single[key] = row
+        return row
+
+    def settle(self) -> None:
+        """The pass is over: what was set or erased one by one meanwhile goes to the rows that the pass wrote."""
+        self.settled = True
+        for key, before in self._erased.items():
+            row = self._among_passed(key)
+            if row is not None and row < before:
+                self.live[row] = 0
+        for key, single in list(self._single.items()):
+            row = self._among_passed(key)
+            if row is not None:
+                self._write(row, key, self.values[single].tobytes())
+                self.live[single] = 0
+                del self._single[key]
+        self._erased = {}
+
+    def find(self, key: bytes) -> int | None:
+        """The live row of ``key``, or None."""
+        row = self._single.get(key)
+        return row if row is not None or not self.settled else self._among_passed(key)
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value in the row of ``key``, or None."""
+        row = self.find(key)
+        return None if row is None else self.values[row].tobytes()
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Set the row of ``key``, a new one if it has none; there must be room."""
+        row = self.find(key)
+        self._write(self.take(key) if row is None else row, key, value)
+
+    def erase(self, key: bytes) -> None:
+        """Free the row of ``key``, if it has one."""
+        row = self.find(key)
+        if row is not None:
+            self.free(row, key)
+        if not self.settled:
+            self._erased[key] = self._passed
+
+    def free(self, row: int, key: bytes) -> None:
+        """Free a row whose key is known."""
+        self.live[row] = 0
+        if self._single.get(key) == row:
+            del self._single[key]
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._single
+
+    @property
+    def singles(self) -> bool:
+        """Whether any key was set one by one."""
+        return bool(self._single)
+
+    def close(self) -> None:
+        """Give the map back; its memory goes with the last use of the arrays."""
+        self.map.close()
+
+    def _write(self, row: int, key: bytes, value: bytes) -> None:
+        # By a system call, since a kill can come between two stores of this process.
+        whole = _LIVE + key.ljust(self.value_at - 8, b"\0") + value.ljust(self.row_size - self.value_at, b"\0")
+        self.map.update(row.to_bytes(4, sys.byteorder), whole)
+
+    def _among_passed(self, key: bytes) -> int | None:
+        if self._index is None:
+            all_marks = np.empty(self._passed, np.uint64)
+            for start in range(0, self._passed, _MARK_CHUNK):
+                part = slice(start, min(start + _MARK_CHUNK, self._passed))
+                all_marks[part] = marks(self.keys[part])
+            order = np.argsort(all_marks)
+            self._index = all_marks[order], order
+        ordered, order = self._index
+        wanted = np.frombuffer(key, np.uint8)
+        mark = marks(wanted.reshape(1, -1))[0]
+        at = int(np.searchsorted(ordered, mark))
+        while at < len(ordered) and ordered[at] == mark:
+            row = int(order[at])
+            if self.live[row] and bool((self.keys[row] == wanted).all()):
+                return row
+            at += 1
+        return None
+
+    def _free_doubles(self) -> None:
+        """A pass over an LRU map, or a kill, can leave two rows of one key: the later one counts."""
+        rows = np.flatnonzero(self.live)
+        found = marks(self.keys[rows])
+        order = np.argsort(found, kind="stable")
+        alike = np.flatnonzero(found[order][1:] == found[order][:-1])
+        for first, second in zip(rows[order[alike]], rows[order[alike + 1]], strict=True):
+            if bool((self.keys[first] == self.keys[second]).all()):
+                self.live[first] = 0
+
+
+def marks(rows: Rows) -> npt.NDArray[np.uint64]:
+    """A number for each record that is the same for equal ones and seldom for others."""
+    words = np.zeros((len(rows), padded(rows.shape[1])), np.uint8)
+    words[:, : rows.shape[1]] = rows
+    found = np.full(len(rows), _SEED, np.uint64)
+    for word in words.view(np.uint64).T:
+        found = (found ^ word) * np.uint64(0x9E3779B97F4A7C15)
+        found ^= found >> np.uint64(29)
+    return found
+
+
+def _pages(size: int) -> int:
+    return (size + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
