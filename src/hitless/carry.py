@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import msgspec
 
 from hitless.layout.conversion import leaves
-from hitless.layout.members import SPECIAL
+from hitless.layout.diff import diff_map
+from hitless.layout.members import SPECIAL, lock_offset
 from hitless.layout.model import Array, MapSpec, Record, Type
 from hitless.layout.rules import MapRules
 
 __all__ = ["KINDS", "Way", "is_global", "obstacle", "way"]
 
 _PROGRAMS_BARRED = 1 << 7 | 1 << 8  # BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG
+_ITERATED = ("hash", "lru_hash")
+_ITERATE_HASH = "iter/bpf_map_elem"  # the feature's name in kernel/features.py, which this pure module cannot import
 _MAX_WORDS = 2000  # what surely fits one merge program: its jumps reach 32767 instructions
 
 
@@ -36,30 +39,46 @@ KINDS: dict[str, str] = {
     "hash": "entries",
     "lru_hash": "entries",
     "array": "entries",
+    "percpu_hash": "entries",
+    "lru_percpu_hash": "entries",
+    "percpu_array": "entries",
+    "lpm_trie": "entries",
 }
 
 
-def way(old: MapSpec, new: MapSpec, rules: MapRules) -> Way | str:
-    """How ``old`` becomes ``new``, or why this version cannot."""
+def way(old: MapSpec, new: MapSpec, rules: MapRules, features: Collection[str]) -> Way | str:
+    """How ``old`` becomes ``new`` on a kernel with ``features``, or why this version cannot."""
     found = obstacle(old, new, rules)
     if found is not None:
         return found
-    return _WAYS[KINDS[new.type]](old, new, rules)
+    return _WAYS[KINDS[new.type]](old, new, rules, features)
 
 
-def _entries(_old: MapSpec, new: MapSpec, rules: MapRules) -> Way:
-    return Way("entries", "batch copy, merge in the kernel", _exactness(new, rules))
+def _entries(old: MapSpec, new: MapSpec, rules: MapRules, features: Collection[str]) -> Way:
+    exactness = _exactness(new, rules)
+    if _ITERATE_HASH in features and old.type in _ITERATED and new.type in _ITERATED and _in_kernel(old, new, rules):
+        return Way("entries-in-kernel", "copy and merge in the kernel", exactness)
+    return Way("entries", "batch copy, merge in the kernel", exactness)
 
 
-_WAYS: dict[str, Callable[[MapSpec, MapSpec, MapRules], Way]] = {
+def _in_kernel(old: MapSpec, new: MapSpec, rules: MapRules) -> bool:
+    if any(spec.value is None or lock_offset(spec.value) is not None for spec in (old, new)):
+        return False
+    diff = diff_map(old, new, rules)
+    return all(conversion is None or conversion.in_kernel for conversion in (diff.key, diff.value))
+
+
+_WAYS: dict[str, Callable[[MapSpec, MapSpec, MapRules, Collection[str]], Way]] = {
     "entries": _entries,
 }
 
 
 def _exactness(spec: MapSpec, rules: MapRules) -> str:
     assert spec.value is not None  # a convertible map has layouts
-    if spec.type == "lru_hash":
+    if spec.type in ("lru_hash", "lru_percpu_hash"):
         return "best-effort: an LRU map may evict entries at any time"
+    if spec.type == "lpm_trie":
+        return "exact, but best-effort where a program of the new release deletes a prefix that the old one changed"
     # Elements of one array are told once: `backends[].addr`.
     paths = (re.sub(r"\[\d+\]", "[]", leaf.path) for leaf in leaves(spec.value, rules, spec.tags) if not leaf.atomic)
     loose = list(dict.fromkeys(paths))

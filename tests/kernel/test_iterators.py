@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from hitless.errors import KernelError, UnsupportedError
-from hitless.kernel.codegen import _Assembler
+from hitless.kernel.codegen import Assembler
 from hitless.kernel.iterators import Iterator
 from hitless.kernel.maps import Map, create
 from meshd.demo.lab import Lab
@@ -18,7 +18,7 @@ KEY, VALUE = 16, 24  # in struct bpf_iter__bpf_map_elem, behind the pointers to 
 
 def telling(member: int, size: int) -> bytes:
     """A program that writes the key or the value of each entry."""
-    asm = _Assembler()
+    asm = Assembler()
     asm.emit(0x79, 6, 1, 0)  # R6 = context->meta
     asm.emit(0x79, 2, 1, member)
     asm.emit(0x15, 2, 0, "end", 0)  # the last call, after all entries, has none

@@ -223,12 +223,12 @@ def test_a_map_that_cannot_be_carried_yet_is_named_with_the_reason(
     node: hitless.Node, lab: Lab, tmp_path: Path
 ) -> None:
     old = write_release(tmp_path / "1", "1", KEPT % "__u32")
-    changed = KEPT.replace("MAP(percpu, PERCPU_HASH, 8, __u32, __u64)", "MAP(percpu, PERCPU_HASH, 8, __u32, __u32)")
+    changed = KEPT.replace("RINGBUF); __uint(max_entries, 4096)", "RINGBUF); __uint(max_entries, 8192)")
     new = hitless.Bundle.load(write_release(tmp_path / "2", "2", changed % "__u32"), {"cgroup": str(lab.cgroup)})
     hitless.apply(node, hitless.Bundle.load(old, {"cgroup": str(lab.cgroup)}))
-    with pytest.raises(hitless.LossNotAllowedError, match=r"percpu loses: all entries: .*percpu_hash"):
+    with pytest.raises(hitless.LossNotAllowedError, match=r"ring loses: all entries: .*ringbuf"):
         hitless.apply(node, new)
-    assert actions(hitless.apply(node, new, allow_loss=["percpu"]).maps)["percpu"] == "discard"
+    assert actions(hitless.apply(node, new, allow_loss=["ring"]).maps)["ring"] == "discard"
 
 
 def test_unload_leaves_nothing(node: hitless.Node, release: Release) -> None:

@@ -19,7 +19,7 @@ def test_equal_records_are_found_even_if_their_marks_collide(
     rows, others = (np.frombuffer(b"".join(items), np.uint8).reshape(-1, 3) for items in (one, other))
     with pytest.MonkeyPatch.context() as patch:
         if collide:
-            patch.setattr(copy, "_marks", lambda rows: np.zeros(len(rows), np.uint64))
+            patch.setattr(copy, "marks", lambda rows: np.zeros(len(rows), np.uint64))
         in_both, at_others, only_rows, only_others = copy.match_rows(rows, others)
     assert [one[index] for index in in_both] == [other[index] for index in at_others]
     assert {one[index] for index in in_both} == set(one) & set(other)

@@ -12,7 +12,7 @@ import pytest
 
 import hitless
 from hitless.kernel.bpffs import exchange
-from hitless.kernel.maps import Map
+from hitless.kernel.maps import Map, possible_cpus
 from hitless.upgrade import transaction
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
@@ -193,13 +193,14 @@ def test_a_new_key_that_the_old_release_cannot_hold_is_left_out_when_the_upgrade
     assert {key: value["a"] for key, value in node.map("held").items()} == {0: 0, 1: 1, 2: 2, last: 77}
 
 
-def test_entries_of_a_per_cpu_map_are_refused_by_name(node: hitless.Node, make: Make) -> None:
-    hitless.apply(node, make("1.0", "MAP(held, PERCPU_HASH, 16, __u32, __u64);\n"))
+def test_entries_of_a_per_cpu_map_are_lists_with_a_value_for_each_cpu(node: hitless.Node, make: Make) -> None:
+    hitless.apply(node, make("1.0", "MAP(held, PERCPU_HASH, 16, __u32, __u32);\n"))
     held = node.map("held")
-    for action in (lambda: held.get(1), lambda: held.update_many([(1, 1)]), held.items):
-        with pytest.raises(hitless.UnsupportedError, match="per-CPU values"):
-            action()
-    assert status(node).problems == ()
+    held[1] = list(range(possible_cpus()))
+    assert held.get(1) == list(range(possible_cpus()))
+    assert held.items() == [(1, list(range(possible_cpus())))]
+    with pytest.raises(hitless.NodeError, match="a value for each CPU"):
+        held[1] = 5
 
 
 TAIL_CALL = """

@@ -10,7 +10,6 @@ or by one system call, so that no kill leaves half of one.
 from __future__ import annotations
 
 import mmap
-import os
 import secrets
 import sys
 from pathlib import Path
@@ -77,13 +76,14 @@ class Base:
         """The base of ``model`` that is pinned at ``path``, as a process left it. Raises NodeError, KernelError."""
         made = cls(Map.open(path), model.info.key_size, model.info.entry_size)
         live = np.flatnonzero(made.live)
-        made.used = made._passed = int(live[-1]) + 1 if len(live) else 0
-        made._free_doubles()
+        made.passed(int(live[-1]) + 1 if len(live) else 0)
+        made.free_doubles()
         return made
 
     def grown(self, name: str, pin: Path) -> Base:
         """A base with twice the room and the same rows, which takes the place of this one at ``pin``."""
-        held = create(_ARRAY, name, 4, self.row_size, 2 * self.capacity, options("bpf_map_create_opts", map_flags=_MMAPABLE))
+        opts = options("bpf_map_create_opts", map_flags=_MMAPABLE)
+        held = create(_ARRAY, name, 4, self.row_size, 2 * self.capacity, opts)
         made = Base(held, self.keys.shape[1], self.values.shape[1])
         for target, source in ((made.keys, self.keys), (made.values, self.values), (made.live, self.live)):
             target[: self.used] = source[: self.used]
@@ -91,7 +91,7 @@ class Base:
         made._single, made._erased = self._single, self._erased
         beside = pin.with_name(pin.name + "_grown")
         held.pin(beside)
-        os.rename(beside, pin)
+        beside.rename(pin)
         return made
 
     @property
@@ -100,7 +100,7 @@ class Base:
         return self.capacity - self.used
 
     def passed(self, used: int) -> None:
-        """The pass, in the kernel, has written rows up to ``used``."""
+        """The pass has written rows up to ``used``."""
         self.used = self._passed = used
 
     def append(self, keys: Rows, values: Rows) -> None:
@@ -120,21 +120,22 @@ class Base:
         """The pass is over: what was set or erased one by one meanwhile goes to the rows that the pass wrote."""
         self.settled = True
         for key, before in self._erased.items():
-            row = self._among_passed(key)
-            if row is not None and row < before:
-                self.live[row] = 0
+            for row in self._rows_of(key):
+                if row < before:
+                    self.live[row] = 0
         for key, single in list(self._single.items()):
-            row = self._among_passed(key)
-            if row is not None:
-                self._write(row, key, self.values[single].tobytes())
-                self.live[single] = 0
-                del self._single[key]
+            for row in self._rows_of(key):
+                if row < single:
+                    self._write(row, key, self.values[single].tobytes())
+                    self.free(single, key)
         self._erased = {}
 
     def find(self, key: bytes) -> int | None:
         """The live row of ``key``, or None."""
         row = self._single.get(key)
-        return row if row is not None or not self.settled else self._among_passed(key)
+        if row is not None and self.live[row]:
+            return row
+        return next(iter(self._rows_of(key)), None) if self.settled else None
 
     def get(self, key: bytes) -> bytes | None:
         """The value in the row of ``key``, or None."""
@@ -160,13 +161,11 @@ class Base:
         if self._single.get(key) == row:
             del self._single[key]
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._single
-
-    @property
-    def singles(self) -> bool:
-        """Whether any key was set one by one."""
-        return bool(self._single)
+    def set_singly(self, keys: Rows) -> npt.NDArray[np.bool_]:
+        """Which of these keys were set one by one."""
+        if not self._single:
+            return np.zeros(len(keys), np.bool_)
+        return np.array([key.tobytes() in self._single for key in keys], np.bool_)
 
     def close(self) -> None:
         """Give the map back; its memory goes with the last use of the arrays."""
@@ -177,7 +176,8 @@ class Base:
         whole = _LIVE + key.ljust(self.value_at - 8, b"\0") + value.ljust(self.row_size - self.value_at, b"\0")
         self.map.update(row.to_bytes(4, sys.byteorder), whole)
 
-    def _among_passed(self, key: bytes) -> int | None:
+    def _rows_of(self, key: bytes) -> list[int]:
+        """Live rows of ``key`` among those that were there when the pass ended."""
         if self._index is None:
             all_marks = np.empty(self._passed, np.uint64)
             for start in range(0, self._passed, _MARK_CHUNK):
@@ -188,17 +188,13 @@ class Base:
         ordered, order = self._index
         wanted = np.frombuffer(key, np.uint8)
         mark = marks(wanted.reshape(1, -1))[0]
-        at = int(np.searchsorted(ordered, mark))
-        while at < len(ordered) and ordered[at] == mark:
-            row = int(order[at])
-            if self.live[row] and bool((self.keys[row] == wanted).all()):
-                return row
-            at += 1
-        return None
+        first, end = np.searchsorted(ordered, mark), np.searchsorted(ordered, mark, "right")
+        rows = (int(row) for row in order[first:end])
+        return [row for row in rows if self.live[row] and bool((self.keys[row] == wanted).all())]
 
-    def _free_doubles(self) -> None:
-        """A pass over an LRU map, or a kill, can leave two rows of one key: the later one counts."""
-        rows = np.flatnonzero(self.live)
+    def free_doubles(self) -> None:
+        """Of two rows of one key the later one counts: a pass can repeat a key, and a kill can leave a row behind."""
+        rows = np.flatnonzero(self.live[: self.used])
         found = marks(self.keys[rows])
         order = np.argsort(found, kind="stable")
         alike = np.flatnonzero(found[order][1:] == found[order][:-1])

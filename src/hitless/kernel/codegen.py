@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 
 from hitless.layout.conversion import Conversion, Move
+
 R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, FP = range(11)
 
 LOAD = {1: 0x71, 2: 0x69, 4: 0x61, 8: 0x79}  # LDX | MEM | B, H, W, DW
@@ -115,6 +116,20 @@ def convert_code(asm: Assembler, conversion: Conversion, source: int, at: int, t
         else:
             asm.load(move.old_size, move.old_signed, R1, source, at + old)
             asm.emit(STORE[move.new_size], target, R1, to + new)
+
+
+def compare_code(
+    asm: Assembler, conversion: Conversion | None, size: int, one: int, other: int, different: str
+) -> None:
+    """Jump to ``different`` unless two records of ``size`` bytes are equal where ``conversion`` writes; by R1, R2."""
+    if conversion is None:
+        parts = words(0, size)
+    else:
+        parts = [part for move, _, new in _places(conversion) for part in words(new, move.new_size)]
+    for width, offset in parts:
+        asm.emit(LOAD[width], R1, one, offset)
+        asm.emit(LOAD[width], R2, other, offset)
+        asm.emit(JNE, R1, R2, different)
 
 
 def _places(conversion: Conversion) -> Iterator[tuple[Move, int, int]]:

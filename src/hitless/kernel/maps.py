@@ -18,7 +18,7 @@ from hitless.kernel.libbpf import Object, check, ffi, lib, options, pinned_kind
 from hitless.layout.btf import Btf
 from hitless.layout.model import MapSpec
 
-__all__ = ["ANY", "EXIST", "NOEXIST", "Map", "MapInfo", "Rows", "create", "possible_cpus"]
+__all__ = ["ANY", "EXIST", "F_LOCK", "NOEXIST", "Map", "MapInfo", "Rows", "create", "possible_cpus"]
 
 ANY, NOEXIST, EXIST = 0, 1, 2
 
@@ -27,6 +27,7 @@ Rows = npt.NDArray[np.uint8]
 
 _BATCH = 8192
 F_LOCK = 4  # BPF_F_LOCK
+_HASH_ENTRY = 48  # struct htab_elem, without key and value
 
 
 class MapInfo(msgspec.Struct, frozen=True):
@@ -160,6 +161,16 @@ class Map(Object):
             if last:
                 return
             position = after
+
+    def most_entries(self) -> int:
+        """No fewer than there are now: ``max_entries``, or less where the kernel tells how much memory is used."""
+        usage = next(
+            int(line.split()[1])
+            for line in Path(f"/proc/self/fdinfo/{self.fd}").read_text().splitlines()
+            if line.startswith("memlock:")
+        )
+        least = _HASH_ENTRY + self.info.key_size + self.info.value_size
+        return min(self.info.max_entries, usage // least) if self.info.type == "hash" else self.info.max_entries
 
     def entries(self) -> tuple[Rows, Rows]:
         """All keys and values at once, as two arrays of rows."""

@@ -23,9 +23,48 @@ import numpy as np
 
 from hitless.kernel.base import Base, Indices, padded
 from hitless.kernel.codegen import (
-    ADD, ATOMIC, ATOMIC_ADD, ATOMIC_OR, CMPXCHG, DELETE, EXIT, FP, JA, JEQ, JEQ_IMM, JGE, JGT_IMM, JLE, JNE,
-    JNE_IMM, JSGE, JSLE, LOAD, LOOKUP, LOOKUP_PERCPU, MOV, MOV32, MOV_IMM, OR, R0, R1, R2, R3, R4, R6, R7, R8, R9,
-    SPIN_LOCK, SPIN_UNLOCK, STORE, SUB, UPDATE, Assembler, copy_code, words,
+    ADD,
+    ATOMIC,
+    ATOMIC_ADD,
+    ATOMIC_OR,
+    CMPXCHG,
+    DELETE,
+    EXIT,
+    FP,
+    JA,
+    JEQ,
+    JEQ_IMM,
+    JGE,
+    JGT_IMM,
+    JLE,
+    JNE,
+    JNE_IMM,
+    JSGE,
+    JSLE,
+    LOAD,
+    LOOKUP,
+    LOOKUP_PERCPU,
+    MOV,
+    MOV32,
+    MOV_IMM,
+    OR,
+    R0,
+    R1,
+    R2,
+    R3,
+    R4,
+    R6,
+    R7,
+    R8,
+    R9,
+    SPIN_LOCK,
+    SPIN_UNLOCK,
+    STORE,
+    SUB,
+    UPDATE,
+    Assembler,
+    copy_code,
+    words,
 )  # fmt: skip
 from hitless.kernel.libbpf import check, ffi, lib, options
 from hitless.kernel.maps import Map, Rows, create
@@ -55,7 +94,11 @@ class _Record(msgspec.Struct, frozen=True):
     value: int  # old value in the new layout
     old: int  # old value as it is
     size: int
-    old_size: int  # of the old value, padded
+
+    @property
+    def old_size(self) -> int:
+        """Bytes of the old value, padded."""
+        return self.size - self.old
 
     @classmethod
     def of(cls, old: Map, new: Map) -> _Record:
@@ -64,7 +107,7 @@ class _Record(msgspec.Struct, frozen=True):
         starts = [_HEADER]
         for size in sizes:
             starts.append(starts[-1] + size)
-        return cls(*starts, old_size=sizes[-1])
+        return cls(*starts)
 
 
 _SLOTS = 1024
@@ -190,7 +233,7 @@ def _merge_code(
 
     longest = new.info.type == "lpm_trie"
     if longest:
-        # A lookup finds a shorter prefix where the entry is absent: only an insertion that fails shows that it is there.
+        # A lookup finds a shorter prefix where the entry is absent: only an insertion that fails shows it is there.
         asm.emit(MOV_IMM, R7, imm=0)
         asm.emit(JEQ_IMM, R8, off="absent", imm=Mode.INSERTED)
         asm.label("there")
@@ -283,7 +326,8 @@ def _remember(asm: Assembler, record: _Record, base: Base) -> None:
     asm.emit(JGT_IMM, R2, off=done, imm=base.row_size - record.old_size)  # which only tells the verifier
     asm.emit(MOV, R3, R9)
     asm.emit(ADD, R3, R2)
-    copy_code(asm, record.old_size, R6, record.old, R3, 0)
+    asm.pointer(R4, R6, record.old)
+    copy_code(asm, record.old_size, R4, 0, R3, 0)
     asm.emit(MOV_IMM, R1, imm=1)
     asm.emit(STORE[8], R9, R1, 0)
     asm.label(done)

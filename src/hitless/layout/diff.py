@@ -46,7 +46,9 @@ Verdict = Literal[
 ]  # fmt: skip
 
 #: Types of maps whose entries this release can carry from one map to another.
-CONVERTIBLE = ("hash", "lru_hash", "array")
+CONVERTIBLE = (
+    "hash", "lru_hash", "array", "percpu_hash", "lru_percpu_hash", "percpu_array", "lpm_trie",
+)  # fmt: skip
 
 # Maps without entries that have a meaning of their own, or whose values are not bytes: only sizes count there.
 _NO_KEY_TYPE = (

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from hitless.layout.model import Array, Field, Int, Record, Type
 
 __all__ = [
-    "SPECIAL", "Member", "inside", "is_bytes", "is_text", "join", "members", "overlapping", "repeated", "singles",
+    "SPECIAL", "Member", "inside", "is_bytes", "is_text", "join", "lock_offset", "members", "overlapping", "repeated",
+    "singles",
 ]  # fmt: skip
 
 #: Records whose bytes belong to the kernel, and what is lost when an entry moves to another map (None: nothing).
@@ -43,6 +44,18 @@ class Member(NamedTuple):
     bits: bool = False
     width: int = 0
     shift: int = 0
+
+
+def lock_offset(made: Type) -> int | None:
+    """Where in a value the bpf_spin_lock is that guards it, in bytes; None if there is none."""
+    if not isinstance(made, Record) or made.union:
+        return None
+    for field in made.fields:
+        if isinstance(field.type, Record):
+            inner = 0 if field.type.name == "bpf_spin_lock" else lock_offset(field.type)
+            if inner is not None:
+                return field.offset // 8 + inner
+    return None
 
 
 def members(record: Record) -> tuple[Member, ...]:

@@ -18,6 +18,7 @@ from hitless.kernel.maps import Map
 from hitless.layout.diff import MapDiff
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
+from hitless.upgrade.pace import Pace
 
 __all__ = ["Carrier", "Passage", "Tally"]
 
@@ -42,6 +43,7 @@ class Passage(msgspec.Struct, frozen=True):
     process is pinned there, or below it as a directory. It goes with the commit. ``fresh`` is false when a
     killed process left it filled. ``lossy_allowed`` says whether values may be cut to fit. ``writing`` is held
     around each step that must not meet a dual write, for some milliseconds at most while the old release runs.
+    ``pace`` is called without it after each part of the work.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Passage(msgspec.Struct, frozen=True):
     fresh: bool
     lossy_allowed: bool
     writing: threading.RLock
+    pace: Pace = msgspec.field(default_factory=Pace)
 
 
 class Carrier(Protocol):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from hitless.upgrade.carrier import Carrier, Passage
-from hitless.upgrade.copy import carry_entries
+from hitless.upgrade.copy import carry_entries, carry_in_kernel
 
 __all__ = ["CARRIERS"]
 
 CARRIERS: Mapping[str, Callable[[Passage], Carrier]] = {
     "entries": carry_entries,
+    "entries-in-kernel": carry_in_kernel,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import secrets
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,80 +12,118 @@ import numpy as np
 import numpy.typing as npt
 
 from hitless.errors import KernelError, LossNotAllowedError, VerifyError
-from hitless.kernel.codegen import Merger
-from hitless.kernel.maps import Map, Rows, create_like
+from hitless.kernel.base import Base, Indices, marks, padded
+from hitless.kernel.copier import Checker, Copier
+from hitless.kernel.maps import F_LOCK, Map, Rows, possible_cpus
+from hitless.kernel.merger import Merger
 from hitless.layout.conversion import Conversion, Converted, Leaf, leaves
+from hitless.layout.members import lock_offset
 from hitless.layout.model import MapSpec, Type
 from hitless.layout.rules import FieldRule, MapRules
 from hitless.upgrade.carrier import Carrier, Passage, Tally
+from hitless.upgrade.pace import Pace
 
-__all__ = [
-    "Carriage",
-    "carry_entries",
-    "copy_entries",
-    "fill_way_back",
-    "match_rows",
-    "verify_copy",
-    "way_back",
-]
+__all__ = ["Carriage", "carry_entries", "carry_in_kernel", "match_rows"]
 
-Indices = npt.NDArray[np.intp]
-
-# Keys may come from the network: nobody outside can make many of them share a mark.
-_SEED = np.uint64(secrets.randbits(64))
+# Entries that one system call works through: a few milliseconds in which nothing else runs on this CPU.
+_CHUNK = 4096
+_SLACK = 64  # one row of so many is kept for keys that come and go
+_ROUNDS = 8  # of catching up before the cutover
+_FEW = 100  # differences that are not worth another round
 
 
 class Carriage(msgspec.Struct):
     """One map on its way: from ``source`` over ``base`` into ``target``.
 
-    ``base`` is shaped like ``source`` and holds each value as it was when it was last converted. ``key`` or
-    ``value`` is None where the bytes stay as they are. ``back_value`` is the conversion from target to source.
-    ``leaves`` are the fields of the target's value, ``back_leaves`` those of the source's. ``lossy_allowed`` says
-    whether values may be cut to fit. ``written`` are the source's keys that this process has written since the copy
-    began. ``going_back``: the target is the old release's map, and an entry that it has no room for stays out, as it
-    would have without an upgrade.
+    ``base`` holds each entry as it was when it was last converted. ``key`` or ``value`` is None where the bytes stay as
+    they are. ``back_value`` is the conversion from target to source. ``leaves`` are the fields of the target's value,
+    ``back_leaves`` those of the source's; ``lock`` and ``back_lock`` where the bpf_spin_lock is in each. ``in_kernel``
+    tells the method. ``lossy_allowed`` says whether values may be cut to fit. ``going_back``: the target is the old
+    release's map, and an entry that it has no room for stays out, as it would have without an upgrade.
     """
 
     name: str
     source: Map
     target: Map
-    base: Map
+    base: Base
+    pin: Path
     key: Conversion | None
     value: Conversion | None
     back_key: Conversion | None
     back_value: Conversion | None
     leaves: tuple[Leaf, ...]
     back_leaves: tuple[Leaf, ...]
+    lock: int | None
+    back_lock: int | None
+    in_kernel: bool
     lossy_allowed: bool
     merger: Merger
     tally: Tally
-    written: set[bytes]
     writing: threading.RLock
+    pace: Pace
     going_back: bool = False
+    copier: Copier | None = None
+
+    # As a carrier
 
     def copy(self, progress: Callable[[int], None]) -> None:
-        """See :class:`Carrier`; a second pass follows at once, since the first takes long."""
-        copy_entries(self, self.writing, progress)
+        """See :class:`Carrier`: a pass over all entries, then rounds over what differs, while they help."""
+        if self.in_kernel:
+            self._copy_in_kernel(progress)
+        else:
+            self._copy_in_batches(progress)
+        with self.writing:
+            self.base.settle()
         self.tally.entries = self.tally.copied
-        self.catch_up()
+        before = self.tally.copied
+        for _ in range(_ROUNDS):
+            found = self.catch_up()
+            if found <= max(_FEW, self.tally.copied // 1000) or found > before // 2:
+                break
+            before = found
 
     def verify(self) -> None:
-        """See :class:`Carrier`."""
-        verify_copy(self, self.writing)
+        """See :class:`Carrier`: whatever the old release did meanwhile, base and target agree before the cutover."""
+        with self.writing:
+            if self.in_kernel:
+                self._verify_in_kernel()
+            else:
+                self._verify_one_by_one()
 
     def catch_up(self, last: bool = False) -> int:
         """See :class:`Carrier`."""
         from hitless.upgrade.merge import merge_round  # which builds on this module
 
-        with self.writing:
-            return merge_round(self, last)
+        return merge_round(self, last)
 
     def turned(self, pin: Path, fresh: bool) -> Carrier:
-        """See :class:`Carrier`."""
-        base = fill_way_back(self) if fresh else Map.open(pin)
-        if fresh:
-            base.pin(pin)
-        return way_back(self, base)
+        """See :class:`Carrier`. What the source's layout cannot hold stays behind."""
+        base = self._base_of_way_back(pin) if fresh else Base.open(pin, self.target)
+        name = f"{self.name}_back"
+        return Carriage(
+            name=self.name,
+            source=self.target,
+            target=self.source,
+            base=base,
+            pin=pin,
+            key=self.back_key,
+            value=self.back_value,
+            back_key=self.key,
+            back_value=self.value,
+            leaves=self.back_leaves,
+            back_leaves=self.leaves,
+            lock=self.back_lock,
+            back_lock=self.lock,
+            in_kernel=False,
+            lossy_allowed=True,
+            merger=Merger(name, self.target, self.source, base, self.back_leaves, self.back_lock),
+            tally=Tally(),
+            writing=self.writing,
+            pace=self.pace,
+            going_back=True,
+        )
+
+    # What the rounds and dual writes ask
 
     @property
     def can_wait_for_room(self) -> bool:
@@ -103,30 +140,149 @@ class Carriage(msgspec.Struct):
 
     def representable(self, rows: Rows) -> npt.NDArray[np.bool_]:
         """Which of these keys of the source the target can hold too; the others would become a different key."""
-        if self.key is None or self.back_key is None:
+        if self.key is None or self.back_key is None or self.key.exact:
             return np.ones(len(rows), np.bool_)
         there_and_back = self.back_key.apply(self.key.apply(rows).records).records
         return np.asarray((there_and_back == rows).all(axis=1), np.bool_)
 
     def convert(self, rows: Rows) -> Rows:
         """Values of the source as values of the target; one that does not fit becomes the nearest that does."""
-        return self.value.apply(rows).records if self.value else rows
+        return _each(self.value, rows, self.source).records
 
     def values(self, rows: Rows, keys: Rows) -> Rows:
         """The same, watched: ``keys`` name the entries in an error.
 
         Raises LossNotAllowedError if some do not fit and that is not allowed; else they are counted in the tally.
         """
-        if self.value is None:
-            return rows
-        converted = self.value.apply(rows)
-        self._count_misfits(converted, keys)
+        converted = _each(self.value, rows, self.source)
+        self._count_misfits(converted, keys, len(rows))
         return converted.records
 
-    def _count_misfits(self, converted: Converted, keys: Rows) -> None:
+    def back(self, rows: Rows, onto: Rows | None = None) -> Rows:
+        """Values of the target as values of the source; ``onto`` is what holds where the target says nothing."""
+        return _each(self.back_value, rows, self.target, onto).records
+
+    def make_room(self, rows: int) -> None:
+        """See to it that the base has room for ``rows`` more. Raises KernelError (ENOMEM)."""
+        while self.base.room < rows:
+            self.base = self.base.grown(f"base_{self.name}", self.pin)
+            self.merger.close()
+            self.merger = Merger(self.name, self.source, self.target, self.base, self.leaves, self.lock)
+            if self.copier is not None:  # which begins anew, and passes over what it copied before
+                self.copier.close()
+                self.copier = self._new_copier()
+
+    # The steps
+
+    def _new_copier(self) -> Copier:
+        return Copier(self.name, self.source, self.target, self.base, self.key, self.value)
+
+    def _copy_in_kernel(self, progress: Callable[[int], None]) -> None:
+        done = 0
+        self.copier = self._new_copier()
+        more = True
+        while more:
+            with self.writing:
+                copier = self.copier
+                before = copier.done
+                try:
+                    more = copier.read(_CHUNK)
+                except OSError as error:
+                    raise self._not_written(error.errno, done + copier.done) from None
+                done += copier.done - before
+                if not self.base.room:
+                    self.make_room(_CHUNK)
+                    more = True
+            self.tally.copied = done
+            progress(done)
+            self.pace(_CHUNK)
+        self.copier.close()
+        self.copier = None
+
+    def _copy_in_batches(self, progress: Callable[[int], None]) -> None:
+        batches = self.source.batches()
+        while True:
+            with self.writing:
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                keys, values = batch
+                fresh = ~self.base.set_singly(keys)  # a dual write is newer than what was read, also in the base
+                keys, values = keys[fresh], values[fresh]
+                self.make_room(len(keys))
+                new_keys, new_values = self.keys(keys), self.values(values, keys)
+                try:
+                    self.target.write(new_keys, new_values)
+                except KernelError as error:
+                    written = int(str(error.facts["written"]))
+                    if not (self.can_wait_for_room and error.facts["errno"] == errno.E2BIG):
+                        raise self._not_written(int(str(error.facts["errno"])), self.tally.copied + written) from None
+                    for new_key in new_keys:  # what is not in the base must not be in the target either
+                        self.target.delete(new_key.tobytes())
+                    continue
+                self.base.append(keys, values)
+            self.tally.copied += len(keys)
+            progress(self.tally.copied)
+            self.pace(len(keys))
+        if self.source.info.type == "lpm_trie":
+            self.base.free_doubles()  # its batches go from key to key, and begin anew where one was deleted
+
+    def _not_written(self, number: int | None, done: int) -> KernelError:
+        room = self.target.info.max_entries
+        why = errno.errorcode.get(number or 0, str(number))
+        full = ": the new map is full" if number == errno.E2BIG else ""
+        return KernelError(
+            f"map {self.name}: after {done} entries, writing one to the new map failed with {why}{full} "
+            f"(its max_entries is {room}); nothing was switched, the running release is untouched",
+            call="BPF_MAP_UPDATE_ELEM", errno=number, errno_name=why, map=self.name, done=done,
+        )  # fmt: skip
+
+    def _verify_in_kernel(self) -> None:
+        checker = Checker(self.name, self.target, self.base, self.key, self.value)
+        rows = 0
+        while rows < self.base.used and (read := checker.read(_CHUNK)):
+            rows += read
+        found = checker.found
+        checker.close()
+        if found.wrong and self.target.info.type != "lru_hash":  # which evicts as it likes
+            key = self.base.keys[found.first]
+            raise _wrong(self, key, "is not in the new map as converted", found.wrong)
+
+    def _verify_one_by_one(self) -> None:
+        for start in range(0, self.base.used, _CHUNK):
+            live = start + np.flatnonzero(self.base.live[start : min(start + _CHUNK, self.base.used)])
+            keys, values = self.base.keys[live], self.base.values[live]
+            found = [self.target.lookup(key.tobytes()) for key in self.keys(keys)]
+            there = np.array([value is not None for value in found], np.bool_)
+            if not there.all() and self.target.info.type not in ("lru_hash", "lru_percpu_hash"):
+                missing = np.flatnonzero(~there)
+                raise _wrong(self, keys[missing[0]], "is missing in the new map", len(missing))
+            if not there.any():
+                continue
+            rows = np.frombuffer(b"".join(value for value in found if value is not None), np.uint8)
+            rows = rows.reshape(int(there.sum()), -1)
+            expected = self.convert(values[there])
+            # In terms of the source's layout, since a dual write may have filled fields that only the target has.
+            wrong = np.flatnonzero((self.back(expected) != self.back(rows)).any(axis=1))
+            if len(wrong):
+                raise _wrong(self, keys[there][wrong[0]], "is not in the new map as converted", len(wrong))
+
+    def _base_of_way_back(self, pin: Path) -> Base:
+        """A base with what both sides have in common, in the target's layout."""
+        live = np.flatnonzero(self.base.live[: self.base.used])
+        base = Base.create(self.target, f"back_{self.name}", len(live) + len(live) // _SLACK + _FEW)
+        for start in range(0, len(live), _CHUNK):
+            rows = live[start : start + _CHUNK]
+            base.append(self.keys(self.base.keys[rows]), self.convert(self.base.values[rows]))
+        base.settle()
+        base.map.pin(pin)
+        return base
+
+    def _count_misfits(self, converted: Converted, keys: Rows, count: int) -> None:
+        each = len(converted.records) // count if count else 1
         for misfit in converted.misfits:
             if not self.lossy_allowed:
-                first = ", ".join(keys[row].tobytes().hex() for row in misfit.first[:3])
+                first = ", ".join(keys[row // each].tobytes().hex() for row in misfit.first[:3])
                 raise LossNotAllowedError(
                     f"map {self.name}: {misfit.count} value(s) of {misfit.path} do not fit the new layout "
                     f"(first keys: {first}); allow it with --allow-loss {self.name}, or widen the field",
@@ -137,33 +293,56 @@ class Carriage(msgspec.Struct):
             self.tally.lost[misfit.path] = self.tally.lost.get(misfit.path, 0) + misfit.count
 
 
+def carry_in_kernel(passage: Passage) -> Carriage:
+    """The carrier of entries that are copied in the kernel. Raises KernelError if the verifier refuses its program."""
+    return _carry(passage, True)
+
+
 def carry_entries(passage: Passage) -> Carriage:
-    """The carrier of entries, its merge program loaded. Raises KernelError if the verifier refuses that."""
+    """The carrier of entries that are copied in batches. Raises KernelError if the verifier refuses its program."""
+    return _carry(passage, False)
+
+
+def _carry(passage: Passage, in_kernel: bool) -> Carriage:
     source, target, diff = passage.source, passage.target, passage.diff
+    old_value, new_value = _value_of(passage.old), _value_of(passage.new)
+    back_lock, lock = lock_offset(old_value), lock_offset(new_value)
+    source.lock_flag, target.lock_flag = (0 if at is None else F_LOCK for at in (back_lock, lock))
     if passage.fresh:
-        base = create_like(source, f"base_{passage.name}")
-        base.pin(passage.pin)
+        base = Base.create(source, f"base_{passage.name}", _rows(source))
+        base.map.pin(passage.pin)
     else:
-        base = Map.open(passage.pin)
-    fields = leaves(_value_of(passage.new), passage.rules, passage.new.tags)
-    back_fields = leaves(_value_of(passage.old), _turned(passage.rules), passage.old.tags)
+        base = Base.open(passage.pin, source)
+    fields = leaves(new_value, passage.rules, passage.new.tags)
+    back_fields = leaves(old_value, _turned(passage.rules), passage.old.tags)
     return Carriage(
         name=passage.name,
         source=source,
         target=target,
         base=base,
+        pin=passage.pin,
         key=diff.key,
         value=diff.value,
         back_key=diff.key.inverse() if diff.key else None,
         back_value=diff.value.inverse() if diff.value else None,
         leaves=fields,
         back_leaves=back_fields,
+        lock=lock,
+        back_lock=back_lock,
+        in_kernel=in_kernel,
         lossy_allowed=passage.lossy_allowed,
-        merger=Merger(passage.name, source, target, base, fields),
+        merger=Merger(passage.name, source, target, base, fields, lock),
         tally=Tally(),
-        written=set(),
         writing=passage.writing,
+        pace=passage.pace,
     )
+
+
+def _rows(source: Map) -> int:
+    """How many rows the base of ``source`` should have: a map that is not preallocated may be nearly empty."""
+    info = source.info
+    rows = min(info.max_entries, source.most_entries())
+    return rows if "array" in info.type else rows + rows // _SLACK + _FEW
 
 
 def _turned(rules: MapRules) -> MapRules:
@@ -177,105 +356,19 @@ def _value_of(spec: MapSpec) -> Type:
     return spec.value
 
 
-def fill_way_back(carriage: Carriage) -> Map:
-    """A new base for :func:`way_back`: what both sides have in common, in the target's layout."""
-    base = create_like(carriage.target, f"back_{carriage.name}")
-    keys, values = carriage.base.entries()
-    base.write(carriage.keys(keys), carriage.convert(values))
-    return base
-
-
-def way_back(carriage: Carriage, base: Map) -> Carriage:
-    """The same map with the sides changed, for what the target gained since ``base``.
-
-    What the source's layout cannot hold stays behind with the release that is taken back.
-    """
-    return Carriage(
-        name=carriage.name,
-        source=carriage.target,
-        target=carriage.source,
-        base=base,
-        key=carriage.back_key,
-        value=carriage.back_value,
-        back_key=carriage.key,
-        back_value=carriage.value,
-        leaves=carriage.back_leaves,
-        back_leaves=carriage.leaves,
-        lossy_allowed=True,
-        merger=Merger(f"{carriage.name}_back", carriage.target, carriage.source, base, carriage.back_leaves),
-        tally=Tally(),
-        written=set(),
-        writing=carriage.writing,
-        going_back=True,
-    )
-
-
-def copy_entries(carriage: Carriage, writing: threading.RLock, progress: Callable[[int], None]) -> None:
-    """Convert every entry into the target and its base; ``progress`` gets the number done so far.
-
-    ``writing`` is held for one batch at a time, so that a dual write is never overwritten by what was read
-    before it. Raises KernelError (the target is full), LossNotAllowedError.
-    """
-    batches = carriage.source.batches()
-    while True:
-        with writing:
-            batch = next(batches, None)
-            if batch is None:
-                break
-            keys, values = batch
-            if carriage.written:  # a dual write is newer than what was read, in both maps and in the base
-                fresh = [row for row, key in enumerate(keys) if key.tobytes() not in carriage.written]
-                keys, values = keys[fresh], values[fresh]
-            new_keys, new_values = carriage.keys(keys), carriage.values(values, keys)
-            try:
-                carriage.target.write(new_keys, new_values)
-                carriage.base.write(keys, values)
-            except KernelError as error:
-                if carriage.can_wait_for_room and error.facts["errno"] == errno.E2BIG:
-                    _leave_to_merge(carriage, keys, new_keys)
-                    continue
-                raise KernelError(
-                    f"map {carriage.name}: after {carriage.tally.copied + int(str(error.facts['written']))} entries: "
-                    f"{error.message} (the new map's max_entries is {carriage.target.info.max_entries})",
-                    **error.facts,
-                    map=carriage.name,
-                ) from None
-        carriage.tally.copied += len(keys)
-        progress(carriage.tally.copied)
-
-
-def _leave_to_merge(carriage: Carriage, keys: Rows, new_keys: Rows) -> None:
-    # What is in the target must be in the base too, or the merge would count it a second time.
-    for key, new_key in zip(keys, new_keys, strict=True):
-        carriage.target.delete(new_key.tobytes())
-        carriage.base.delete(key.tobytes())
-
-
-def verify_copy(carriage: Carriage, writing: threading.RLock) -> None:
-    """Every entry that nobody touched since its base was taken is in the target as the conversion says.
-
-    Compared in terms of the source's layout, since a dual write may have filled fields that only the target has.
-    Raises VerifyError naming the first key.
-    """
-    with writing:
-        target_keys, target_values = carriage.target.entries()
-        base_keys, base_values = carriage.base.entries()
-        source_keys, source_values = carriage.source.entries()
-    in_both, at_base, _, _ = match_rows(source_keys, base_keys)
-    # What was touched meanwhile is brought up to date by the merge; the rest must be there as converted.
-    untouched = at_base[(source_values[in_both] == base_values[at_base]).all(axis=1)]
-    keys = carriage.keys(base_keys[untouched])
-    expected = carriage.convert(base_values[untouched])
-    there, at_target, missing, _ = match_rows(keys, target_keys)
-    if len(missing) and carriage.target.info.type != "lru_hash":  # which evicts as it likes
-        raise _wrong(carriage, base_keys[untouched[missing[0]]], "is missing in the new map", len(missing))
-    found = target_values[at_target]
-    if carriage.back_value is not None:
-        expected, found = carriage.back_value.apply(expected).records, carriage.back_value.apply(found).records
-    wrong = np.flatnonzero((expected[there] != found).any(axis=1))
-    if len(wrong):
-        key = base_keys[untouched[there[wrong[0]]]]
-        raise _wrong(carriage, key, "is not in the new map as converted", len(wrong))
+def _each(conversion: Conversion | None, rows: Rows, held: Map, onto: Rows | None = None) -> Converted:
+    """Convert values of ``held``; of a per-CPU map, each CPU's value as a record of its own."""
+    if conversion is None:
+        return Converted(rows, ())
+    if not held.info.per_cpu:
+        return conversion.apply(rows, onto)
+    cpus = possible_cpus()
+    old, new = conversion.old_size, conversion.new_size
+    before = rows.reshape(-1, padded(old))[:, :old]
+    converted = conversion.apply(before, None if onto is None else onto.reshape(-1, padded(new))[:, :new])
+    out: Rows = np.zeros((len(rows) * cpus, padded(new)), np.uint8)
+    out[:, :new] = converted.records
+    return Converted(out.reshape(len(rows), -1), converted.misfits)
 
 
 def match_rows(rows: Rows, others: Rows) -> tuple[Indices, Indices, Indices, Indices]:
@@ -285,13 +378,13 @@ def match_rows(rows: Rows, others: Rows) -> tuple[Indices, Indices, Indices, Ind
     """
     matches = np.full(len(rows), -1, np.intp)
     if len(rows) and len(others):
-        marks, other_marks = _marks(rows), _marks(others)
+        own_marks, other_marks = marks(rows), marks(others)
         order = np.argsort(other_marks)
-        candidates = order[np.searchsorted(other_marks, marks, sorter=order).clip(max=len(others) - 1)]
+        candidates = order[np.searchsorted(other_marks, own_marks, sorter=order).clip(max=len(others) - 1)]
         equal = (rows == others[candidates]).all(axis=1)
         matches[equal] = candidates[equal]
         # Different records may share a mark: the few are looked up one by one.
-        for index in np.flatnonzero(~equal & (other_marks[candidates] == marks)):
+        for index in np.flatnonzero(~equal & (other_marks[candidates] == own_marks)):
             found = np.flatnonzero((others == rows[index]).all(axis=1))
             matches[index] = found[0] if len(found) else -1
     in_both = np.flatnonzero(matches >= 0)
@@ -299,17 +392,6 @@ def match_rows(rows: Rows, others: Rows) -> tuple[Indices, Indices, Indices, Ind
     alone = np.ones(len(others), bool)
     alone[at_others] = False
     return in_both, at_others, np.flatnonzero(matches < 0), np.flatnonzero(alone)
-
-
-def _marks(rows: Rows) -> npt.NDArray[np.uint64]:
-    """A number for each record that is the same for equal ones and seldom for others."""
-    words = np.zeros((len(rows), (rows.shape[1] + 7) // 8 * 8), np.uint8)
-    words[:, : rows.shape[1]] = rows
-    marks = np.full(len(rows), _SEED, np.uint64)
-    for word in words.view(np.uint64).T:
-        marks = (marks ^ word) * np.uint64(0x9E3779B97F4A7C15)
-        marks ^= marks >> np.uint64(29)
-    return marks
 
 
 def _wrong(carriage: Carriage, key: Rows, how: str, count: int) -> VerifyError:

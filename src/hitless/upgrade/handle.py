@@ -13,12 +13,13 @@ import msgspec
 import numpy as np
 
 from hitless.errors import KernelError, NodeError
-from hitless.kernel.maps import Map
+from hitless.kernel.base import padded
+from hitless.kernel.maps import Map, possible_cpus
 from hitless.layout.codec import decode, encode
 from hitless.layout.model import MapSpec, Type
 from hitless.upgrade.carrier import Carrier
 from hitless.upgrade.copy import Carriage
-from hitless.upgrade.merge import forget_deleted, merge_entry, merge_round
+from hitless.upgrade.merge import merge_entry, merge_round
 from hitless.upgrade.record import read_record
 
 __all__ = ["Access", "MapHandle", "Staged"]
@@ -48,7 +49,8 @@ class MapHandle:
     """One map of the running release by name, opened anew at each use, so that it follows upgrades.
 
     Keys and values are what :mod:`hitless.layout.codec` makes of their types: dicts for structs, ints, bytes,
-    str, lists. While an upgrade in this process runs, they are in the layout of the new release, and writes go to
+    str, lists; values of a per-CPU map are lists with one for each possible CPU.
+    While an upgrade in this process runs, they are in the layout of the new release, and writes go to
     both maps; an entry that the old release has no place or no room for is in the new one's only. Safe to use from
     several threads.
     """
@@ -71,17 +73,17 @@ class MapHandle:
             if carriage is not None and old_key is not None:
                 merge_entry(carriage, old_key)
             found = live.lookup(raw)
-            return None if found is None else decode(_value(spec), found)
+            return None if found is None else _decoded(live, spec, found)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         with self._opened() as (live, spec, carriage):
-            _write(live, carriage, encode(_key(spec), key), encode(_value(spec), value))
+            _write(live, carriage, encode(_key(spec), key), _encoded(live, spec, value))
 
     def update_many(self, pairs: Iterable[tuple[Any, Any]]) -> None:
         """Set many entries; other writes and an upgrade's steps do not come between them."""
         with self._opened() as (live, spec, carriage):
             for key, value in pairs:
-                _write(live, carriage, encode(_key(spec), key), encode(_value(spec), value))
+                _write(live, carriage, encode(_key(spec), key), _encoded(live, spec, value))
 
     def __delitem__(self, key: Any) -> None:
         with self._opened() as (live, spec, carriage):
@@ -90,7 +92,7 @@ class MapHandle:
             old_key = None if carriage is None else _back_key(carriage, raw)
             if carriage is not None and old_key is not None:
                 there |= carriage.source.delete(old_key)
-                carriage.base.delete(old_key)
+                carriage.base.erase(old_key)
             if not there:
                 raise KeyError(key)
 
@@ -100,9 +102,9 @@ class MapHandle:
             if carriage is not None:
                 merge_round(carriage)
             keys, values = live.entries()
-            key, value = _key(spec), _value(spec)
+            key = _key(spec)
             return [
-                (decode(key, k.tobytes()), decode(value, v.tobytes())) for k, v in zip(keys, values, strict=True)
+                (decode(key, k.tobytes()), _decoded(live, spec, v.tobytes())) for k, v in zip(keys, values, strict=True)
             ]
 
     @contextmanager
@@ -149,6 +151,24 @@ def _value(spec: MapSpec) -> Type:
     return spec.value
 
 
+def _encoded(live: Map, spec: MapSpec, value: Any) -> bytes:
+    if not live.info.per_cpu:
+        return encode(_value(spec), value)
+    if not isinstance(value, list) or len(value) != possible_cpus():
+        raise NodeError(
+            f"map {spec.name} holds a value for each CPU: give a list of {possible_cpus()}, one for each possible CPU",
+            map=spec.name,
+        )
+    return b"".join(encode(_value(spec), one).ljust(padded(spec.value_size), b"\0") for one in value)
+
+
+def _decoded(live: Map, spec: MapSpec, raw: bytes) -> Any:
+    if not live.info.per_cpu:
+        return decode(_value(spec), raw)
+    step = padded(spec.value_size)
+    return [decode(_value(spec), raw[at : at + spec.value_size]) for at in range(0, len(raw), step)]
+
+
 def _write(live: Map, carriage: Carriage | None, key: bytes, value: bytes) -> None:
     live.update(key, value)
     if carriage is None:
@@ -156,27 +176,19 @@ def _write(live: Map, carriage: Carriage | None, key: bytes, value: bytes) -> No
     old_key = _back_key(carriage, key)
     if old_key is None:
         return
-    rows = np.frombuffer(value, np.uint8).reshape(1, -1)
-    if carriage.back_value is not None:
-        # Fields that only the old release has keep what they hold.
-        held = carriage.source.lookup(old_key)
-        onto = np.frombuffer(held, np.uint8).reshape(1, -1) if held is not None else None
-        rows = carriage.back_value.apply(rows, onto).records
+    # Fields that only the old release has keep what they hold.
+    held = carriage.source.lookup(old_key) if carriage.back_value is not None else None
+    onto = np.frombuffer(held, np.uint8).reshape(1, -1) if held is not None else None
+    old_value = carriage.back(np.frombuffer(value, np.uint8).reshape(1, -1), onto).tobytes()
+    carriage.make_room(1)
     try:
-        carriage.source.update(old_key, rows.tobytes())
+        carriage.source.update(old_key, old_value)
     except KernelError as error:
         if error.facts["errno"] != errno.E2BIG:
             raise
         return  # only the new release has room for it: that is what the map was made larger for
     # The base moves along, so that the merge sees no difference and leaves what was written in the new map alone.
-    try:
-        carriage.base.update(old_key, rows.tobytes())
-    except KernelError as error:
-        if error.facts["errno"] != errno.E2BIG:
-            raise
-        forget_deleted(carriage)  # the old map has room since it evicted or a program deleted
-        carriage.base.update(old_key, rows.tobytes())
-    carriage.written.add(old_key)
+    carriage.base.put(old_key, old_value)
 
 
 def _back_key(carriage: Carriage, key: bytes) -> bytes | None:

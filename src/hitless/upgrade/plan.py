@@ -24,11 +24,16 @@ __all__ = ["make_plan"]
 
 
 def make_plan(
-    state: NodeState, bundle: Bundle, cgroups: Mapping[str, int], allow_loss: Collection[str] = ()
+    state: NodeState,
+    bundle: Bundle,
+    cgroups: Mapping[str, int],
+    features: Collection[str],
+    allow_loss: Collection[str] = (),
 ) -> Plan:
     """Decide what becomes of each map and hook when ``bundle`` is applied to what ``state`` shows.
 
-    ``cgroups`` has the kernel's id of each target of the bundle's hooks; ``allow_loss`` names maps that may lose
+    ``cgroups`` has the kernel's id of each target of the bundle's hooks; ``features`` are what it can
+    do (:mod:`hitless.kernel.features`), by which the methods are chosen; ``allow_loss`` names maps that may lose
     what the plan says they lose. Raises BundleError or LayoutError for rules that cannot apply, UnsupportedError
     for changes that this version cannot make.
     """
@@ -53,7 +58,7 @@ def make_plan(
             )
         # In a start or restart nothing can be lost, and the same command must do on every node, and twice.
         _check_names(current, bundle, allow_loss)
-        maps = _plan_maps(current, bundle, allow_loss)
+        maps = _plan_maps(current, bundle, features, allow_loss)
         hooks = _plan_hooks(state, current, bundle, cgroups, restart=False)
     return Plan(
         root=state.root,
@@ -97,20 +102,26 @@ def _created(name: str) -> MapPlan:
     return MapPlan(name, "create", verdict="added", method=method)
 
 
-def _plan_maps(current: Generation, bundle: Bundle, allow_loss: Collection[str]) -> tuple[MapPlan, ...]:
+def _plan_maps(
+    current: Generation, bundle: Bundle, features: Collection[str], allow_loss: Collection[str]
+) -> tuple[MapPlan, ...]:
     old = [live.spec for live in current.maps.values()]
     new = [
         msgspec.structs.replace(spec, name=name) for name, spec in bundle.maps.items() if not is_global(name)
     ]
     plans = [
-        _plan_map(diff, {spec.name: spec for spec in old}, bundle, allow_loss)
+        _plan_map(diff, {spec.name: spec for spec in old}, bundle, features, allow_loss)
         for diff in diff_maps(old, new, {name: rule for name, rule in bundle.rules.items() if not is_global(name)})
     ]
     return (*plans, *_plan_globals(current, bundle, allow_loss))
 
 
 def _plan_map(
-    diff: MapDiff, old: Mapping[str, MapSpec], bundle: Bundle, allow_loss: Collection[str]
+    diff: MapDiff,
+    old: Mapping[str, MapSpec],
+    bundle: Bundle,
+    features: Collection[str],
+    allow_loss: Collection[str],
 ) -> MapPlan:
     rules = bundle.rules.get(diff.name, MapRules())
     allowed = rules.on_loss == "discard" or diff.name in allow_loss or diff.was in allow_loss
@@ -132,7 +143,7 @@ def _plan_map(
         return planned("keep", "same map")
     if diff.verdict in ("lossless", "lossy"):
         spec = old[diff.was or diff.name]
-        found = way(spec, bundle.maps[diff.name], rules)
+        found = way(spec, bundle.maps[diff.name], rules, features)
         if isinstance(found, str):
             return planned("discard", "empty", loss=(f"all entries: {found}", *losses))
         return planned("convert", found.method, found.exactness, losses, found.kind)

@@ -18,6 +18,7 @@ from hitless.bundle import Bundle
 from hitless.errors import BusyError, InterruptedUpgradeError, LossNotAllowedError, NodeError, VerifyError
 from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.bpffs import exchange, remove_tree, require_bpffs
+from hitless.kernel.features import features
 from hitless.kernel.links import Link, cgroup_id
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program, load_object
@@ -70,12 +71,14 @@ def plan(node: Node, bundle: Bundle, allow_loss: Collection[str] = ()) -> Plan:
             "apply finishes or undoes it first, alone: apply any release, then plan again",
             path=str(node.root),
         )
-    return _plan(state, bundle, allow_loss)
+    return _plan(node, state, bundle, allow_loss)
 
 
-def _plan(state: NodeState, bundle: Bundle, allow_loss: Collection[str]) -> Plan:
+def _plan(node: Node, state: NodeState, bundle: Bundle, allow_loss: Collection[str]) -> Plan:
     cgroups = {entry.target: cgroup_id(Path(entry.target)) for entry in bundle.attach}
-    return make_plan(state, bundle, cgroups, allow_loss)
+    decided = make_plan(state, bundle, cgroups, features(), allow_loss)
+    _refuse_overfull(node, state, bundle, decided)
+    return decided
 
 
 def apply(
@@ -103,7 +106,7 @@ def apply(
         try:
             recovered = _recover(node, tell)
             state = node.observe()
-            decided = _plan(state, bundle, allow_loss)
+            decided = _plan(node, state, bundle, allow_loss)
             _refuse_loss(decided)
             upgrade = _Upgrade(node, decided, state.current, tell)
             if decided.start_type == "restart":
@@ -123,7 +126,27 @@ def _plan_first(node: Node, bundle: Bundle, allow_loss: Collection[str]) -> None
     require_bpffs(node.root)
     state = node.observe()
     if state.unfinished is None and not state.litter:
-        _refuse_loss(_plan(state, bundle, allow_loss))
+        _refuse_loss(_plan(node, state, bundle, allow_loss))
+
+
+def _refuse_overfull(node: Node, state: NodeState, bundle: Bundle, decided: Plan) -> None:
+    """A smaller map must have room for what is there now; one that evicts makes room by itself."""
+    for entry in decided.maps:
+        if entry.action != "convert" or state.current is None:
+            continue
+        was, room = entry.was or entry.name, bundle.maps[entry.name].max_entries
+        if room >= state.current.maps[was].info.max_entries or "hash" not in bundle.maps[entry.name].type:
+            continue
+        with Map.open(node.current / "maps" / was) as live:
+            entries = sum(len(keys) for keys, _ in live.batches())
+        if entries > room and "lru" not in bundle.maps[entry.name].type:
+            raise LossNotAllowedError(
+                f"map {was} has {entries} entries, and release {bundle.version} has room for {room} "
+                f"(max_entries of {entry.name}); nothing was changed: raise it, or delete entries first",
+                maps=[entry.name],
+                entries=entries,
+                room=room,
+            )
 
 
 def _refuse_loss(decided: Plan) -> None:
