@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hitless.upgrade.handle import MapHandle
     from hitless.upgrade.model import NodeState, Plan, Progress, Result
     from hitless.upgrade.node import Node
+    from hitless.upgrade.pace import Pace
     from hitless.upgrade.transaction import apply, plan, recover, unload
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "Node",
     "NodeError",
     "NodeState",
+    "Pace",
     "Plan",
     "Progress",
     "Result",
@@ -64,6 +66,7 @@ _ROOMS = {
     "MapHandle": "upgrade.handle",
     "Node": "upgrade.node",
     "NodeState": "upgrade.model",
+    "Pace": "upgrade.pace",
     "Plan": "upgrade.model",
     "Progress": "upgrade.model",
     "Result": "upgrade.model",

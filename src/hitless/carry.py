@@ -16,6 +16,11 @@ from hitless.layout.rules import MapRules
 __all__ = ["KINDS", "Way", "is_global", "obstacle", "way"]
 
 _PROGRAMS_BARRED = 1 << 7 | 1 << 8  # BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG
+# Types of which one can become the other: (old, new).
+_ALIKE = {
+    ("hash", "lru_hash"), ("lru_hash", "hash"), ("array", "hash"),
+    ("percpu_hash", "lru_percpu_hash"), ("lru_percpu_hash", "percpu_hash"), ("percpu_array", "percpu_hash"),
+}  # fmt: skip
 _ITERATED = ("hash", "lru_hash")
 _ITERATE_HASH = "iter/bpf_map_elem"  # the feature's name in kernel/features.py, which this pure module cannot import
 _MAX_WORDS = 2000  # what surely fits one merge program: its jumps reach 32767 instructions
@@ -79,6 +84,8 @@ def _exactness(spec: MapSpec, rules: MapRules) -> str:
         return "best-effort: an LRU map may evict entries at any time"
     if spec.type == "lpm_trie":
         return "exact, but best-effort where a program of the new release deletes a prefix that the old one changed"
+    if lock_offset(spec.value) is not None:
+        return "exact"  # what is written under the lock; the merge takes it too
     # Elements of one array are told once: `backends[].addr`.
     paths = (re.sub(r"\[\d+\]", "[]", leaf.path) for leaf in leaves(spec.value, rules, spec.tags) if not leaf.atomic)
     loose = list(dict.fromkeys(paths))
@@ -90,12 +97,10 @@ def _exactness(spec: MapSpec, rules: MapRules) -> str:
 
 def obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
     """Why entries of ``old`` cannot be converted into ``new`` by this version, or None."""
-    if old.type != new.type:
+    if old.type != new.type and (old.type, new.type) not in _ALIKE:
         return f"from a map of type {old.type} to {new.type} is not supported yet"
     if new.type not in KINDS:
         return f"converting maps of type {new.type} is not supported yet"
-    if new.type == "array" and new.max_entries < old.max_entries:
-        return "making an array smaller is not supported yet"
     for spec in (old, new):
         if spec.flags & _PROGRAMS_BARRED:
             return "its flags bar programs from it (BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG), and the merge is one"
@@ -116,6 +121,8 @@ def _kernel_object(layout: Type) -> str | None:
     if isinstance(layout, Array):
         return _kernel_object(layout.element)
     if isinstance(layout, Record):
+        if layout.name == "bpf_spin_lock":
+            return None  # a lock is free where nobody holds it, and the merge takes it
         if layout.name in SPECIAL:  # bytes that belong to the kernel, and that a copy would not carry
             return layout.name
         return next((found for field in layout.fields if (found := _kernel_object(field.type))), None)

@@ -12,6 +12,12 @@ from meshd.demo.lab import Lab
 from tests.releases import ATTACH, COUNTING, FIRST, SECOND, write_release
 
 Release = Callable[[int], hitless.Bundle]
+Make = Callable[..., hitless.Bundle]
+
+PROGRAM = """
+SEC("cgroup/connect4") int count4(struct bpf_sock_addr *ctx) { return 1; }
+char _license[] SEC("license") = "GPL";
+"""
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +41,14 @@ def release(releases: dict[int, Path], lab: Lab) -> Release:
 def node(lab: Lab) -> hitless.Node:
     """A pin root of its own."""
     return hitless.Node(lab.bpffs / "store")
+
+
+@pytest.fixture
+def make(lab: Lab, tmp_path: Path) -> Make:
+    """A release of some version with these maps."""
+
+    def release(version: str, maps: str, program: str = PROGRAM) -> hitless.Bundle:
+        path = write_release(tmp_path / version, version, maps + program)
+        return hitless.Bundle.load(path, {"cgroup": str(lab.cgroup)})
+
+    return release

@@ -17,25 +17,7 @@ from hitless.upgrade import transaction
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.releases import ATTACH, write_release
-from tests.upgrade.conftest import Release
-
-PROGRAM = """
-SEC("cgroup/connect4") int count4(struct bpf_sock_addr *ctx) { return 1; }
-char _license[] SEC("license") = "GPL";
-"""
-
-Make = Callable[..., hitless.Bundle]
-
-
-@pytest.fixture
-def make(lab: Lab, tmp_path: Path) -> Make:
-    """A release of some version with these maps."""
-
-    def release(version: str, maps: str, program: str = PROGRAM) -> hitless.Bundle:
-        path = write_release(tmp_path / version, version, maps + program)
-        return hitless.Bundle.load(path, {"cgroup": str(lab.cgroup)})
-
-    return release
+from tests.upgrade.conftest import PROGRAM, Make, Release
 
 
 def store(value: str, entries: int = 64, key: str = "__u32", kind: str = "HASH") -> str:

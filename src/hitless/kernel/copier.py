@@ -48,7 +48,7 @@ from hitless.kernel.libbpf import options
 from hitless.kernel.maps import Map, Rows, create
 from hitless.layout.conversion import Conversion
 
-__all__ = ["Checker", "Copier"]
+__all__ = ["Checked", "Checker", "Copier"]
 
 _ARRAY = 2  # BPF_MAP_TYPE_ARRAY
 _MMAPABLE = 1 << 10  # BPF_F_MMAPABLE

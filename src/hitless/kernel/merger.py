@@ -13,6 +13,7 @@ instructions, and nothing else runs on a CPU between two instructions of one tha
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -112,8 +113,10 @@ class _Record(msgspec.Struct, frozen=True):
 
 _SLOTS = 1024
 _MAP_TYPE_ARRAY = 2
-_PROG_TYPE_SYSCALL = 31
+_MMAPABLE = 1 << 10  # BPF_F_MMAPABLE
+_PROG_TYPE_XDP, _PROG_TYPE_SYSCALL = 6, 31
 _F_SLEEPABLE = 1 << 4
+_PACKET = bytes(64)  # what a test run of an XDP program needs, and this one does not look at
 
 
 class Merger:
@@ -131,9 +134,15 @@ class Merger:
         self._new = new
         self._record = _Record.of(old, new)
         self._records = create(_MAP_TYPE_ARRAY, f"merge_{name}", 4, self._record.size, _SLOTS)
-        code = _merge_code(self._record, leaves, self._records, new, base, lock)
+        opts = options("bpf_map_create_opts", map_flags=_MMAPABLE)
+        self._order = create(_MAP_TYPE_ARRAY, f"merge_{name}", 4, 8, 1, opts)
+        self._asked = np.frombuffer(mmap.mmap(self._order.fd, mmap.PAGESIZE), np.uint32)
+        code = _merge_code(self._record, leaves, self._records, self._order, new, base, lock)
         what = f"the merge program of map {name}"
-        self._program = load_code(_PROG_TYPE_SYSCALL, f"merge_{name}", code, what, prog_flags=_F_SLEEPABLE)
+        # SYSCALL programs sleep, and what sleeps may neither use tries nor hold locks; XDP programs do both.
+        self._sleeps = lock is None and new.info.type != "lpm_trie"
+        kind, flags = (_PROG_TYPE_SYSCALL, _F_SLEEPABLE) if self._sleeps else (_PROG_TYPE_XDP, 0)
+        self._program = load_code(kind, f"merge_{name}", code, what, prog_flags=flags)
 
     def merge(
         self,
@@ -175,8 +184,11 @@ class Merger:
         return np.array(left, np.intp)
 
     def _run(self, slot: int, mode: Mode, leave_out: bool) -> bool:
-        context = ffi.new("__u32[2]", [slot, mode])
-        opts = options("bpf_test_run_opts", ctx_in=context, ctx_size_in=8)
+        self._asked[0], self._asked[1] = slot, mode
+        opts = options("bpf_test_run_opts")
+        if not self._sleeps:
+            packet = ffi.from_buffer(_PACKET)
+            opts.data_in, opts.data_size_in = packet, len(_PACKET)
         while True:
             check(lib().bpf_prog_test_run_opts(self._program.fd, opts), "BPF_PROG_RUN", f"merge of map {self._name}")
             result = int(ffi.cast("int32_t", opts.retval))
@@ -190,6 +202,7 @@ class Merger:
         """Give the program and its records back to the kernel."""
         self._program.close()
         self._records.close()
+        self._order.close()
 
 
 @contextmanager
@@ -216,9 +229,10 @@ _EXTREMES = {"max": (JGE, JSGE), "min": (JLE, JSLE)}  # the jump, unsigned and s
 
 
 def _merge_code(
-    record: _Record, leaves: Sequence[Leaf], records: Map, new: Map, base: Base, lock: int | None
+    record: _Record, leaves: Sequence[Leaf], records: Map, order: Map, new: Map, base: Base, lock: int | None
 ) -> bytes:
     asm = Assembler()
+    asm.value(R1, order.fd)
     asm.emit(LOAD[4], R8, R1, 4)  # mode
     asm.emit(LOAD[4], R2, R1, 0)  # slot
     _element(asm, records.fd, R2)
@@ -234,8 +248,8 @@ def _merge_code(
     longest = new.info.type == "lpm_trie"
     if longest:
         # A lookup finds a shorter prefix where the entry is absent: only an insertion that fails shows it is there.
-        asm.emit(MOV_IMM, R7, imm=0)
-        asm.emit(JEQ_IMM, R8, off="absent", imm=Mode.INSERTED)
+        asm.emit(JNE_IMM, R8, off="there", imm=Mode.INSERTED)
+        _insert(asm, new, record)
         asm.label("there")
     asm.map(R1, new.fd)
     asm.pointer(R2, R6, record.new_key)
@@ -272,19 +286,11 @@ def _merge_code(
     asm.label("absent")
     # A changed key that the new release deleted stays deleted: its own word wins.
     asm.emit(JEQ_IMM, R8, off="remember", imm=Mode.CHANGED)
-    asm.map(R1, new.fd)
-    asm.pointer(R2, R6, record.new_key)
-    asm.pointer(R3, R6, record.value)
-    asm.emit(MOV_IMM, R4, imm=1)  # BPF_NOEXIST
-    asm.call(UPDATE)
-    asm.emit(JEQ_IMM, R0, off="remember", imm=0)
-    asm.emit(JNE_IMM, R0, off="exit", imm=-errno.EEXIST)
-    if longest:
-        asm.emit(JA, off="there")
-    else:
-        # The new release inserted the key itself since the lookup: the next run finds and merges it.
-        asm.emit(MOV_IMM, R0, imm=-errno.EAGAIN)
-        asm.emit(JA, off="exit")
+    if not longest:
+        _insert(asm, new, record)
+    # The new release inserted the key itself since the lookup: the next run finds and merges it.
+    asm.emit(MOV_IMM, R0, imm=-errno.EAGAIN)
+    asm.emit(JA, off="exit")
     asm.label("remember")
     _remember(asm, record, base)
     asm.emit(MOV_IMM, R0, imm=0)
@@ -308,6 +314,17 @@ def _merge_code(
     asm.label("exit")
     asm.emit(EXIT)
     return asm.code()
+
+
+def _insert(asm: Assembler, new: Map, record: _Record) -> None:
+    """The old value as an entry of its own, unless its key is there already."""
+    asm.map(R1, new.fd)
+    asm.pointer(R2, R6, record.new_key)
+    asm.pointer(R3, R6, record.value)
+    asm.emit(MOV_IMM, R4, imm=1)  # BPF_NOEXIST
+    asm.call(UPDATE)
+    asm.emit(JEQ_IMM, R0, off="remember", imm=0)
+    asm.emit(JNE_IMM, R0, off="exit", imm=-errno.EEXIST)
 
 
 def _element(asm: Assembler, fd: int, index: int) -> None:

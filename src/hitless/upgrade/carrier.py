@@ -24,7 +24,10 @@ __all__ = ["Carrier", "Passage", "Tally"]
 
 
 class Tally:
-    """Counts of one map's journey, filled while it goes on; what did not fit is in ``lost``, by field path."""
+    """Counts of one map's journey, filled while it goes on; what did not fit is in ``lost``, by field path.
+
+    ``seconds`` are those of all work on it, ``last_round`` those of the latest pass over what differs.
+    """
 
     def __init__(self) -> None:
         self.entries = 0
@@ -32,6 +35,7 @@ class Tally:
         self.rounds = 0
         self.caught_up = 0
         self.seconds = 0.0
+        self.last_round = 0.0
         self.lost: dict[str, int] = {}
 
 

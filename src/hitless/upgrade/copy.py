@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +95,10 @@ class Carriage(msgspec.Struct):
         """See :class:`Carrier`."""
         from hitless.upgrade.merge import merge_round  # which builds on this module
 
-        return merge_round(self, last)
+        started = time.perf_counter()
+        found = merge_round(self, last)
+        self.tally.last_round = time.perf_counter() - started
+        return found
 
     def turned(self, pin: Path, fresh: bool) -> Carrier:
         """See :class:`Carrier`. What the source's layout cannot hold stays behind."""
@@ -140,6 +144,8 @@ class Carriage(msgspec.Struct):
 
     def representable(self, rows: Rows) -> npt.NDArray[np.bool_]:
         """Which of these keys of the source the target can hold too; the others would become a different key."""
+        if "array" in self.target.info.type and self.target.info.max_entries < self.source.info.max_entries:
+            return np.asarray(rows.view(np.uint32)[:, 0] < self.target.info.max_entries, np.bool_)
         if self.key is None or self.back_key is None or self.key.exact:
             return np.ones(len(rows), np.bool_)
         there_and_back = self.back_key.apply(self.key.apply(rows).records).records
@@ -207,7 +213,8 @@ class Carriage(msgspec.Struct):
                 if batch is None:
                     break
                 keys, values = batch
-                fresh = ~self.base.set_singly(keys)  # a dual write is newer than what was read, also in the base
+                # A dual write is newer than what was read, also in the base.
+                fresh = self.representable(keys) & ~self.base.set_singly(keys)
                 keys, values = keys[fresh], values[fresh]
                 self.make_room(len(keys))
                 new_keys, new_values = self.keys(keys), self.values(values, keys)

@@ -10,7 +10,7 @@ __all__ = ["Pace"]
 class Pace:
     """At most ``rate`` entries a second, and at most ``share`` of one CPU; None and 1 are no limits.
 
-    It holds from the copy on until the hooks switch: from then on there is a window to close.
+    It holds until the hooks switch: from then on there is a window to close.
     """
 
     def __init__(self, rate: float | None = None, share: float = 1.0) -> None:

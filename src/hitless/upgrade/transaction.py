@@ -42,9 +42,12 @@ from hitless.upgrade.model import (
     Result,
 )
 from hitless.upgrade.node import Node
+from hitless.upgrade.pace import Pace
 from hitless.upgrade.plan import make_plan
 from hitless.upgrade.record import create_record, read_record, write_record
 
+# Seconds that the barrier takes at most: 8 to 16 ms were measured.
+_BARRIER = 0.02
 # Phases in which no hook runs the new release: undoing is removing what was built.
 _NOT_SWITCHED = ("staging", "copying", "undone")
 
@@ -88,12 +91,14 @@ def apply(
     prepare: Callable[[Node], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
     wait: float = 10.0,
+    pace: Pace | None = None,
 ) -> Result:
     """Bring ``node`` to ``bundle``: from nothing, from the same release, or from another one.
 
     ``prepare(node)`` is called once when the new release's maps exist and are filled and before a hook runs it:
     a control plane fills or corrects them through ``node.map()``, and may go on writing from other threads.
     ``progress`` is told what goes on. Waits up to ``wait`` seconds for another upgrade of the same root.
+    ``pace`` limits how fast entries are worked through before hooks switch.
 
     Raises LossNotAllowedError when the plan loses what ``allow_loss`` does not name, and other HitlessErrors; then
     the old release runs as before, complete.
@@ -108,7 +113,7 @@ def apply(
             state = node.observe()
             decided = _plan(node, state, bundle, allow_loss)
             _refuse_loss(decided)
-            upgrade = _Upgrade(node, decided, state.current, tell)
+            upgrade = _Upgrade(node, decided, state.current, tell, pace)
             if decided.start_type == "restart":
                 result = upgrade.restart(prepare)
             else:
@@ -221,12 +226,18 @@ class _Upgrade:
     """One apply on its way. ``current`` is the generation it starts from, None if nothing runs."""
 
     def __init__(
-        self, node: Node, decided: Plan, current: Generation | None, tell: Callable[[Progress], None]
+        self,
+        node: Node,
+        decided: Plan,
+        current: Generation | None,
+        tell: Callable[[Progress], None],
+        pace: Pace | None = None,
     ) -> None:
         self._node = node
         self._plan = decided
         self._current = current
         self._tell = tell
+        self._pace = pace or Pace()
         self._record: Record | None = None
         self._maps: dict[str, Map] = {}
         self._programs: dict[str, Program] = {}
@@ -369,6 +380,7 @@ class _Upgrade:
                     fresh=fresh,
                     lossy_allowed=entry.allowed,
                     writing=self._node.access.writing,
+                    pace=self._pace,
                 )
             )
 
@@ -382,7 +394,10 @@ class _Upgrade:
         carrier.tally.seconds = time.perf_counter() - started
 
     def _merge(self, last: bool = False) -> None:
-        for carrier in self._carried.values():
+        # The quickest first: none of them waits for the others longer than it must.
+        for carrier in sorted(self._carried.values(), key=lambda carrier: carrier.tally.last_round):
+            if not last and carrier.tally.last_round > _BARRIER:
+                continue  # the barrier passes sooner, and the last merge is the whole work anyway
             started = time.perf_counter()
             carrier.catch_up(last)
             carrier.tally.seconds += time.perf_counter() - started
