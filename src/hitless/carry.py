@@ -23,6 +23,7 @@ _ALIKE = {
 }  # fmt: skip
 _ITERATED = ("hash", "lru_hash")
 _ITERATE_HASH = "iter/bpf_map_elem"  # the feature's name in kernel/features.py, which this pure module cannot import
+_MAX_REACH = 32_000  # bytes: an instruction reaches 32767 from a pointer
 _MAX_WORDS = 2000  # what surely fits one merge program: its jumps reach 32767 instructions
 
 
@@ -101,6 +102,9 @@ def obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
         return f"from a map of type {old.type} to {new.type} is not supported yet"
     if new.type not in KINDS:
         return f"converting maps of type {new.type} is not supported yet"
+    reach = 2 * new.key_size + 2 * new.value_size + old.key_size
+    if reach > _MAX_REACH:
+        return f"its keys and values take {reach} bytes in a merge, and more than {_MAX_REACH} are not supported yet"
     for spec in (old, new):
         if spec.flags & _PROGRAMS_BARRED:
             return "its flags bar programs from it (BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG), and the merge is one"

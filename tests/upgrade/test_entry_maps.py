@@ -276,4 +276,4 @@ def test_the_pace_of_a_copy_can_be_limited(node: hitless.Node, make: Make) -> No
     hitless.apply(node, bundles[0])
     node.map("held").update_many((key, {"count": key, "most": 0}) for key in range(20_000))
     result = hitless.apply(node, bundles[1], pace=hitless.Pace(rate=40_000))
-    assert result.steps["copy"] > 0.9  # one pass and at least one round over 20,000 entries
+    assert result.steps["copy"] > 0.45  # 20,000 entries

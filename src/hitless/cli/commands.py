@@ -238,10 +238,24 @@ def plan(bundle: str, root: str, variables: dict[str, str], allow_loss: tuple[st
 @_root
 @_set
 @_allow_loss
+@click.option(
+    "--rate", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Copy N entries a second at most.",
+)  # fmt: skip
+@click.option(
+    "--cpu", type=click.FloatRange(0, 100, min_open=True), default=100, metavar="PERCENT",
+    help="Copy with PERCENT of one CPU at most; 100 if not given.",
+)  # fmt: skip
 @click.option("--yes", is_flag=True, help="Do not ask on a terminal.")
 @_command()
 def apply(
-    bundle: str, root: str, variables: dict[str, str], allow_loss: tuple[str, ...], yes: bool, as_json: bool
+    bundle: str,
+    root: str,
+    variables: dict[str, str],
+    allow_loss: tuple[str, ...],
+    rate: float | None,
+    cpu: float,
+    yes: bool,
+    as_json: bool,
 ) -> None:
     """Bring the node to BUNDLE: start it, adopt it after a restart, or upgrade what runs."""
     import hitless
@@ -252,7 +266,8 @@ def apply(
         hitless.recover(node)
         show_plan(hitless.plan(node, release, allow_loss))
         click.confirm("Apply this?", abort=True)
-    result = hitless.apply(node, release, allow_loss, progress=None if as_json else progress_line())
+    pace = hitless.Pace(rate, cpu / 100)
+    result = hitless.apply(node, release, allow_loss, progress=None if as_json else progress_line(), pace=pace)
     if as_json:
         print_json(result)
     else:

@@ -38,6 +38,8 @@ _COLOURS = {
     "drop": "red", "discard": "red", "detach": "yellow",
 }  # fmt: skip
 
+_SELDOM = 5.0  # seconds between two lines about one copy, where lines stay
+
 
 def print_json(value: object) -> None:
     """One JSON object, indented, on stdout."""
@@ -226,9 +228,9 @@ def show_status(status: Status) -> None:
 
 
 def progress_line() -> Callable[[Progress], None]:
-    """Progress on stderr: one changing line on a terminal, else a line a step."""
+    """Progress on stderr: one changing line on a terminal, else a line a step, and one now and then in a long copy."""
     terminal = sys.stderr.isatty()
-    started = time.monotonic()
+    started = told = time.monotonic()
 
     def tell(progress: Progress) -> None:
         # Nobody may be reading any more (a closed pipe, a lost terminal): no reason to undo an upgrade.
@@ -236,15 +238,27 @@ def progress_line() -> Callable[[Progress], None]:
             show(progress)
 
     def show(progress: Progress) -> None:
+        nonlocal told
+        now = time.monotonic()
+        line = f"{now - started:6.2f} s  {progress.step}{_detail(progress)}"
         if terminal:
-            detail = f" {progress.map}: {progress.done} entries" if progress.map else ""
-            click.echo(f"\r\033[K{time.monotonic() - started:6.2f} s  {progress.step}{detail}", nl=False, err=True)
+            click.echo(f"\r\033[K{line}", nl=False, err=True)
             if progress.step == "clean-up":
                 click.echo("\r\033[K", nl=False, err=True)
-        elif progress.map is None:
-            click.echo(f"{time.monotonic() - started:6.2f} s  {progress.step}", err=True)
+        elif progress.map is None or now - told > _SELDOM:
+            told = now
+            click.echo(line, err=True)
 
     return tell
+
+
+def _detail(progress: Progress) -> str:
+    if progress.map is None:
+        return ""
+    detail = f" {progress.map}: {progress.done:,} entries, {progress.rate:,.0f} a second"
+    if progress.differing or progress.round:
+        detail += f"; round {progress.round + 1}, about {progress.differing:,} differ"
+    return detail
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

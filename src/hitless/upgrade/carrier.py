@@ -26,7 +26,8 @@ __all__ = ["Carrier", "Passage", "Tally"]
 class Tally:
     """Counts of one map's journey, filled while it goes on; what did not fit is in ``lost``, by field path.
 
-    ``seconds`` are those of all work on it, ``last_round`` those of the latest pass over what differs.
+    ``seconds`` are those of all work on it, ``last_round`` those of the latest pass over what differs;
+    ``differing`` is about how many entries differed when that was last looked at.
     """
 
     def __init__(self) -> None:
@@ -36,6 +37,7 @@ class Tally:
         self.caught_up = 0
         self.seconds = 0.0
         self.last_round = 0.0
+        self.differing = 0
         self.lost: dict[str, int] = {}
 
 

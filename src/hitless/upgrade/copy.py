@@ -31,6 +31,7 @@ _CHUNK = 4096
 _SLACK = 64  # one row of so many is kept for keys that come and go
 _ROUNDS = 8  # of catching up before the cutover
 _FEW = 100  # differences that are not worth another round
+_SAMPLE = 1000  # entries by which differences are estimated
 
 
 class Carriage(msgspec.Struct):
@@ -78,9 +79,13 @@ class Carriage(msgspec.Struct):
         self.tally.entries = self.tally.copied
         before = self.tally.copied
         for _ in range(_ROUNDS):
+            self.tally.differing = self._differing()
+            progress(self.tally.copied)
+            if self.tally.differing <= max(_FEW, self.tally.copied // 100):
+                break  # the last merge looks at every entry anyway, and this few add nothing to its time
             found = self.catch_up()
-            if found <= max(_FEW, self.tally.copied // 1000) or found > before // 2:
-                break
+            if found > before // 2:
+                break  # what is written as fast as it is merged never ends
             before = found
 
     def verify(self) -> None:
@@ -273,6 +278,15 @@ class Carriage(msgspec.Struct):
             wrong = np.flatnonzero((self.back(expected) != self.back(rows)).any(axis=1))
             if len(wrong):
                 raise _wrong(self, keys[there][wrong[0]], "is not in the new map as converted", len(wrong))
+
+    def _differing(self) -> int:
+        """About how many entries differ from the base by now, from a sample of them."""
+        with self.writing:
+            live = np.flatnonzero(self.base.live[: self.base.used])
+            sample = live if len(live) <= _SAMPLE else live[np.linspace(0, len(live) - 1, _SAMPLE).astype(np.intp)]
+            now = ((row, self.source.lookup(self.base.keys[row].tobytes())) for row in sample)
+            changed = sum(1 for row, value in now if value != self.base.values[row].tobytes())
+        return changed * len(live) // max(1, len(sample))
 
     def _base_of_way_back(self, pin: Path) -> Base:
         """A base with what both sides have in common, in the target's layout."""

@@ -177,11 +177,18 @@ class NodeState(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """Something that is going on: the ``step``, and for the copy the map with the entries ``done`` so far."""
+    """Something that is going on: the ``step``, and for the copy the map with the entries ``done`` so far.
+
+    ``rate`` is in entries per second since the copy of this map began; ``round`` counts the passes over what differed
+    after it, and ``differing`` is about how many entries did so at last.
+    """
 
     step: str
     map: str | None = None
     done: int = 0
+    rate: float = 0.0
+    round: int = 0
+    differing: int = 0
 
 
 class MapResult(MapPlan, frozen=True):

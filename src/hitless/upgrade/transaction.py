@@ -388,7 +388,8 @@ class _Upgrade:
         started = time.perf_counter()
 
         def copied(done: int) -> None:
-            self._tell(Progress("copy", carrier.name, done))
+            rate = done / max(time.perf_counter() - started, 1e-9)
+            self._tell(Progress("copy", carrier.name, done, rate, carrier.tally.rounds, carrier.tally.differing))
 
         carrier.copy(copied)
         carrier.tally.seconds = time.perf_counter() - started
