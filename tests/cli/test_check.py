@@ -88,9 +88,9 @@ def test_an_accepted_loss_ends_with_0_whoever_accepted_it(made: Release) -> None
 
 def test_what_this_version_cannot_carry_is_a_loss_though_the_layouts_allow_it(made: Release) -> None:
     old = made("1", "", "MAP(kept, HASH, 8, __u32, __u64);")
-    new = made("2", "", "MAP(kept, LRU_HASH, 8, __u32, __u64);")
+    new = made("2", "", "MAP(kept, PERCPU_HASH, 8, __u32, __u64);")
     (kept,) = [entry for entry in as_json("check", old, new, code=1)["maps"] if entry["name"] == "kept"]
-    assert kept["losses"] == ["all entries: from a map of type hash to lru_hash is not supported yet"]
+    assert kept["losses"] == ["all entries: from a map of type hash to percpu_hash is not supported yet"]
     assert "kept loses all entries: from a map of type" in hitless_command("check", old, new, code=1)
 
 
