@@ -18,10 +18,12 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
+from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from hitless.errors import NodeError
 from hitless.kernel.base import Base, Indices, padded
 from hitless.kernel.codegen import (
     ADD,
@@ -221,6 +223,22 @@ def on_cpu(cpu: int | None) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def require_all_cpus(name: str) -> None:
+    """Raise NodeError unless this process may run on every CPU that is online: map ``name`` has a value for each."""
+    online = Path("/sys/devices/system/cpu/online").read_text().strip()
+    for part in online.split(","):
+        first, _, last = part.partition("-")
+        for cpu in range(int(first), int(last or first) + 1):
+            with on_cpu(cpu):
+                if os.sched_getaffinity(0) != {cpu}:
+                    raise NodeError(
+                        f"map {name} has a value for each CPU, and this process may not run on CPU {cpu}, so that it "
+                        "could not add to that value safely; run the upgrade outside of this cpuset",
+                        map=name,
+                        cpu=cpu,
+                    )
 
 
 # Registers: R6 the record, R7 the entry of the new map, R8 the mode, R9 the row of the base; R0 to R5 are scratch.

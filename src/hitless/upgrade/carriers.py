@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 
 from hitless.upgrade.carrier import Carrier, Passage
 from hitless.upgrade.copy import carry_entries, carry_in_kernel
+from hitless.upgrade.mirror import carry_mirrored
 
 __all__ = ["CARRIERS"]
 
 CARRIERS: Mapping[str, Callable[[Passage], Carrier]] = {
     "entries": carry_entries,
     "entries-in-kernel": carry_in_kernel,
+    "mirrored": carry_mirrored,
 }

@@ -16,7 +16,7 @@ from hitless.errors import KernelError, LossNotAllowedError, VerifyError
 from hitless.kernel.base import Base, Indices, marks, padded
 from hitless.kernel.copier import Checker, Copier
 from hitless.kernel.maps import F_LOCK, Map, Rows, possible_cpus
-from hitless.kernel.merger import Merger
+from hitless.kernel.merger import Merger, require_all_cpus
 from hitless.layout.conversion import Conversion, Converted, Leaf, leaves
 from hitless.layout.members import lock_offset
 from hitless.layout.model import MapSpec, Type
@@ -24,10 +24,10 @@ from hitless.layout.rules import FieldRule, MapRules
 from hitless.upgrade.carrier import Carrier, Passage, Tally
 from hitless.upgrade.pace import Pace
 
-__all__ = ["Carriage", "carry_entries", "carry_in_kernel", "match_rows"]
+__all__ = ["CHUNK", "Carriage", "carry_entries", "carry_in_kernel", "match_rows", "not_written"]
 
-# Entries that one system call works through: a few milliseconds in which nothing else runs on this CPU.
-_CHUNK = 4096
+CHUNK = 4096
+"""Entries that one system call works through: a few milliseconds in which nothing else runs on this CPU."""
 _SLACK = 64  # one row of so many is kept for keys that come and go
 _ROUNDS = 8  # of catching up before the cutover
 _FEW = 100  # differences that are not worth another round
@@ -132,7 +132,24 @@ class Carriage(msgspec.Struct):
             going_back=True,
         )
 
-    # What the rounds and dual writes ask
+    # What dual writes ask
+
+    def refresh(self, key: bytes) -> None:
+        """Bring the target's entry up to date with the source's at ``key``, a key of the source."""
+        from hitless.upgrade.merge import merge_entry
+
+        merge_entry(self, key)
+
+    def remember(self, key: bytes, value: bytes) -> None:
+        """A dual write set ``key`` of the source, and the target's: the merge is to see no difference."""
+        self.make_room(1)
+        self.base.put(key, value)
+
+    def forget(self, key: bytes) -> None:
+        """A dual write deleted ``key`` of the source, and of the target."""
+        self.base.erase(key)
+
+    # What the rounds ask
 
     @property
     def can_wait_for_room(self) -> bool:
@@ -197,16 +214,16 @@ class Carriage(msgspec.Struct):
                 copier = self.copier
                 before = copier.done
                 try:
-                    more = copier.read(_CHUNK)
+                    more = copier.read(CHUNK)
                 except OSError as error:
-                    raise self._not_written(error.errno, done + copier.done) from None
+                    raise not_written(self.name, self.target, error.errno, done + copier.done) from None
                 done += copier.done - before
                 if not self.base.room:
-                    self.make_room(_CHUNK)
+                    self.make_room(CHUNK)
                     more = True
             self.tally.copied = done
             progress(done)
-            self.pace(_CHUNK)
+            self.pace(CHUNK)
         self.copier.close()
         self.copier = None
 
@@ -227,8 +244,9 @@ class Carriage(msgspec.Struct):
                     self.target.write(new_keys, new_values)
                 except KernelError as error:
                     written = int(str(error.facts["written"]))
-                    if not (self.can_wait_for_room and error.facts["errno"] == errno.E2BIG):
-                        raise self._not_written(int(str(error.facts["errno"])), self.tally.copied + written) from None
+                    number = int(str(error.facts["errno"]))
+                    if not (self.can_wait_for_room and number == errno.E2BIG):
+                        raise not_written(self.name, self.target, number, self.tally.copied + written) from None
                     for new_key in new_keys:  # what is not in the base must not be in the target either
                         self.target.delete(new_key.tobytes())
                     continue
@@ -239,20 +257,10 @@ class Carriage(msgspec.Struct):
         if self.source.info.type == "lpm_trie":
             self.base.free_doubles()  # its batches go from key to key, and begin anew where one was deleted
 
-    def _not_written(self, number: int | None, done: int) -> KernelError:
-        room = self.target.info.max_entries
-        why = errno.errorcode.get(number or 0, str(number))
-        full = ": the new map is full" if number == errno.E2BIG else ""
-        return KernelError(
-            f"map {self.name}: after {done} entries, writing one to the new map failed with {why}{full} "
-            f"(its max_entries is {room}); nothing was switched, the running release is untouched",
-            call="BPF_MAP_UPDATE_ELEM", errno=number, errno_name=why, map=self.name, done=done,
-        )  # fmt: skip
-
     def _verify_in_kernel(self) -> None:
         checker = Checker(self.name, self.target, self.base, self.key, self.value)
         rows = 0
-        while rows < self.base.used and (read := checker.read(_CHUNK)):
+        while rows < self.base.used and (read := checker.read(CHUNK)):
             rows += read
         found = checker.found
         checker.close()
@@ -261,8 +269,8 @@ class Carriage(msgspec.Struct):
             raise _wrong(self, key, "is not in the new map as converted", found.wrong)
 
     def _verify_one_by_one(self) -> None:
-        for start in range(0, self.base.used, _CHUNK):
-            live = start + np.flatnonzero(self.base.live[start : min(start + _CHUNK, self.base.used)])
+        for start in range(0, self.base.used, CHUNK):
+            live = start + np.flatnonzero(self.base.live[start : min(start + CHUNK, self.base.used)])
             keys, values = self.base.keys[live], self.base.values[live]
             found = [self.target.lookup(key.tobytes()) for key in self.keys(keys)]
             there = np.array([value is not None for value in found], np.bool_)
@@ -292,8 +300,8 @@ class Carriage(msgspec.Struct):
         """A base with what both sides have in common, in the target's layout."""
         live = np.flatnonzero(self.base.live[: self.base.used])
         base = Base.create(self.target, f"back_{self.name}", len(live) + len(live) // _SLACK + _FEW)
-        for start in range(0, len(live), _CHUNK):
-            rows = live[start : start + _CHUNK]
+        for start in range(0, len(live), CHUNK):
+            rows = live[start : start + CHUNK]
             base.append(self.keys(self.base.keys[rows]), self.convert(self.base.values[rows]))
         base.settle()
         base.map.pin(pin)
@@ -314,6 +322,17 @@ class Carriage(msgspec.Struct):
             self.tally.lost[misfit.path] = self.tally.lost.get(misfit.path, 0) + misfit.count
 
 
+def not_written(name: str, target: Map, number: int | None, done: int) -> KernelError:
+    """The error for an entry of map ``name`` that could not be written to ``target``, after so many that could."""
+    why = errno.errorcode.get(number or 0, str(number))
+    full = ": the new map is full" if number == errno.E2BIG else ""
+    return KernelError(
+        f"map {name}: after {done} entries, writing one to the new map failed with {why}{full} (its max_entries is "
+        f"{target.info.max_entries}); the running release is untouched",
+        call="BPF_MAP_UPDATE_ELEM", errno=number, errno_name=why, map=name, done=done,
+    )  # fmt: skip
+
+
 def carry_in_kernel(passage: Passage) -> Carriage:
     """The carrier of entries that are copied in the kernel. Raises KernelError if the verifier refuses its program."""
     return _carry(passage, True)
@@ -329,6 +348,8 @@ def _carry(passage: Passage, in_kernel: bool) -> Carriage:
     old_value, new_value = _value_of(passage.old), _value_of(passage.new)
     back_lock, lock = lock_offset(old_value), lock_offset(new_value)
     source.lock_flag, target.lock_flag = (0 if at is None else F_LOCK for at in (back_lock, lock))
+    if source.info.per_cpu:
+        require_all_cpus(passage.name)
     if passage.fresh:
         base = Base.create(source, f"base_{passage.name}", _rows(source))
         base.map.pin(passage.pin)

@@ -274,6 +274,7 @@ class _Upgrade:
             with self._step("verify"):
                 for carrier in self._carried.values():
                     carrier.verify()
+                self._verify_pins()
         except BaseException:
             self._drop()
             raise
@@ -305,6 +306,7 @@ class _Upgrade:
                     stale = (time.perf_counter() - started) * 1e6
                 with self._step("commit"):
                     self._verify_hooks()
+                    self._verify_pins()
                     self._commit()
         except BaseException:
             if not self._is_committed():
@@ -402,6 +404,27 @@ class _Upgrade:
             started = time.perf_counter()
             carrier.catch_up(last)
             carrier.tally.seconds += time.perf_counter() - started
+
+    def _verify_pins(self) -> None:
+        """The maps under both generations' paths are still those that were seen and made, not somebody else's."""
+        seen = self._current.maps if self._current is not None else {}
+        expected = {self._node.current / "maps" / name: live.info.id for name, live in seen.items()}
+        expected |= {self._node.next / "maps" / name: held.info.id for name, held in self._maps.items()}
+        for path, wanted in expected.items():
+            if not path.exists():
+                raise VerifyError(
+                    f"{path} was removed by somebody else while the upgrade ran; the old release goes on as it was: "
+                    "pin its map there again (bpftool map pin), then apply again",
+                    path=str(path), expected=wanted, found=None,
+                )  # fmt: skip
+            with Map.open(path) as held:
+                found = held.info.id
+            if found != wanted:
+                raise VerifyError(
+                    f"{path} is map {found}, and was map {wanted} when the upgrade began: somebody else pinned another "
+                    "one there; the old release goes on as it was: find out who did, then apply again",
+                    path=str(path), expected=wanted, found=found,
+                )  # fmt: skip
 
     def _verify_hooks(self) -> None:
         for hook in self._plan.hooks:
