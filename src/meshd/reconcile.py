@@ -55,12 +55,11 @@ def reconcile(node: hitless.Node, wanted: Desired) -> Changes:
         policy.update_many(policy_writes)
     if service_writes:
         service.update_many(service_writes)
-    service_gone = [key for key in services if key not in wanted.services]
-    policy_gone = [key for key in policies if key not in wanted.policies]
-    for gone in service_gone:
-        _delete(service, gone.to_map())
-    for gone_policy in policy_gone:
-        _delete(policy, gone_policy.to_map())
+    service_gone = [key.to_map() for key in services if key not in wanted.services]
+    policy_gone = [key.to_map() for key in policies if key not in wanted.policies]
+    # Some may be gone already: their connection ended meanwhile, or an earlier try got this far.
+    service.delete_many(service_gone)
+    policy.delete_many(policy_gone)
 
     new = sum(key not in services for key in wanted.services) + sum(key not in policies for key in wanted.policies)
     return Changes(
@@ -79,8 +78,7 @@ def sweep_flows(node: hitless.Node, now_ns: int | None = None) -> int:
     """
     now = time.monotonic_ns() if now_ns is None else now_ns
     flow = node.map("flow")
-    over = [key for key, value in _entries(flow) if _is_over(value, now)]
-    return sum(_delete(flow, key) for key in over)
+    return flow.delete_many(key for key, value in _entries(flow) if _is_over(value, now))
 
 
 def _entries(handle: hitless.MapHandle) -> list[tuple[Any, dict[str, Any]]]:
@@ -93,11 +91,3 @@ def _is_over(value: dict[str, Any], now_ns: int) -> bool:
     began = times["start_ns"] if "start_ns" in times else times["opened_ns"]
     state: int = value["state"]
     return state == _CLOSED or (state == _CONNECTING and began + _CONNECT_NS < now_ns)
-
-
-def _delete(handle: hitless.MapHandle, key: Any) -> bool:
-    try:
-        del handle[key]
-    except KeyError:
-        return False  # its connection ended meanwhile, or an earlier try got this far
-    return True

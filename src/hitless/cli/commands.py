@@ -259,7 +259,7 @@ def apply(
 ) -> None:
     """Bring the node to BUNDLE: start it, adopt it after a restart, or upgrade what runs."""
     import hitless
-    from hitless.cli.output import print_json, progress_line, show_plan, show_result
+    from hitless.cli.output import print_json, progress_line, show_left_behind, show_plan, show_result
 
     node, release = hitless.Node(root), hitless.Bundle.load(bundle, variables)
     if not as_json and not yes and sys.stdin.isatty():
@@ -268,10 +268,26 @@ def apply(
         click.confirm("Apply this?", abort=True)
     pace = hitless.Pace(rate, cpu / 100)
     result = hitless.apply(node, release, allow_loss, progress=None if as_json else progress_line(), pace=pace)
+    holders = _holders(node)
     if as_json:
-        print_json(result)
+        print_json({**_facts(result), "left_behind": holders.left_behind if holders else None})
+        return
+    show_result(result)
+    if holders:
+        show_left_behind(holders)
     else:
-        show_result(result)
+        click.echo("who still holds old maps cannot be told, as the pin root changed again; see hitless status")
+
+
+def _holders(node: Any) -> Any:
+    """Who holds maps of ``node``, None if that cannot be told: the upgrade is done, and no hint may deny that."""
+    from hitless.upgrade.holders import find_holders
+
+    try:
+        current = node.observe().current
+        return find_holders(node, current) if current is not None else None
+    except HitlessError:
+        return None
 
 
 @main.command(epilog="Example: hitless status --root /sys/fs/bpf/mesh")
@@ -311,8 +327,8 @@ def unload(root: str, yes: bool, as_json: bool) -> None:
         click.echo(f"{root}: nothing was loaded")
 
 
-def _facts(source: Any) -> dict[str, Any]:
+def _facts(value: Any) -> dict[str, Any]:
     import msgspec
 
-    facts: dict[str, Any] = msgspec.to_builtins(source)
+    facts: dict[str, Any] = msgspec.to_builtins(value)
     return facts

@@ -17,6 +17,7 @@ from hitless.layout.show import diff_lines, show_map
 if TYPE_CHECKING:
     from hitless.compare import Comparison
     from hitless.sources import Source
+    from hitless.upgrade.holders import Holder, Holders
     from hitless.upgrade.model import HookPlan, MapPlan, Plan, Progress, Result
     from hitless.upgrade.status import Status
 
@@ -27,6 +28,7 @@ __all__ = [
     "progress_line",
     "show_annotations",
     "show_diffs",
+    "show_left_behind",
     "show_plan",
     "show_result",
     "show_source",
@@ -219,12 +221,41 @@ def show_status(status: Status) -> None:
         _table("maps", ("map", "type", "entries", "of", "id"), rows)
         hooks = [(h.link, h.attach_type, h.program or "?", str(h.program_id or "-"), h.target) for h in status.hooks]
         _table("hooks", ("link", "attach type", "program", "id", "target"), hooks)
+        _show_holders(status.holders)
     for problem in status.problems:
         click.secho(f"problem: {problem}", fg="red")
     if status.upgrading is not None:
         click.echo(f"process {status.upgrading} is upgrading this root right now")
     if not status.problems:
         click.echo("no problems")
+
+
+def show_left_behind(holders: Holders) -> None:
+    """Who still writes to maps that the upgrade has replaced, and what to do about it; nothing if nobody does."""
+    for holder in holders.left_behind:
+        click.echo(
+            f"process {holder.pid} ({printable(holder.command)}) still holds the old map {holder.map}, id "
+            f"{holder.map_id}: what it writes reaches nobody; restart it, or make it write through hitless"
+        )
+    if holders.unseen:
+        click.echo(f"{_unseen(holders)}; root sees all")
+
+
+def _show_holders(holders: Holders) -> None:
+    rows = [(h.map, str(h.map_id), str(h.pid), _standing(h), printable(h.command)) for h in holders.found]
+    _table("held by", ("map", "id", "process", "upgrades", "command"), rows)
+    if holders.unseen:
+        click.echo(_unseen(holders))
+
+
+def _standing(holder: Holder) -> str:
+    if holder.follows:
+        return "follows"
+    return "left behind: its writes reach nobody" if holder.old else "will not follow"
+
+
+def _unseen(holders: Holders) -> str:
+    return f"{holders.unseen} {_plural(holders.unseen, 'process')} may hold maps too and could not be looked at"
 
 
 def progress_line() -> Callable[[Progress], None]:
@@ -287,4 +318,4 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _plural(count: int, word: str) -> str:
-    return word if count == 1 else f"{word}s"
+    return word if count == 1 else f"{word}{'es' if word.endswith('s') else 's'}"

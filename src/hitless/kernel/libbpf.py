@@ -13,7 +13,7 @@ from typing import Any
 from hitless.errors import KernelError, UnsupportedError
 from hitless.kernel._libbpf import ffi as _generated
 
-__all__ = ["Object", "check", "ffi", "lib", "libc", "messages", "options", "pinned_kind"]
+__all__ = ["ENOTSUPP", "Object", "check", "ffi", "lib", "libc", "messages", "options", "pinned_kind"]
 
 # C values have no static types.
 ffi: Any = _generated

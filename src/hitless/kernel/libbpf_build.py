@@ -69,6 +69,8 @@ ffi.cdef(
                              const struct bpf_map_batch_opts *opts);
     int bpf_map_update_batch(int fd, const void *keys, const void *values, __u32 *count,
                              const struct bpf_map_batch_opts *opts);
+    int bpf_map_delete_batch(int fd, const void *keys, __u32 *count, const struct bpf_map_batch_opts *opts);
+    int bpf_map_get_fd_by_id(__u32 id);
     int bpf_obj_pin(int fd, const char *pathname);
     int bpf_obj_get(const char *pathname);
     int bpf_obj_get_info_by_fd(int fd, void *info, __u32 *info_len);

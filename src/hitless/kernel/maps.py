@@ -18,7 +18,7 @@ from hitless.kernel.libbpf import Object, check, ffi, lib, options, pinned_kind
 from hitless.layout.btf import Btf
 from hitless.layout.model import MapSpec
 
-__all__ = ["ANY", "EXIST", "F_LOCK", "NOEXIST", "Map", "MapInfo", "Rows", "create", "possible_cpus"]
+__all__ = ["ANY", "EXIST", "F_LOCK", "NOEXIST", "Map", "MapInfo", "Rows", "create", "is_alive", "possible_cpus"]
 
 ANY, NOEXIST, EXIST = 0, 1, 2
 
@@ -190,8 +190,43 @@ class Map(Object):
         try:
             check(result, "BPF_MAP_UPDATE_BATCH", self.info.name)
         except KernelError as error:
-            error.facts["written"] = count[0]
+            # A refusal of the call as a whole leaves the count as it was given.
+            error.facts["written"] = count[0] if count[0] < len(keys) else 0
             raise
+
+    def remove(self, keys: Rows) -> int:
+        """Delete many keys by BPF_MAP_DELETE_BATCH, and return how many were there.
+
+        Raises KernelError with ``done``, how many of the first keys are dealt with.
+        """
+        keys = np.ascontiguousarray(keys)
+        count = ffi.new("__u32 *")
+        opts = options("bpf_map_batch_opts")
+        done = there = 0
+        while done < len(keys):
+            count[0] = rest = len(keys) - done
+            result = lib().bpf_map_delete_batch(self.fd, ffi.from_buffer(keys[done:]), count, opts)
+            if result < 0 and ffi.errno == errno.ENOENT:  # it stops at a key that is not there
+                there += count[0]
+                done += count[0] + 1
+                continue
+            try:
+                check(result, "BPF_MAP_DELETE_BATCH", self.info.name)
+            except KernelError as error:
+                error.facts["done"] = done + (count[0] if count[0] < rest else 0)
+                raise
+            there += count[0]
+            done += count[0]
+        return there
+
+
+def is_alive(map_id: int) -> bool:
+    """Whether the kernel still has the map with this id: something holds it."""
+    fd = lib().bpf_map_get_fd_by_id(map_id)
+    if fd < 0 and ffi.errno == errno.ENOENT:
+        return False
+    os.close(check(fd, "BPF_MAP_GET_FD_BY_ID", f"map {map_id}"))
+    return True
 
 
 def create(kind: int, name: str, key_size: int, value_size: int, max_entries: int, opts: object = ffi.NULL) -> Map:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,20 @@ import numpy as np
 
 from hitless.errors import KernelError, NodeError
 from hitless.kernel.base import padded
-from hitless.kernel.maps import Map, possible_cpus
-from hitless.layout.codec import decode, encode
-from hitless.layout.model import MapSpec, Type
+from hitless.kernel.libbpf import ENOTSUPP
+from hitless.kernel.maps import Map, Rows, possible_cpus
+from hitless.layout.codec import Codec
+from hitless.layout.model import MapSpec
 from hitless.upgrade.carrier import Carrier
 from hitless.upgrade.copy import Carriage
 from hitless.upgrade.merge import merge_entry, merge_round
 from hitless.upgrade.record import read_record
+from hitless.upgrade.writers import WriterLock
 
 __all__ = ["Access", "MapHandle", "Staged"]
 
 
-class Staged(msgspec.Struct):
+class Staged(msgspec.Struct, eq=False):
     """The maps of a generation that is being built, and those of them that are carried from the old one."""
 
     maps: dict[str, Map]
@@ -33,26 +37,178 @@ class Staged(msgspec.Struct):
     carried: dict[str, Carrier]
 
 
-class Access:
-    """Where writes to the maps under ``root`` go: the running generation, and ``staged`` if one is being built.
+class _Opened:
+    """A map that is held open, with what its keys and values mean, for as long as ``token`` is what is there."""
 
-    ``writing`` is held by every write, and by an upgrade around each step that must not meet one.
+    def __init__(self, token: object, held: Map, spec: MapSpec, carriage: Carriage | None = None) -> None:
+        self.token = token
+        self.map = held
+        self.spec = spec
+        self.carriage = carriage
+
+    @cached_property
+    def key(self) -> Codec:
+        spec = self.spec
+        if spec.key is None:
+            text = f"map {spec.name} carries no key type, so its keys cannot be written by name"
+            raise NodeError(text, map=spec.name)
+        return Codec(spec.key, spec.order)
+
+    def encode(self, value: Any) -> bytes:
+        """A value, as the kernel wants it: of a per-CPU map, one for each possible CPU."""
+        if not self.map.info.per_cpu:
+            return self._value.encode(value)
+        if not isinstance(value, list) or len(value) != possible_cpus():
+            raise NodeError(
+                f"map {self.spec.name} holds a value for each CPU: give a list of {possible_cpus()}, one for each "
+                "possible CPU",
+                map=self.spec.name,
+            )
+        return b"".join(self._value.encode(one).ljust(padded(self.spec.value_size), b"\0") for one in value)
+
+    def decode(self, raw: bytes) -> Any:
+        """The reverse."""
+        if not self.map.info.per_cpu:
+            return self._value.decode(raw)
+        size = self.spec.value_size
+        return [self._value.decode(raw[at : at + size]) for at in range(0, len(raw), padded(size))]
+
+    @cached_property
+    def _value(self) -> Codec:
+        spec = self.spec
+        if spec.value is None:
+            text = f"map {spec.name} carries no value type, so it cannot be written by name"
+            raise NodeError(text, map=spec.name)
+        return Codec(spec.value, spec.order)
+
+
+class Access:
+    """Where writes to the maps under ``root`` go: the running generation, and ``staged`` if one is being built here.
+
+    ``writing`` keeps the threads of this process apart: it is held by every use, and by an upgrade around each step
+    that must not meet one. ``lock`` does the same between processes: a writer in a process that does not upgrade
+    holds it shared, and :meth:`alone` keeps everybody out.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.writing = threading.RLock()
-        self.staged: Staged | None = None
+        self.lock = WriterLock(root / "writers")
+        self._staged: Staged | None = None
+        self._opened: dict[str, _Opened] = {}
+
+    @property
+    def staged(self) -> Staged | None:
+        """The generation that this process is building; set and reset by the upgrade."""
+        return self._staged
+
+    @staged.setter
+    def staged(self, staged: Staged | None) -> None:
+        self._staged = staged
+        self._opened.clear()  # which would hold the maps of a generation that is over
+
+    @contextmanager
+    def alone(self, seconds: float) -> Iterator[None]:
+        """Keep every writer out, of this and other processes, after waiting up to ``seconds`` for those inside.
+
+        Raises BusyError naming a process that writes without an end.
+        """
+        with self.writing, self.lock.alone(seconds):
+            yield
+
+    @contextmanager
+    def to_read(self, name: str) -> Iterator[_Opened]:
+        """The map ``name`` as it is now, with no thread of this process writing. Raises NodeError if it is absent."""
+        with self.writing:
+            yield self._current(name) or self._open(name)
+
+    @contextmanager
+    def to_write(self, name: str) -> Iterator[_Opened]:
+        """The map ``name``, which stays the current one until the block ends. Raises NodeError if it is absent."""
+        with self.writing:
+            if self._staged is not None:
+                yield self._current(name) or self._open(name)
+                return
+            opened = self._opened.get(name) or self._open(name)
+            while True:
+                with self.lock:
+                    if self._current(name) is opened:
+                        yield opened
+                        return
+                opened = self._open(name)
+
+    def _current(self, name: str) -> _Opened | None:
+        """What is open already, if that is still the map which is there."""
+        opened = self._opened.get(name)
+        if opened is None:
+            return None
+        token = self._staged if self._staged is not None else self._pin(name)
+        return opened if opened.token == token else None
+
+    def _pin(self, name: str) -> tuple[int, int] | None:
+        """What tells one pin from the next under its path: each generation has pins of its own, also of kept maps."""
+        try:
+            seen = os.stat(f"{self.root}/maps/{name}")  # noqa: PTH116 - a Path costs as much as the rest of a write
+        except FileNotFoundError:
+            return None
+        except PermissionError:
+            if "." in name:  # which a bpffs refuses, so there is no such pin
+                return None
+            raise
+        return seen.st_dev, seen.st_ino
+
+    def _open(self, name: str) -> _Opened:
+        opened = self._open_live(name) if self._staged is None else self._open_staged(self._staged, name)
+        self._opened[name] = opened
+        return opened
+
+    def _open_staged(self, staged: Staged, name: str) -> _Opened:
+        if name not in staged.maps:
+            raise self._absent(name, staged.maps)
+        carrier, spec = staged.carried.get(name), staged.specs[name]
+        if carrier is not None and not isinstance(carrier, Carriage):
+            raise NodeError(
+                f"map {name} is a {spec.type}, which cannot be used by its entries while an upgrade carries it; "
+                "try again when that is done",
+                map=name,
+            )
+        return _Opened(staged, staged.maps[name], spec, carrier)
+
+    def _open_live(self, name: str) -> _Opened:
+        while True:
+            token = self._pin(name)
+            if token is None:
+                self._opened.pop(name, None)
+                known = (self.root / "maps").iterdir() if (self.root / "maps").exists() else ()
+                raise self._absent(name, [path.name for path in known])
+            try:
+                live = Map.open(self.root / "maps" / name)
+                spec = live.spec(name)
+                if spec.key is None or spec.value is None:
+                    spec = read_record(self.root / "current" / "record").maps[name]
+            except (KernelError, KeyError):
+                if self._pin(name) == token:
+                    raise
+                continue  # an upgrade or unload came between
+            if self._pin(name) == token:
+                self.lock.renew()  # the root may have been unloaded and made again
+                return _Opened(token, live, spec)
+
+    def _absent(self, name: str, known: Iterable[str]) -> NodeError:
+        names = ", ".join(sorted(known)) or "none"
+        return NodeError(f"{self.root} has no map {name}; its maps: {names}", map=name)
 
 
 class MapHandle:
-    """One map of the running release by name, opened anew at each use, so that it follows upgrades.
+    """One map of the running release by name; it follows upgrades, by whichever process.
 
     Keys and values are what :mod:`hitless.layout.codec` makes of their types: dicts for structs, ints, bytes,
     str, lists; values of a per-CPU map are lists with one for each possible CPU.
-    While an upgrade in this process runs, they are in the layout of the new release, and writes go to
-    both maps; an entry that the old release has no place or no room for is in the new one's only. Safe to use from
-    several threads.
+
+    While an upgrade in this process runs, they are in the layout of the new release, and writes go to both maps; an
+    entry that the old release has no place or no room for is in the new one's only. While another process upgrades,
+    they are in the old release's layout until the commit, and the upgrade brings over what is written; at the commit
+    a write waits, for the last merge and the exchange. Safe to use from several threads.
     """
 
     def __init__(self, access: Access, name: str) -> None:
@@ -62,111 +218,114 @@ class MapHandle:
     @property
     def spec(self) -> MapSpec:
         """Definition and layouts that keys and values have now. Raises NodeError if there is no such map."""
-        with self._opened() as (_, spec, _carriage):
-            return spec
+        with self._access.to_read(self._name) as opened:
+            return opened.spec
 
     def get(self, key: Any) -> Any:
         """The value at ``key``, or None. In an upgrade it includes what the old release's programs just wrote."""
-        with self._opened() as (live, spec, carriage):
-            raw = encode(_key(spec), key)
+        with self._access.to_read(self._name) as opened:
+            raw, carriage = opened.key.encode(key), opened.carriage
             old_key = None if carriage is None else _back_key(carriage, raw)
             if carriage is not None and old_key is not None:
                 merge_entry(carriage, old_key)
-            found = live.lookup(raw)
-            return None if found is None else _decoded(live, spec, found)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        with self._opened() as (live, spec, carriage):
-            _write(live, carriage, encode(_key(spec), key), _encoded(live, spec, value))
-
-    def update_many(self, pairs: Iterable[tuple[Any, Any]]) -> None:
-        """Set many entries; other writes and an upgrade's steps do not come between them."""
-        with self._opened() as (live, spec, carriage):
-            for key, value in pairs:
-                _write(live, carriage, encode(_key(spec), key), _encoded(live, spec, value))
-
-    def __delitem__(self, key: Any) -> None:
-        with self._opened() as (live, spec, carriage):
-            raw = encode(_key(spec), key)
-            there = live.delete(raw)
-            old_key = None if carriage is None else _back_key(carriage, raw)
-            if carriage is not None and old_key is not None:
-                there |= carriage.source.delete(old_key)
-                carriage.base.erase(old_key)
-            if not there:
-                raise KeyError(key)
+            found = opened.map.lookup(raw)
+            return None if found is None else opened.decode(found)
 
     def items(self) -> list[tuple[Any, Any]]:
         """All entries as (key, value) pairs. In an upgrade they include what the old release's programs just wrote."""
-        with self._opened() as (live, spec, carriage):
-            if carriage is not None:
-                merge_round(carriage)
-            keys, values = live.entries()
-            key = _key(spec)
-            return [
-                (decode(key, k.tobytes()), _decoded(live, spec, v.tobytes())) for k, v in zip(keys, values, strict=True)
-            ]
+        with self._access.to_read(self._name) as opened:
+            if opened.carriage is not None:
+                merge_round(opened.carriage)
+            keys, values = opened.map.entries()
+            key = opened.key.decode
+            return [(key(k.tobytes()), opened.decode(v.tobytes())) for k, v in zip(keys, values, strict=True)]
 
-    @contextmanager
-    def _opened(self) -> Iterator[tuple[Map, MapSpec, Carriage | None]]:
-        access = self._access
-        with access.writing:
-            staged = access.staged
-            if staged is not None:
-                if self._name not in staged.maps:
-                    raise self._absent(staged.maps)
-                carrier = staged.carried.get(self._name)
-                if carrier is not None and not isinstance(carrier, Carriage):
-                    raise NodeError(
-                        f"map {self._name} is a {staged.specs[self._name].type}, which cannot be used by its entries "
-                        "while an upgrade carries it; try again when that is done",
-                        map=self._name,
-                    )
-                yield staged.maps[self._name], staged.specs[self._name], carrier
-                return
-            path = access.root / "maps" / self._name
-            if not path.exists():
-                known = (access.root / "maps").iterdir() if (access.root / "maps").exists() else ()
-                raise self._absent(path.name for path in known)
-            with Map.open(path) as live:
-                spec = live.spec(self._name)
-                if spec.key is None or spec.value is None:
-                    spec = read_record(access.root / "current" / "record").maps[self._name]
-                yield live, spec, None
+    def __setitem__(self, key: Any, value: Any) -> None:
+        with self._access.to_write(self._name) as opened:
+            _write(opened.map, opened.carriage, opened.key.encode(key), opened.encode(value))
 
-    def _absent(self, known: Iterable[str]) -> NodeError:
-        names = ", ".join(sorted(known)) or "none"
-        return NodeError(f"{self._access.root} has no map {self._name}; its maps: {names}", map=self._name)
+    def __delitem__(self, key: Any) -> None:
+        with self._access.to_write(self._name) as opened:
+            if not _delete(opened.map, opened.carriage, opened.key.encode(key)):
+                raise KeyError(key)
 
+    def update_many(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        """Set many entries, in this order; other writes through handles and an upgrade's steps come before or after.
 
-def _key(spec: MapSpec) -> Type:
-    if spec.key is None:
-        raise NodeError(f"map {spec.name} carries no key type, so its keys cannot be written by name", map=spec.name)
-    return spec.key
+        An upgrade waits as long with its commit, so give what may take seconds in parts. Raises LayoutError for an
+        entry that does not fit the types, before anything is written; KernelError when one is refused: then
+        ``facts["done"]`` says how many of the first are in, and ``facts["key"]`` in hex which one is not: none of the
+        rest is, but during an upgrade this one may be in the new release's map.
+        """
+        given = list(pairs)
+        for opened in self._while_current():
+            keys = _rows([opened.key.encode(key) for key, _ in given], opened.map.info.key_size)
+            values = _rows([opened.encode(value) for _, value in given], opened.map.info.entry_size)
+            with self._access.to_write(self._name) as now:
+                if now is opened:
+                    _write_many(now, keys, values)
+                    return
 
+    def delete_many(self, keys: Iterable[Any]) -> int:
+        """Delete many entries, and return how many of them were there; otherwise as :meth:`update_many`."""
+        given = list(keys)
+        for opened in self._while_current():
+            rows = _rows(map(opened.key.encode, given), opened.map.info.key_size)
+            with self._access.to_write(self._name) as now:
+                if now is opened:
+                    return _delete_many(now, rows)
+        raise AssertionError  # the loop has no end of its own
 
-def _value(spec: MapSpec) -> Type:
-    if spec.value is None:
-        raise NodeError(f"map {spec.name} carries no value type, so it cannot be written by name", map=spec.name)
-    return spec.value
+    def _while_current(self) -> Iterator[_Opened]:
+        """The map as it is now, again and again: for encoding outside the lock, until no upgrade comes between."""
+        while True:
+            with self._access.to_read(self._name) as opened:
+                pass
+            yield opened
 
 
-def _encoded(live: Map, spec: MapSpec, value: Any) -> bytes:
-    if not live.info.per_cpu:
-        return encode(_value(spec), value)
-    if not isinstance(value, list) or len(value) != possible_cpus():
-        raise NodeError(
-            f"map {spec.name} holds a value for each CPU: give a list of {possible_cpus()}, one for each possible CPU",
-            map=spec.name,
-        )
-    return b"".join(encode(_value(spec), one).ljust(padded(spec.value_size), b"\0") for one in value)
+def _rows(records: Iterable[bytes], size: int) -> Rows:
+    return np.frombuffer(b"".join(records), np.uint8).reshape(-1, size)
 
 
-def _decoded(live: Map, spec: MapSpec, raw: bytes) -> Any:
-    if not live.info.per_cpu:
-        return decode(_value(spec), raw)
-    step = padded(spec.value_size)
-    return [decode(_value(spec), raw[at : at + spec.value_size]) for at in range(0, len(raw), step)]
+def _write_many(opened: _Opened, keys: Rows, values: Rows) -> None:
+    if opened.carriage is None:
+        try:
+            opened.map.write(keys, values)
+            return
+        except KernelError as error:
+            if error.facts["errno"] != ENOTSUPP:
+                raise _partly(error, opened, keys, int(str(error.facts["written"]))) from None
+    for written, (key, value) in enumerate(zip(keys, values, strict=True)):
+        try:
+            _write(opened.map, opened.carriage, key.tobytes(), value.tobytes())
+        except KernelError as error:
+            raise _partly(error, opened, keys, written) from None
+
+
+def _delete_many(opened: _Opened, keys: Rows) -> int:
+    if opened.carriage is None:
+        try:
+            return opened.map.remove(keys)
+        except KernelError as error:
+            if error.facts["errno"] != ENOTSUPP:
+                raise _partly(error, opened, keys, int(str(error.facts["done"]))) from None
+    there = 0
+    for done, key in enumerate(keys):
+        try:
+            there += _delete(opened.map, opened.carriage, key.tobytes())
+        except KernelError as error:
+            raise _partly(error, opened, keys, done) from None
+    return there
+
+
+def _partly(error: KernelError, opened: _Opened, keys: Rows, done: int) -> KernelError:
+    key, name = keys[done].tobytes().hex(), opened.spec.name
+    return KernelError(
+        f"map {name}: {done} of {len(keys)} entries are done, then key {key} was refused, and the rest not tried: "
+        f"{error.message}",
+        **{**error.facts, "done": done, "map": name, "key": key},
+    )
 
 
 def _write(live: Map, carriage: Carriage | None, key: bytes, value: bytes) -> None:
@@ -189,6 +348,15 @@ def _write(live: Map, carriage: Carriage | None, key: bytes, value: bytes) -> No
         return  # only the new release has room for it: that is what the map was made larger for
     # The base moves along, so that the merge sees no difference and leaves what was written in the new map alone.
     carriage.base.put(old_key, old_value)
+
+
+def _delete(live: Map, carriage: Carriage | None, key: bytes) -> bool:
+    there = live.delete(key)
+    old_key = None if carriage is None else _back_key(carriage, key)
+    if carriage is not None and old_key is not None:
+        there |= carriage.source.delete(old_key)
+        carriage.base.erase(old_key)
+    return there
 
 
 def _back_key(carriage: Carriage, key: bytes) -> bytes | None:

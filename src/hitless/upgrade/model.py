@@ -27,6 +27,7 @@ __all__ = [
     "Plan",
     "Progress",
     "Record",
+    "ReplacedMap",
     "Result",
 ]
 
@@ -112,11 +113,20 @@ class Hook(msgspec.Struct, frozen=True):
     attach_type: str
 
 
+class ReplacedMap(msgspec.Struct, frozen=True):
+    """A map of an earlier generation, whose place another has taken; its last ``generation`` is told by number."""
+
+    id: int
+    name: str
+    generation: int
+
+
 class Record(msgspec.Struct, frozen=True):
     """What a generation is. ``generation`` counts up from 1; ``digest`` is the bundle's.
 
     ``objects`` is the release's MapSpec snapshot; ``maps`` holds the spec of each pinned map by pin name, as the
-    release defines it. ``plan`` and ``rules`` are set while the upgrade to this generation runs.
+    release defines it. ``plan`` and ``rules`` are set while the upgrade to this generation runs. ``replaced`` are the
+    maps of earlier generations that something may still hold.
     """
 
     generation: int
@@ -129,6 +139,7 @@ class Record(msgspec.Struct, frozen=True):
     hooks: tuple[Hook, ...]
     plan: Plan | None = None
     rules: dict[str, MapRules] = {}
+    replaced: tuple[ReplacedMap, ...] = ()
     schema: int = SCHEMA
 
 

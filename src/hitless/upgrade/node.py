@@ -5,6 +5,7 @@
     root/links/        the bpf_links, updated in place
     root/next/         the generation being built; there during an upgrade only
     root/previous/     the last generation
+    root/writers/      the lock between writers and a commit
 
 ``current`` and ``next`` change places in one exchange, so the public paths show all old or all new.
 """
@@ -25,6 +26,7 @@ from hitless.errors import BusyError, HitlessError, NodeError
 from hitless.kernel.bpffs import require_bpffs
 from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
+from hitless.kernel.processes import command, lock_holder
 from hitless.kernel.programs import Program
 from hitless.layout.model import MapSpec
 from hitless.upgrade.handle import Access, MapHandle
@@ -33,7 +35,7 @@ from hitless.upgrade.record import read_record
 
 __all__ = ["Node"]
 
-_DIRECTORIES = ("current", "next", "previous", "links")
+_DIRECTORIES = ("current", "next", "previous", "links", "writers")
 _PUBLIC = ("maps", "progs")
 _LOOK_SECONDS = 5.0
 _SUBDIRECTORIES = ("maps", "progs", "base", "back")
@@ -149,19 +151,11 @@ class Node:
 
     def holder(self) -> int | None:
         """Process id of who holds the lock, that is: upgrades this root now; None if nobody does."""
-        if not self.root.exists():
-            return None
-        seen = self.root.stat()
-        place = f"{os.major(seen.st_dev):02x}:{os.minor(seen.st_dev):02x}:{seen.st_ino}"
-        for line in Path("/proc/locks").read_text().splitlines():
-            fields = line.split()  # "1: FLOCK ADVISORY WRITE 1234 00:2a:17 0 EOF", waiters have "->" second
-            if fields[1] == "FLOCK" and fields[5] == place:
-                return int(fields[4])
-        return None
+        return lock_holder(self.root)
 
     def _busy(self, seconds: float) -> BusyError:
         pid = self.holder()
-        who = "another process" if pid is None else f"process {pid} ({_command(pid)})"
+        who = "another process" if pid is None else f"process {pid} ({command(pid)})"
         return BusyError(
             f"{self.root} is being upgraded by {who}; waited {seconds:g} s; try again when it is done",
             path=str(self.root),
@@ -248,12 +242,3 @@ def _inode(path: Path) -> int | None:
 
 def _children(directory: Path) -> list[Path]:
     return sorted(directory.iterdir()) if directory.is_dir() else []
-
-
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        return "gone meanwhile"
-
-

@@ -20,7 +20,7 @@ from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.bpffs import exchange, remove_tree, require_bpffs
 from hitless.kernel.features import features
 from hitless.kernel.links import Link, cgroup_id
-from hitless.kernel.maps import Map
+from hitless.kernel.maps import Map, is_alive
 from hitless.kernel.programs import Program, load_object
 from hitless.layout.diff import diff_map
 from hitless.layout.model import MapSpec
@@ -39,6 +39,7 @@ from hitless.upgrade.model import (
     Plan,
     Progress,
     Record,
+    ReplacedMap,
     Result,
 )
 from hitless.upgrade.node import Node
@@ -97,8 +98,9 @@ def apply(
 
     ``prepare(node)`` is called once when the new release's maps exist and are filled and before a hook runs it:
     a control plane fills or corrects them through ``node.map()``, and may go on writing from other threads.
-    ``progress`` is told what goes on. Waits up to ``wait`` seconds for another upgrade of the same root.
-    ``pace`` limits how fast entries are worked through before hooks switch.
+    ``progress`` is told what goes on. Waits up to ``wait`` seconds for another upgrade of the same root, and as long
+    for writers in other processes before the commit. ``pace`` limits how fast entries are worked through before hooks
+    switch.
 
     Raises LossNotAllowedError when the plan loses what ``allow_loss`` does not name, and other HitlessErrors; then
     the old release runs as before, complete.
@@ -109,11 +111,12 @@ def apply(
     node.root.mkdir(exist_ok=True)
     with node.lock(wait):
         try:
-            recovered = _recover(node, tell)
+            node.access.lock.make()
+            recovered = _recover(node, tell, wait)
             state = node.observe()
             decided = _plan(node, state, bundle, allow_loss)
             _refuse_loss(decided)
-            upgrade = _Upgrade(node, decided, state.current, tell, pace)
+            upgrade = _Upgrade(node, decided, state.current, tell, wait, pace)
             if decided.start_type == "restart":
                 result = upgrade.restart(prepare)
             else:
@@ -173,10 +176,11 @@ def recover(node: Node, progress: Callable[[Progress], None] | None = None, wait
     if not node.root.exists():
         return None
     with node.lock(wait):
-        return _recover(node, progress or _nobody)
+        node.access.lock.make()
+        return _recover(node, progress or _nobody, wait)
 
 
-def _recover(node: Node, tell: Callable[[Progress], None]) -> str | None:
+def _recover(node: Node, tell: Callable[[Progress], None], wait: float) -> str | None:
     state = node.observe()
     if state.current is not None and state.current.record.phase != "committed":
         _finish(node)
@@ -194,7 +198,7 @@ def _recover(node: Node, tell: Callable[[Progress], None]) -> str | None:
             path=str(node.next),
         )
     tell(Progress("recover"))
-    upgrade = _Upgrade(node, record.plan, state.current, tell)
+    upgrade = _Upgrade(node, record.plan, state.current, tell, wait)
     upgrade.reopen(record)
     if record.phase in ("undoing", "merging-back"):
         upgrade.take_back(filled=record.phase == "merging-back")
@@ -231,9 +235,11 @@ class _Upgrade:
         decided: Plan,
         current: Generation | None,
         tell: Callable[[Progress], None],
+        wait: float,
         pace: Pace | None = None,
     ) -> None:
         self._node = node
+        self._wait = wait
         self._plan = decided
         self._current = current
         self._tell = tell
@@ -275,6 +281,8 @@ class _Upgrade:
                 for carrier in self._carried.values():
                     carrier.verify()
                 self._verify_pins()
+                with node.access.alone(self._wait):
+                    pass  # a writer that holds its lock without an end is found before a hook changes
         except BaseException:
             self._drop()
             raise
@@ -300,7 +308,7 @@ class _Upgrade:
                 # A first merge at once keeps short the time in which new programs miss what old ones wrote last.
                 self._merge()
                 wait_for_running_programs()
-            with node.access.writing:
+            with node.access.alone(self._wait):
                 with self._step("merge"):
                     self._merge(last=True)
                     stale = (time.perf_counter() - started) * 1e6
@@ -343,6 +351,7 @@ class _Upgrade:
             ),
             plan=self._plan,
             rules=bundle.rules,
+            replaced=self._replaced(),
         )
         create_record(node.next / "record", self._record)
         for directory in ("maps", "progs", "base"):
@@ -358,6 +367,19 @@ class _Upgrade:
             held.pin(node.next / "maps" / name)
         for name, program in self._programs.items():
             program.pin(node.next / "progs" / name)
+
+    def _replaced(self) -> tuple[ReplacedMap, ...]:
+        """The maps that nobody finds by a path after this upgrade and the last, as far as somebody holds them."""
+        if self._current is None:
+            return ()
+        record = self._current.record
+        kept = {entry.was or entry.name for entry in self._plan.maps if entry.action == "keep"}
+        now = [
+            ReplacedMap(live.info.id, name, record.generation)
+            for name, live in self._current.maps.items()
+            if name not in kept
+        ]
+        return (*(entry for entry in record.replaced if is_alive(entry.id)), *now)
 
     def _carry(self, specs: Mapping[str, MapSpec], rules: Mapping[str, MapRules], fresh: bool) -> None:
         """Prepare the maps to be converted; ``fresh`` is false if another process had filled what they keep."""
@@ -471,7 +493,7 @@ class _Upgrade:
             write_record(record, self._phase("undoing"))
         switch_back(self._plan.hooks, self._programs, node.links)
         wait_for_running_programs()
-        with node.access.writing:
+        with node.access.alone(self._wait):
             backs = self._ways_back(node.next / "back", filled)
             if not filled:
                 write_record(record, self._phase("merging-back"))
@@ -572,6 +594,7 @@ def _remove_if_empty(node: Node) -> None:
                 link.unlink()
         if node.links.exists():
             node.links.rmdir()
+        node.access.lock.remove()
         node.root.rmdir()
 
 
