@@ -49,7 +49,8 @@ class Passage(msgspec.Struct, frozen=True):
     process is pinned there, or below it as a directory. It goes with the commit. ``fresh`` is false when a
     killed process left it filled. ``lossy_allowed`` says whether values may be cut to fit. ``writing`` is held
     around each step that must not meet a dual write, for some milliseconds at most while the old release runs.
-    ``pace`` is called without it after each part of the work.
+    ``pace`` is called without it after each part of the work. ``code`` is the source of the module that
+    ``rules.convert`` names.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Passage(msgspec.Struct, frozen=True):
     lossy_allowed: bool
     writing: threading.RLock
     pace: Pace = msgspec.field(default_factory=Pace)
+    code: str = ""
 
 
 class Carrier(Protocol):

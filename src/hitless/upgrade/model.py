@@ -116,7 +116,8 @@ class Record(msgspec.Struct, frozen=True):
     """What a generation is. ``generation`` counts up from 1; ``digest`` is the bundle's.
 
     ``objects`` is the release's MapSpec snapshot; ``maps`` holds the spec of each pinned map by pin name, as the
-    release defines it. ``plan`` and ``rules`` are set while the upgrade to this generation runs.
+    release defines it. ``plan``, ``rules`` and ``converters`` (sources of the bundle's modules) are set while the
+    upgrade to this generation runs, so that it can be finished without the bundle.
     """
 
     generation: int
@@ -129,6 +130,7 @@ class Record(msgspec.Struct, frozen=True):
     hooks: tuple[Hook, ...]
     plan: Plan | None = None
     rules: dict[str, MapRules] = {}
+    converters: dict[str, str] = {}
     schema: int = SCHEMA
 
 

@@ -343,6 +343,7 @@ class _Upgrade:
             ),
             plan=self._plan,
             rules=bundle.rules,
+            converters=bundle.converters,
         )
         create_record(node.next / "record", self._record)
         for directory in ("maps", "progs", "base"):
@@ -361,6 +362,7 @@ class _Upgrade:
 
     def _carry(self, specs: Mapping[str, MapSpec], rules: Mapping[str, MapRules], fresh: bool) -> None:
         """Prepare the maps to be converted; ``fresh`` is false if another process had filled what they keep."""
+        assert self._record is not None  # made by _stage or given to reopen
         for entry in self._plan.maps:
             if entry.action != "convert":
                 continue
@@ -383,6 +385,7 @@ class _Upgrade:
                     lossy_allowed=entry.allowed,
                     writing=self._node.access.writing,
                     pace=self._pace,
+                    code=self._record.converters.get((rule.convert or "").partition(":")[0], ""),
                 )
             )
 
@@ -561,7 +564,8 @@ def _finish(node: Node) -> None:
     kept = {hook.link for hook in record.hooks}
     present = [path.name for path in node.links.iterdir()] if node.links.exists() else []
     detach_hooks([name for name in present if name not in kept], node.links)
-    write_record(node.current / "record", msgspec.structs.replace(record, phase="committed", plan=None, rules={}))
+    committed = msgspec.structs.replace(record, phase="committed", plan=None, rules={}, converters={})
+    write_record(node.current / "record", committed)
 
 
 def _remove_if_empty(node: Node) -> None:
