@@ -15,7 +15,7 @@ import hitless
 from hitless.compare import compare
 from hitless.kernel.maps import Map
 from meshd.demo.lab import Lab
-from tests.releases import ATTACH, COUNTING, write_release
+from tests.upgrade.conftest import Make, everything
 from tests.upgrade.test_under_fire import clients, counted
 
 OLD = "struct tally { __u32 count TAG(\"merge=sum\"); __u32 wait_s; __u16 port; };\n"
@@ -38,37 +38,11 @@ def tally_back(keys, old, new):
 
 HELD = "struct held { __u32 a; };\nMAP(held, HASH, 64, %s, struct held);\n"
 
-Make = Callable[..., hitless.Bundle]
-
-
-@pytest.fixture
-def make(lab: Lab, tmp_path: Path) -> Make:
-    """A release of some version with these maps, rules and converters."""
-
-    def release(version: str, maps: str, rules: str = "", converters: str = "") -> hitless.Bundle:
-        directory = tmp_path / version
-        write_release(directory, version, maps + COUNTING, ATTACH + rules)
-        (directory / "converters.py").write_text(converters)
-        return hitless.Bundle.load(directory, {"cgroup": str(lab.cgroup)})
-
-    return release
-
-
-def filled(node: hitless.Node, make: Make, count: int = 8) -> Map:
+def filled(node: hitless.Node, build: Make, count: int = 8) -> Map:
     """The old release runs with ``count`` entries; returns its map as its programs have it."""
-    hitless.apply(node, make("1.0", OLD + TALLY))
+    hitless.apply(node, build("1.0", OLD + TALLY))
     node.map("tally").update_many((key, {"count": key, "wait_s": 2, "port": 80}) for key in range(count))
     return Map.open(node.root / "maps" / "tally")
-
-
-def everything(node: hitless.Node) -> object:
-    """Pins, maps, programs and links as the kernel has them, and all entries."""
-    entries = {}
-    for path in sorted((node.root / "maps").iterdir()):
-        with Map.open(path) as held:
-            keys, values = held.entries()
-            entries[path.name] = sorted((k.tobytes(), v.tobytes()) for k, v in zip(keys, values, strict=True))
-    return node.observe(), sorted(str(path) for path in node.root.rglob("*")), entries
 
 
 def refused(node: hitless.Node, bundle: hitless.Bundle, words: str, **more: object) -> hitless.ConverterError:
@@ -83,9 +57,9 @@ def number(value: int, size: int = 4) -> bytes:
     return value.to_bytes(size, "little")
 
 
-def test_a_converter_carries_what_types_cannot_tell(node: hitless.Node, make: Make) -> None:
-    filled(node, make, 3000)
-    second = make("2.0", NEW + TALLY, CONVERT, THERE)
+def test_a_converter_carries_what_types_cannot_tell(node: hitless.Node, build: Make) -> None:
+    filled(node, build, 3000)
+    second = build("2.0", NEW + TALLY, CONVERT, THERE)
     (planned,) = hitless.plan(node, second).maps
     assert (planned.action, planned.verdict, planned.loss) == ("convert", "needs-converter", ())
     assert planned.method.startswith("converters:tally in batches")
@@ -96,10 +70,10 @@ def test_a_converter_carries_what_types_cannot_tell(node: hitless.Node, make: Ma
     assert len(node.map("tally").items()) == 3000
 
 
-def test_no_increment_is_lost_while_converters_carry_the_counters(node: hitless.Node, make: Make, lab: Lab) -> None:
+def test_no_increment_is_lost_while_converters_carry_the_counters(node: hitless.Node, build: Make, lab: Lab) -> None:
     turned = BACK.replace("tally_back", "tally") + THERE.replace("tally", "tally_back")
-    first = make("1.0", OLD + TALLY, CONVERT, turned)
-    second = make("2.0", NEW + TALLY, CONVERT, THERE + BACK)
+    first = build("1.0", OLD + TALLY, CONVERT, turned)
+    second = build("2.0", NEW + TALLY, CONVERT, THERE + BACK)
     hitless.apply(node, first)
     with clients(lab) as tries:
         until = time.monotonic() + 3
@@ -112,11 +86,11 @@ def test_no_increment_is_lost_while_converters_carry_the_counters(node: hitless.
 
 
 def test_a_converter_that_raises_in_the_middle_leaves_the_old_release_as_it_was(
-    node: hitless.Node, make: Make
+    node: hitless.Node, build: Make
 ) -> None:
-    filled(node, make, 4000)
+    filled(node, build, 4000)
     code = "def tally(keys, old, new):\n    assert 3999 not in keys, 'what is 3999?'\n    return new\n"
-    error = refused(node, make("2.0", NEW + TALLY, CONVERT, code), "map tally: converters:tally raised AssertionError")
+    error = refused(node, build("2.0", NEW + TALLY, CONVERT, code), "map tally: converters:tally raised AssertionError")
     assert "what is 3999?" in error.message and "line 2, in tally" in error.message
     assert error.facts["function"] == "converters:tally"
 
@@ -135,31 +109,31 @@ def test_a_converter_that_raises_in_the_middle_leaves_the_old_release_as_it_was(
     ],
 )
 def test_a_converter_that_returns_no_new_records_is_refused(
-    node: hitless.Node, make: Make, returned: str, words: str
+    node: hitless.Node, build: Make, returned: str, words: str
 ) -> None:
-    filled(node, make)
+    filled(node, build)
     code = f"def tally(keys, old, new):\n    return {returned}\n"
-    refused(node, make("2.0", NEW + TALLY, CONVERT, code), words)
+    refused(node, build("2.0", NEW + TALLY, CONVERT, code), words)
 
 
-def test_a_converter_whose_result_depends_on_the_other_entries_is_refused(node: hitless.Node, make: Make) -> None:
-    filled(node, make)
+def test_a_converter_whose_result_depends_on_the_other_entries_is_refused(node: hitless.Node, build: Make) -> None:
+    filled(node, build)
     code = "def tally(keys, old, new):\n    new['wait_ms'] = len(keys)\n    return new\n"
-    refused(node, make("2.0", NEW + TALLY, CONVERT, code), "may depend on nothing but the entry")
+    refused(node, build("2.0", NEW + TALLY, CONVERT, code), "may depend on nothing but the entry")
 
 
 def test_a_module_that_cannot_be_run_is_refused_even_if_there_is_nothing_to_convert(
-    node: hitless.Node, make: Make
+    node: hitless.Node, build: Make
 ) -> None:
-    filled(node, make, 0)
+    filled(node, build, 0)
     code = "import surely_not_installed\n" + THERE
-    refused(node, make("2.0", NEW + TALLY, CONVERT, code), "raised ModuleNotFoundError.*surely_not_installed")
+    refused(node, build("2.0", NEW + TALLY, CONVERT, code), "raised ModuleNotFoundError.*surely_not_installed")
 
 
-def test_planning_and_checking_run_no_converter(node: hitless.Node, make: Make, tmp_path: Path) -> None:
-    filled(node, make)
+def test_planning_and_checking_run_no_converter(node: hitless.Node, build: Make, tmp_path: Path) -> None:
+    filled(node, build)
     marker = tmp_path / "was-run"
-    second = make("2.0", NEW + TALLY, CONVERT, f"open({str(marker)!r}, 'w')\n" + THERE)
+    second = build("2.0", NEW + TALLY, CONVERT, f"open({str(marker)!r}, 'w')\n" + THERE)
     hitless.plan(node, second)
     compared = compare(str(tmp_path / "1.0"), str(tmp_path / "2.0"))
     assert (compared.verdict, compared.lost) == ("needs-converter", ())
@@ -169,22 +143,22 @@ def test_planning_and_checking_run_no_converter(node: hitless.Node, make: Make, 
     assert marker.exists()
 
 
-def test_a_key_that_only_a_function_can_convert_needs_that_function(node: hitless.Node, make: Make) -> None:
+def test_a_key_that_only_a_function_can_convert_needs_that_function(node: hitless.Node, build: Make) -> None:
     old, new = (HELD % key for key in ("__u32", "__be32"))
     rules = '[map.held]\nconvert = "converters:held"\n'
     tally = NEW + TALLY
     values = "def held(keys, old, new):\n    return new\n"
     keys = "def held_key(old, new):\n    new[:] = old\n    return new\n"
-    hitless.apply(node, make("1.0", old + tally))
+    hitless.apply(node, build("1.0", old + tally))
     node.map("held").update_many((key, {"a": key}) for key in range(8))
     with pytest.raises(hitless.LossNotAllowedError, match=r"byte order.*converters\.py has no function held_key"):
-        hitless.apply(node, make("2.0", new + tally, rules, values))
-    hitless.apply(node, make("2.0", new + tally, rules, values + keys + keys.replace("held_key", "held_key_back")))
+        hitless.apply(node, build("2.0", new + tally, rules, values))
+    hitless.apply(node, build("2.0", new + tally, rules, values + keys + keys.replace("held_key", "held_key_back")))
     found = Map.open(node.root / "maps" / "held").lookup((7).to_bytes(4, "big"))
     assert found == number(7)
 
 
-def test_a_function_for_keys_that_the_one_back_does_not_undo_is_refused(node: hitless.Node, make: Make) -> None:
+def test_a_function_for_keys_that_the_one_back_does_not_undo_is_refused(node: hitless.Node, build: Make) -> None:
     old, new = (HELD % key for key in ("__u32", "__be32"))
     tally = NEW + TALLY
     code = (
@@ -192,37 +166,37 @@ def test_a_function_for_keys_that_the_one_back_does_not_undo_is_refused(node: hi
         "def held_key(old, new):\n    new[:] = old // 2\n    return new\n"
         "def held_key_back(old, new):\n    new[:] = old * 2\n    return new\n"
     )
-    hitless.apply(node, make("1.0", old + tally))
+    hitless.apply(node, build("1.0", old + tally))
     node.map("held").update_many((key, {"a": key}) for key in range(8))
-    second = make("2.0", new + tally, '[map.held]\nconvert = "converters:held"\n', code)
+    second = build("2.0", new + tally, '[map.held]\nconvert = "converters:held"\n', code)
     refused(node, second, "4 keys do not come back")
 
 
-def test_a_map_whose_layout_did_not_change_is_kept_and_not_converted(node: hitless.Node, make: Make) -> None:
-    hitless.apply(node, make("2.0", NEW + TALLY))
+def test_a_map_whose_layout_did_not_change_is_kept_and_not_converted(node: hitless.Node, build: Make) -> None:
+    hitless.apply(node, build("2.0", NEW + TALLY))
     node.map("tally")[1] = {"count": 1, "wait_ms": 5, "port": htons(80)}
-    result = hitless.apply(node, make("2.1", NEW + TALLY, CONVERT, THERE))
+    result = hitless.apply(node, build("2.1", NEW + TALLY, CONVERT, THERE))
     assert result.maps[0].action == "keep"
     assert node.map("tally").get(1) == {"count": 1, "wait_ms": 5, "port": htons(80)}
 
 
 def test_a_write_during_the_upgrade_reaches_the_old_release_through_the_way_back(
-    node: hitless.Node, make: Make
+    node: hitless.Node, build: Make
 ) -> None:
-    old = filled(node, make)
+    old = filled(node, build)
     seen = []
 
     def control_plane(node: hitless.Node) -> None:
         node.map("tally")[1] = {"count": 9, "wait_ms": 7000, "port": htons(443)}
         seen.append(old.lookup(number(1)))
 
-    hitless.apply(node, make("2.0", NEW + TALLY, CONVERT, THERE + BACK), prepare=control_plane)
+    hitless.apply(node, build("2.0", NEW + TALLY, CONVERT, THERE + BACK), prepare=control_plane)
     assert seen == [number(9) + number(7) + number(443)]
     assert node.map("tally").get(1) == {"count": 9, "wait_ms": 7000, "port": htons(443)}
 
 
-def test_without_a_way_back_a_write_reaches_the_new_release_only(node: hitless.Node, make: Make) -> None:
-    old = filled(node, make)
+def test_without_a_way_back_a_write_reaches_the_new_release_only(node: hitless.Node, build: Make) -> None:
+    old = filled(node, build)
     before = old.lookup(number(1))
     seen = []
 
@@ -234,7 +208,7 @@ def test_without_a_way_back_a_write_reaches_the_new_release_only(node: hitless.N
         seen.extend([old.lookup(number(1)), old.lookup(number(99))])
         old.update(number(1), number(1 + 5) + number(2) + number(80))  # a program of the old release counts five more
 
-    hitless.apply(node, make("2.0", NEW + TALLY, CONVERT, THERE), prepare=control_plane)
+    hitless.apply(node, build("2.0", NEW + TALLY, CONVERT, THERE), prepare=control_plane)
     assert seen == [before, None]
     assert node.map("tally").get(1) == {"count": 105, "wait_ms": 7000, "port": htons(443)}
     assert node.map("tally").get(99) == {"count": 1, "wait_ms": 1, "port": htons(1)}
@@ -256,23 +230,23 @@ def failing_late(node: hitless.Node) -> Callable[[hitless.Progress], None]:
 
 
 def test_a_number_that_does_not_fit_is_a_loss_only_where_the_converter_leaves_it(
-    node: hitless.Node, make: Make
+    node: hitless.Node, build: Make
 ) -> None:
-    hitless.apply(node, make("2.0", NEW + TALLY))
+    hitless.apply(node, build("2.0", NEW + TALLY))
     node.map("tally")[1] = {"count": 1 << 40, "wait_ms": 5000, "port": htons(80)}
     before = everything(node)
     code = "def tally(keys, old, new):\n    return new\n"
     with pytest.raises(hitless.LossNotAllowedError, match=r"1 value.* of count do not fit the new layout"):
-        hitless.apply(node, make("1.0", OLD + TALLY, CONVERT, code))
+        hitless.apply(node, build("1.0", OLD + TALLY, CONVERT, code))
     assert everything(node) == before
     code = "def tally(keys, old, new):\n    new['count'] = old['count'] % 1000\n    return new\n"
-    hitless.apply(node, make("1.0", OLD + TALLY, CONVERT, code))
+    hitless.apply(node, build("1.0", OLD + TALLY, CONVERT, code))
     assert node.map("tally").get(1)["count"] == (1 << 40) % 1000
 
 
-def test_what_new_programs_wrote_comes_back_through_the_function_back(node: hitless.Node, make: Make) -> None:
-    filled(node, make)
-    second = make("2.0", NEW + TALLY, CONVERT, THERE + BACK)
+def test_what_new_programs_wrote_comes_back_through_the_function_back(node: hitless.Node, build: Make) -> None:
+    filled(node, build)
+    second = build("2.0", NEW + TALLY, CONVERT, THERE + BACK)
     with pytest.raises(ZeroDivisionError):
         hitless.apply(node, second, progress=failing_late(node))
     assert node.observe().version == "1.0"
@@ -282,18 +256,18 @@ def test_what_new_programs_wrote_comes_back_through_the_function_back(node: hitl
 
 @pytest.mark.parametrize("back", ["", "def tally_back(keys, old, new):\n    raise ValueError\n"])
 def test_without_a_working_way_back_the_old_map_stays_as_the_old_release_left_it(
-    node: hitless.Node, make: Make, back: str
+    node: hitless.Node, build: Make, back: str
 ) -> None:
-    filled(node, make)
+    filled(node, build)
     before = everything(node)
-    second = make("2.0", NEW + TALLY, CONVERT, THERE + back)
+    second = build("2.0", NEW + TALLY, CONVERT, THERE + back)
     with pytest.raises(ZeroDivisionError):
         hitless.apply(node, second, progress=failing_late(node))
     assert everything(node) == before
 
 
-def test_a_converter_that_fails_after_the_cutover_has_the_upgrade_taken_back(node: hitless.Node, make: Make) -> None:
-    old = filled(node, make)
+def test_a_converter_that_fails_after_the_cutover_has_the_upgrade_taken_back(node: hitless.Node, build: Make) -> None:
+    old = filled(node, build)
     code = "def tally(keys, old, new):\n    assert 500 not in keys\n    return new\n"
 
     def late(event: hitless.Progress) -> None:
@@ -302,16 +276,16 @@ def test_a_converter_that_fails_after_the_cutover_has_the_upgrade_taken_back(nod
 
     links = node.observe().links
     with pytest.raises(hitless.ConverterError, match="AssertionError"):
-        hitless.apply(node, make("2.0", NEW + TALLY, CONVERT, code), progress=late)
+        hitless.apply(node, build("2.0", NEW + TALLY, CONVERT, code), progress=late)
     assert (node.observe().version, node.observe().links) == ("1.0", links)
     assert len(node.map("tally").items()) == 9
 
 
 def test_a_killed_upgrade_is_finished_with_the_converter_and_without_the_bundle(
-    node: hitless.Node, make: Make, tmp_path: Path
+    node: hitless.Node, build: Make, tmp_path: Path
 ) -> None:
-    old = filled(node, make)
-    second = make("2.0", NEW + TALLY, CONVERT, THERE)
+    old = filled(node, build)
+    second = build("2.0", NEW + TALLY, CONVERT, THERE)
 
     def killed(event: hitless.Progress) -> None:
         if event.step == "merge":
@@ -331,8 +305,8 @@ def test_a_killed_upgrade_is_finished_with_the_converter_and_without_the_bundle(
     assert node.map("tally").get(7) == {"count": 7, "wait_ms": 2000, "port": htons(80)}
 
 
-def test_the_converters_are_part_of_what_a_release_is(make: Make) -> None:
-    one, other = (make("2.0", NEW + TALLY, CONVERT, THERE + more) for more in ("", "# changed\n"))
+def test_the_converters_are_part_of_what_a_release_is(build: Make) -> None:
+    one, other = (build("2.0", NEW + TALLY, CONVERT, THERE + more) for more in ("", "# changed\n"))
     assert one.digest != other.digest
 
 
@@ -347,20 +321,20 @@ def test_the_converters_are_part_of_what_a_release_is(make: Make) -> None:
         ('old_value = "tally_v1"', "no object of this bundle has a type 'tally_v1'"),
     ],
 )
-def test_a_rule_that_cannot_be_is_refused_with_its_line(make: Make, rule: str, words: str) -> None:
+def test_a_rule_that_cannot_be_is_refused_with_its_line(build: Make, rule: str, words: str) -> None:
     with pytest.raises(hitless.BundleError, match=rf"toml:\d+: .*{words}"):
-        make("2.0", NEW + TALLY, f"[map.tally]\n{rule}\n", THERE)
+        build("2.0", NEW + TALLY, f"[map.tally]\n{rule}\n", THERE)
 
 
-def test_a_file_of_converters_that_is_no_python_is_refused_with_its_line(make: Make) -> None:
+def test_a_file_of_converters_that_is_no_python_is_refused_with_its_line(build: Make) -> None:
     with pytest.raises(hitless.BundleError, match=r"converters\.py:2 is not Python"):
-        make("2.0", NEW + TALLY, CONVERT, "\ndef tally(keys, old, new:\n")
+        build("2.0", NEW + TALLY, CONVERT, "\ndef tally(keys, old, new:\n")
 
 
 def test_a_file_of_converters_that_others_could_have_written_is_refused(
-    node: hitless.Node, make: Make, tmp_path: Path
+    node: hitless.Node, build: Make, tmp_path: Path
 ) -> None:
-    make("2.0", NEW + TALLY, CONVERT, THERE)
+    build("2.0", NEW + TALLY, CONVERT, THERE)
     file = tmp_path / "2.0" / "converters.py"
 
     def load() -> hitless.Bundle:
@@ -380,24 +354,24 @@ def test_a_file_of_converters_that_others_could_have_written_is_refused(
         load()
 
 
-def test_the_old_sides_types_can_be_named_where_another_loader_made_the_map(node: hitless.Node, make: Make) -> None:
+def test_the_old_sides_types_can_be_named_where_another_loader_made_the_map(node: hitless.Node, build: Make) -> None:
     blind = (
         "struct {{ __uint(type, BPF_MAP_TYPE_HASH); __uint(max_entries, 64); __uint(key_size, 4);\n"
         "          __uint(value_size, {size}); }} held SEC(\".maps\");\n"
     )
     typed = "struct held_v1 {{ __u32 a; __u16 b; }}; struct held_v1 *kept;\nstruct held {{ __u64 a; __u16 b; }};\n{map}"
     tally = NEW + TALLY
-    hitless.apply(node, make("1.0", blind.format(size=8) + tally))
+    hitless.apply(node, build("1.0", blind.format(size=8) + tally))
     held = Map.open(node.root / "maps" / "held")
     held.update(number(5), number(50) + number(7))
     new = typed.format(map="MAP(held, HASH, 64, __u32, struct held);\n") + tally
     with pytest.raises(hitless.LossNotAllowedError, match="type is not known on the old side"):
-        hitless.apply(node, make("2.0", new), allow_loss=["store.bss"])
+        hitless.apply(node, build("2.0", new), allow_loss=["store.bss"])
     rules = '[map.held]\nold_value = "held_v1"\nold_key = "int"\n'
-    hitless.apply(node, make("2.0", new, rules.replace('"int"', '"__u32"')), allow_loss=["store.bss"])
+    hitless.apply(node, build("2.0", new, rules.replace('"int"', '"__u32"')), allow_loss=["store.bss"])
     assert node.map("held").get(5) == {"a": 50, "b": 7}
     wrong = rules.replace("held_v1", "tally").replace('"int"', '"__u32"')
     hitless.unload(node)
-    hitless.apply(node, make("1.0", blind.format(size=8) + tally))
+    hitless.apply(node, build("1.0", blind.format(size=8) + tally))
     with pytest.raises(hitless.LayoutError, match="old_value = 'tally' has 24 bytes, but the old value has 8"):
-        hitless.apply(node, make("2.0", new, wrong), allow_loss=["store.bss"])
+        hitless.apply(node, build("2.0", new, wrong), allow_loss=["store.bss"])
