@@ -62,6 +62,7 @@ def test_a_converter_carries_what_types_cannot_tell(node: hitless.Node, build: M
     second = build("2.0", NEW + TALLY, CONVERT, THERE)
     (planned,) = hitless.plan(node, second).maps
     assert (planned.action, planned.verdict, planned.loss) == ("convert", "needs-converter", ())
+    assert planned.converter == "converters:tally"
     assert planned.method.startswith("converters:tally in batches")
     assert "there is no tally_back" in planned.exactness
     result = hitless.apply(node, second)
@@ -261,9 +262,12 @@ def test_without_a_working_way_back_the_old_map_stays_as_the_old_release_left_it
     filled(node, build)
     before = everything(node)
     second = build("2.0", NEW + TALLY, CONVERT, THERE + back)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) as caught:
         hitless.apply(node, second, progress=failing_late(node))
     assert everything(node) == before
+    (note,) = caught.value.__notes__
+    assert note.startswith("what the new release wrote in map tally after the cutover stays behind: ")
+    assert ("raised ValueError" if back else "no way back, as the plan said") in note
 
 
 def test_a_converter_that_fails_after_the_cutover_has_the_upgrade_taken_back(node: hitless.Node, build: Make) -> None:

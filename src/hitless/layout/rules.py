@@ -81,7 +81,10 @@ class MapRules(msgspec.Struct, frozen=True):
         """The same renames seen from the other direction, for going back to the older release."""
         fields = {rule.was: FieldRule(path) for path, rule in self.fields.items() if rule.was is not None}
         value = self.old_value or self.value
-        return MapRules(None, self.key, value, self.value, self.on_loss, fields, self.on_collision)
+        return MapRules(
+            None, self.old_key or self.key, value, self.value, self.on_loss, fields, self.on_collision,
+            old_key=self.key, group=self.group,
+        )  # fmt: skip
 
 
 def bind_old(old: MapSpec, rules: MapRules) -> MapSpec:

@@ -28,6 +28,7 @@ class Tally:
 
     ``seconds`` are those of all work on it, ``last_round`` those of the latest pass over what differs;
     ``differing`` is about how many entries differed when that was last looked at.
+    ``left_behind`` says, on the way back, why what the new release wrote in this map did not come along.
     """
 
     def __init__(self) -> None:
@@ -39,6 +40,7 @@ class Tally:
         self.last_round = 0.0
         self.differing = 0
         self.lost: dict[str, int] = {}
+        self.left_behind: str | None = None
 
 
 class Passage(msgspec.Struct, frozen=True):

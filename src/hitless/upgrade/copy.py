@@ -113,22 +113,25 @@ class Carriage(msgspec.Struct):
         started = time.perf_counter()
         try:
             found = fold_round(self, last) if self.translation.on_collision is not None else merge_round(self, last)
-        except ConverterError:
+        except ConverterError as error:
             # The old map is complete without what comes back, and nobody could undo the undoing.
             if not self.going_back:
                 raise
+            self.tally.left_behind = error.message
             return 0
         self.tally.last_round = time.perf_counter() - started
         return found
 
     def turned(self, pin: Path, fresh: bool) -> Carrier:
         """See :class:`Carrier`. What the source's layout cannot hold stays behind."""
-        if not self.translation.goes_back or not (fresh or pin.exists()):
-            return Staying(self.name)
+        if not self.translation.goes_back:
+            return Staying(self.name, "there is no way back, as the plan said")
+        if not fresh and not pin.exists():
+            return Staying(self.name, "its converter had failed")
         try:
             base = self._base_of_way_back(pin) if fresh else Base.open(pin, self.target)
-        except ConverterError:  # as in catch_up
-            return Staying(self.name)
+        except ConverterError as error:  # as in catch_up
+            return Staying(self.name, error.message)
         name = f"{self.name}_back"
         return Carriage(
             name=self.name,
@@ -359,11 +362,12 @@ def not_written(name: str, target: Map, number: int | None, done: int) -> Kernel
 
 
 class Staying:
-    """The way back of a map that has none: what the new release's programs wrote stays behind."""
+    """The way back of a map that has none: what the new release's programs wrote stays behind, and ``why``."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, why: str) -> None:
         self.name = name
         self.tally = Tally()
+        self.tally.left_behind = why
 
     def copy(self, progress: Callable[[int], None]) -> None:
         """See :class:`Carrier`."""

@@ -44,7 +44,8 @@ class MapPlan(msgspec.Struct, frozen=True):
     ``action``: ``keep`` (the same map), ``convert`` (a new map, filled from the old), ``create`` (new and empty),
     ``drop`` (the release has it no more), ``discard`` (a new empty map takes its place). ``method`` is how
     entries travel, ``exactness`` what is promised of them meanwhile. ``loss`` names each thing that is lost;
-    ``allowed`` tells whether all of it may be. ``kind`` names the carrier of a map that is converted.
+    ``allowed`` tells whether all of it may be. ``kind`` names the carrier of a map that is converted, ``converter`` the
+    user's function for it.
     """
 
     name: str
@@ -57,6 +58,7 @@ class MapPlan(msgspec.Struct, frozen=True):
     allowed: bool = True
     changes: tuple[Change, ...] = ()
     kind: str = ""
+    converter: str | None = None
 
 
 class HookPlan(msgspec.Struct, frozen=True):

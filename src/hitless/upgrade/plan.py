@@ -131,7 +131,8 @@ def _whole_groups(plans: tuple[MapPlan, ...], current: Generation, bundle: Bundl
     reasons = torn(groups, gone)
     return tuple(
         msgspec.structs.replace(
-            plan, action="discard", method="empty", exactness="exact", kind="", loss=(reasons[plan.name], *plan.loss)
+            plan, action="discard", method="empty", exactness="exact", kind="", converter=None,
+            loss=(reasons[plan.name], *plan.loss),
         )
         if plan.name in reasons
         else plan
@@ -172,7 +173,8 @@ def _plan_map(
         if isinstance(found, str):
             return planned("discard", "empty", loss=(f"all entries: {found}", *lost))
         found = translated(found, diff, rules)
-        return planned("convert", found.method, found.exactness, lost, found.kind)
+        made = planned("convert", found.method, found.exactness, lost, found.kind)
+        return msgspec.structs.replace(made, converter=rules.convert if converts(diff, rules) else None)
     reasons = tuple(f"all entries: {change.reason}" for change in diff.changes if change.reason)
     return planned("discard", "empty", loss=reasons or (f"all entries: {diff.verdict}",))
 

@@ -198,7 +198,7 @@ def _recover(node: Node, tell: Callable[[Progress], None]) -> str | None:
     upgrade.reopen(record)
     if record.phase in ("undoing", "merging-back"):
         upgrade.take_back(filled=record.phase == "merging-back")
-        return f"took back the upgrade to {record.version}, which had failed"
+        return "; ".join((f"took back the upgrade to {record.version}, which had failed", *upgrade.left_behind))
     upgrade.switch()
     return f"finished the interrupted upgrade to {record.version}"
 
@@ -243,6 +243,7 @@ class _Upgrade:
         self._programs: dict[str, Program] = {}
         self._carried: dict[str, Carrier] = {}
         self._steps: dict[str, float] = {}
+        self.left_behind: list[str] = []  # by the way back, in words
 
     def restart(self, prepare: Callable[[Node], None] | None) -> Result:
         """The same release runs already: use all of it, attach or correct what hangs loose."""
@@ -308,9 +309,11 @@ class _Upgrade:
                     self._verify_hooks()
                     self._verify_pins()
                     self._commit()
-        except BaseException:
+        except BaseException as error:
             if not self._is_committed():
                 self.take_back()
+                for left in self.left_behind:
+                    error.add_note(left)
                 raise
             with node.access.writing:
                 node.access.staged = None
@@ -480,6 +483,9 @@ class _Upgrade:
                 write_record(record, self._phase("merging-back"))
             for back in backs:
                 back.catch_up(last=True)
+                if back.tally.left_behind is not None:
+                    what = f"what the new release wrote in map {back.name} after the cutover stays behind"
+                    self.left_behind.append(f"{what}: {back.tally.left_behind}")
             write_record(record, self._phase("undone"))
         self._drop()
 
