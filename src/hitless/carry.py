@@ -91,6 +91,8 @@ def refusals(diff: MapDiff, new: MapSpec, rules: MapRules) -> tuple[str, ...]:
         return (f"keys of a {new.type} map of which two may become one are not supported yet",)
     if not converts(diff, rules):
         return ()
+    if KINDS.get(new.type, "entries") != "entries":
+        return (f"converters for maps of type {new.type} are not supported yet",)
     module, _, name = (rules.convert or "").partition(":")
     missing = f"; {module}.py has no function {name}_key, which would convert the key"
     return tuple(

@@ -216,6 +216,27 @@ def test_without_a_way_back_a_write_reaches_the_new_release_only(node: hitless.N
     assert node.map("tally").get(2) is None
 
 
+@pytest.mark.parametrize("back", ["", BACK])
+def test_a_write_between_two_batches_of_the_copy_stands(node: hitless.Node, build: Make, back: str) -> None:
+    large = TALLY.replace("4096", "20000")
+    hitless.apply(node, build("1.0", OLD + large))
+    node.map("tally").update_many((key, {"count": key + 1, "wait_s": 2, "port": 80}) for key in range(20000))
+    written: list[int] = []
+
+    def in_the_copy(event: hitless.Progress) -> None:
+        if event.map is None or written:
+            return
+        with Map.open(node.next / "maps" / "tally") as new:
+            written.extend(key for key in range(20000) if new.lookup(number(key)) is None)
+        value = {"count": 7, "wait_ms": 9000, "port": htons(443)}
+        node.map("tally").update_many((key, value) for key in written[:50])
+
+    hitless.apply(node, build("2.0", NEW + large, CONVERT, THERE + back), progress=in_the_copy)
+    assert len(written) > 50
+    found = [node.map("tally").get(key) for key in written[:50]]
+    assert found == [{"count": 7, "wait_ms": 9000, "port": htons(443)}] * 50
+
+
 def failing_late(node: hitless.Node) -> Callable[[hitless.Progress], None]:
     """New programs have written when the upgrade fails, after the cutover."""
 
