@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from hitless.errors import (
     BundleError,
     BusyError,
+    ConverterError,
     HitlessError,
     InterruptedUpgradeError,
     KernelError,
@@ -38,6 +39,7 @@ __all__ = [
     "Bundle",
     "BundleError",
     "BusyError",
+    "ConverterError",
     "HitlessError",
     "InterruptedUpgradeError",
     "KernelError",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import os
 import re
+import stat
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,8 +16,8 @@ import msgspec
 
 from hitless.errors import BundleError, LayoutError, UnsupportedError
 from hitless.layout.contradictions import check_rules, differences
-from hitless.layout.elf import Binding, read_object
-from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec
+from hitless.layout.elf import Binding, read_btf, read_object
+from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec, Type
 from hitless.layout.rules import FieldRule, MapRules
 
 __all__ = ["MANIFEST", "Attach", "Bundle", "BundleObject", "unite_maps"]
@@ -24,9 +27,6 @@ MANIFEST = "bundle.toml"
 # What the interface document names and this version cannot do yet: refused by name, never ignored.
 _NOT_YET = {
     "object.program": "program types and skipped programs",
-    "map.convert": "user converters",
-    "map.on_collision": "colliding keys",
-    "map.old_value": "types of maps that another loader made",
 }
 _HOOKS = ("cgroup",)
 _HOOKS_NOT_YET = (
@@ -38,13 +38,16 @@ _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "object": {"file": str, "program": dict},
     "attach": {"program": str, "hook": str, "target": str, "link": str, "was": str},
     "map": {
-        "was": str, "key": str, "value": str, "old_value": str, "convert": str, "on_collision": str, "on_loss": str,
-        "infer": bool, "field": dict,
+        "was": str, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str, "on_collision": str,
+        "on_loss": str, "group": str, "infer": bool, "field": dict,
     },
     "field": {"was": str, "merge": str, "default": (int, float)},
 }  # fmt: skip
 _REQUIRED = {"bundle": ("name", "version"), "object": ("file",), "attach": ("program", "hook", "target", "link")}
 _PIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_FUNCTION = re.compile(r"([A-Za-z_][A-Za-z0-9_]*):([A-Za-z_][A-Za-z0-9_]*)")
+_FUNCTIONS = ("", "_key", "_back", "_key_back")  # what may follow a converter's name, see layout/structured.py
+_MODULE_BYTES = 1 << 18  # it travels in the record of an upgrade, which may have to be finished without the bundle
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -66,9 +69,10 @@ class BundleObject(msgspec.Struct, frozen=True):
 
 
 class Bundle(msgspec.Struct, frozen=True):
-    """A release, read and checked. ``digest`` is a SHA-256 over the manifest and the objects, in hex.
+    """A release, read and checked. ``digest`` is a SHA-256 over the manifest, the objects and the converters, in hex.
 
-    ``maps`` and ``programs`` are by name over all objects; ``attach`` is in the order of cutover.
+    ``maps`` and ``programs`` are by name over all objects; ``attach`` is in the order of cutover. ``converters`` are
+    the sources of the modules that the rules name, by module; nothing of them was run.
     """
 
     path: Path
@@ -80,6 +84,7 @@ class Bundle(msgspec.Struct, frozen=True):
     programs: dict[str, ProgramSpec]
     attach: tuple[Attach, ...]
     rules: dict[str, MapRules]
+    converters: dict[str, str] = {}
 
     @classmethod
     def load(cls, path: Path | str, variables: Mapping[str, str] | None = None) -> Bundle:
@@ -133,6 +138,7 @@ class _Reader:
         self._text = text
         self._variables = variables
         self._lines = _key_lines(text)
+        self._converters: dict[str, str] = {}
 
     def bundle(self) -> Bundle:
         try:
@@ -162,7 +168,7 @@ class _Reader:
                 self._fail(("object", str(index)), f"two [[object]] are called {spec.name}")
         maps = unite_maps(specs)
         programs = self._programs(specs)
-        rules = {name: self._rules(entry, maps, name) for name, entry in manifest.get("map", {}).items()}
+        rules = {name: self._rules(entry, maps, name, objects) for name, entry in manifest.get("map", {}).items()}
         attach = [
             self._attach(entry, programs, ("attach", str(index)))
             for index, entry in enumerate(manifest.get("attach", []))
@@ -171,6 +177,8 @@ class _Reader:
         digest = hashlib.sha256(self._text.encode())
         for item in objects:
             digest.update(hashlib.sha256(item.data).digest())
+        for module in sorted(self._converters):
+            digest.update(hashlib.sha256(self._converters[module].encode()).digest())
         return Bundle(
             path=self._file.parent,
             name=manifest["bundle"]["name"],
@@ -181,6 +189,7 @@ class _Reader:
             programs=programs,
             attach=tuple(attach),
             rules=rules,
+            converters=self._converters,
         )
 
     def _check_text(self, item: Any, path: tuple[str, ...]) -> None:
@@ -244,7 +253,9 @@ class _Reader:
                 origin[program.name] = item.name
         return programs
 
-    def _rules(self, entry: Any, maps: Mapping[str, MapSpec], name: str) -> MapRules:
+    def _rules(
+        self, entry: Any, maps: Mapping[str, MapSpec], name: str, objects: Iterable[BundleObject]
+    ) -> MapRules:
         path = ("map", name)
         # A map that the release no longer has may be named only to say that dropping it is fine.
         if name not in maps and set(entry) != {"on_loss"}:
@@ -252,6 +263,9 @@ class _Reader:
         on_loss = entry.get("on_loss", "error")
         if on_loss not in ("error", "discard"):
             self._fail((*path, "on_loss"), f'on_loss is "error" or "discard", not {on_loss!r}')
+        on_collision = entry.get("on_collision")
+        if on_collision not in (None, "error", "first", "last", "merge"):
+            self._fail((*path, "on_collision"), f"on_collision is error, first, last or merge, not {on_collision!r}")
         fields = {}
         for field, rule in entry.get("field", {}).items():
             self._check(rule, "field", (*path, "field", field))
@@ -263,8 +277,16 @@ class _Reader:
             was=entry.get("was"),
             key=entry.get("key"),
             value=entry.get("value"),
+            old_value=entry.get("old_value"),
             on_loss=on_loss,
             fields=fields,
+            on_collision=on_collision,
+            old_key=entry.get("old_key"),
+            old_key_type=self._old_type(entry, "old_key", objects, path),
+            old_value_type=self._old_type(entry, "old_value", objects, path),
+            convert=entry.get("convert"),
+            functions=self._functions(entry["convert"], path) if "convert" in entry else (),
+            group=entry.get("group"),
         )
         if name in maps:
             try:
@@ -273,6 +295,68 @@ class _Reader:
                 field = error.facts.get("field")
                 self._fail((*path, "field", str(field)) if field else path, error.message)
         return rules
+
+    def _old_type(
+        self, entry: Mapping[str, Any], key: str, objects: Iterable[BundleObject], path: tuple[str, ...]
+    ) -> Type | None:
+        """The type that a manifest names for the old side of a map: this release's source has to know it."""
+        if key not in entry:
+            return None
+        found = (read_btf(item.data, item.spec.name).find(entry[key]) for item in objects)
+        made = next((made for made in found if made is not None), None)
+        if made is None:
+            self._fail(
+                (*path, key),
+                f"{key}: no object of this bundle has a type {entry[key]!r}; declare the old release's type in one, "
+                "and use it there (a pointer variable is enough), so that the compiler keeps it",
+            )
+        return made
+
+    def _functions(self, convert: str, path: tuple[str, ...]) -> tuple[str, ...]:
+        """The functions that belong to converter ``module:name``; the file is read and parsed, never run."""
+        path = (*path, "convert")
+        match = _FUNCTION.fullmatch(convert)
+        if match is None:
+            self._fail(path, f'convert is "MODULE:FUNCTION", of a file MODULE.py beside the manifest, not {convert!r}')
+        module, name = match.groups()
+        if module not in self._converters:
+            self._converters[module] = self._module(self._file.parent / f"{module}.py", path)
+        try:
+            tree = ast.parse(self._converters[module])
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            line = getattr(error, "lineno", None)
+            self._fail(path, f"{module}.py{f':{line}' if line else ''} is not Python: {getattr(error, 'msg', error)}")
+        there = {item.name for item in tree.body if isinstance(item, ast.FunctionDef)}
+        if name not in there:
+            self._fail(path, f"{module}.py has no function {name}; it has: {', '.join(sorted(there)) or 'none'}")
+        return tuple(name + suffix for suffix in _FUNCTIONS if name + suffix in there)
+
+    def _module(self, file: Path, path: tuple[str, ...]) -> str:
+        def bad(why: str) -> NoReturn:
+            self._fail(path, f"{file} {why}")
+
+        try:
+            seen = file.lstat()
+            if not stat.S_ISREG(seen.st_mode):
+                bad("is no regular file")
+            with file.open("rb") as opened:
+                data, held = opened.read(_MODULE_BYTES + 1), os.fstat(opened.fileno())
+        except OSError as error:
+            bad(f"cannot be read: {error.strerror}")
+        # What is looked at must be what was read. A bundle without variables is looked at only, by whoever has it.
+        if self._variables is not None:
+            if (held.st_dev, held.st_ino) != (seen.st_dev, seen.st_ino):
+                bad("was replaced while it was read; try again")
+            if held.st_mode & stat.S_IWOTH:
+                bad("can be written by anybody, and apply would run it: chmod o-w")
+            if held.st_uid not in (0, os.geteuid()):
+                bad(f"belongs to user {held.st_uid}, who is neither root nor you, and apply would run it: chown it")
+        if len(data) > _MODULE_BYTES:
+            bad(f"has more than {_MODULE_BYTES} bytes")
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            bad(f"is not UTF-8: {error}")
 
     def _attach(self, entry: Any, programs: Mapping[str, ProgramSpec], path: tuple[str, ...]) -> Attach:
         self._check(entry, "attach", path)

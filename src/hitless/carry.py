@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection
 import msgspec
 
 from hitless.layout.conversion import leaves
-from hitless.layout.diff import diff_map
+from hitless.layout.diff import Change, MapDiff, diff_map
 from hitless.layout.members import SPECIAL, lock_offset
 from hitless.layout.model import Array, MapSpec, Record, Type
 from hitless.layout.rules import MapRules
 
-__all__ = ["KINDS", "Way", "is_global", "obstacle", "way"]
+__all__ = ["KINDS", "Way", "converts", "is_global", "losses", "obstacle", "refusals", "translated", "way"]
 
 _PROGRAMS_BARRED = 1 << 7 | 1 << 8  # BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG
 # Types of which one can become the other: (old, new).
@@ -22,6 +22,7 @@ _ALIKE = {
     ("percpu_hash", "lru_percpu_hash"), ("lru_percpu_hash", "percpu_hash"), ("percpu_array", "percpu_hash"),
 }  # fmt: skip
 _ITERATED = ("hash", "lru_hash")
+_FOLDING = ("hash", "lru_hash")  # types of maps of which several entries may become one
 _ITERATE_HASH = "iter/bpf_map_elem"  # the feature's name in kernel/features.py, which this pure module cannot import
 _MAX_REACH = 32_000  # bytes: an instruction reaches 32767 from a pointer
 _MAX_WORDS = 2000  # what surely fits one merge program: its jumps reach 32767 instructions
@@ -76,6 +77,72 @@ def _in_kernel(old: MapSpec, new: MapSpec, rules: MapRules) -> bool:
 
 _WAYS: dict[str, Callable[[MapSpec, MapSpec, MapRules, Collection[str]], Way]] = {
     "entries": _entries,
+}
+
+
+def converts(diff: MapDiff, rules: MapRules) -> bool:
+    """Whether the map's entries are for the user's converter: where no layout changed, there is nothing to convert."""
+    return rules.convert is not None and diff.verdict in ("lossless", "lossy", "needs-converter")
+
+
+def refusals(diff: MapDiff, new: MapSpec, rules: MapRules) -> tuple[str, ...]:
+    """Why the rules of the manifest cannot carry this map, although it could be read and written."""
+    if _folds(diff, rules) and new.type not in _FOLDING:
+        return (f"keys of a {new.type} map of which two may become one are not supported yet",)
+    if not converts(diff, rules):
+        return ()
+    if KINDS.get(new.type, "entries") != "entries":
+        return (f"converters for maps of type {new.type} are not supported yet",)
+    module, _, name = (rules.convert or "").partition(":")
+    missing = f"; {module}.py has no function {name}_key, which would convert the key"
+    return tuple(
+        f"{change.reason}{missing if change.path else ''}"
+        for change in diff.changes
+        if change.reason and not _answers(change, diff, rules)
+    )
+
+
+def losses(diff: MapDiff, rules: MapRules) -> tuple[Change, ...]:
+    """The changes by which entries that are carried lose something; what a converter answers for loses nothing."""
+    lost = (change for change in diff.changes if change.loss)
+    return tuple(change for change in lost if rules.convert is None or not _answers(change, diff, rules))
+
+
+def _answers(change: Change, diff: MapDiff, rules: MapRules) -> bool:
+    """Whether the user's functions are responsible for what changed: the map's definition is not theirs to change."""
+    of_key = diff.key_change != "plain" and re.match(r"key($|[.\[])", change.path)
+    return bool(change.path) and (not of_key or rules.function("_key") is not None)
+
+
+def _folds(diff: MapDiff, rules: MapRules) -> bool:
+    if converts(diff, rules) and rules.function("_key") is not None:
+        return rules.function("_key_back") is None
+    return diff.key_change == "folds"
+
+
+def translated(found: Way, diff: MapDiff, rules: MapRules) -> Way:
+    """``found``, with what is to be said of a map whose keys may become one, or which a user's functions convert."""
+    folds, by_user = _folds(diff, rules), converts(diff, rules)
+    if not folds and not by_user:
+        return found
+    words = [_FOLDED[rules.on_collision or "error"]] if folds else []
+    if folds or rules.function("_back") is None:
+        missing = f"there is no {(rules.convert or '').partition(':')[2]}_back"
+        why = "their old keys cannot be told" if folds else missing
+        words.append(
+            f"best-effort on the way back: {why}, so that after a failed cutover the old map has what the old release "
+            "wrote and not what the new one did, and writes of this process meanwhile reach the new map only"
+        )
+    method = f"{rules.convert} in batches, merge in the kernel" if by_user else "merge in the kernel"
+    return Way("entries", method, "; ".join((found.exactness, *words)))
+
+
+_FOLDED = {
+    "error": "refused before the cutover, and taken back after it, when two entries become one",
+    "first": "of entries that become one the first that is read is kept, which of a hash is any of them",
+    "last": "of entries that become one the last that is read is kept, which of a hash is any of them",
+    "merge": "entries that become one are merged by their fields' policies, exact for sum; in a field without one the "
+    "first that is read and not zero stays; one that is deleted meanwhile leaves its share in all but the sums",
 }
 
 

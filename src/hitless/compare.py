@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 
-from hitless.carry import is_global, obstacle
+from hitless.carry import converts, is_global, losses, obstacle, refusals
 from hitless.errors import BundleError
+from hitless.groups import group_of, torn
 from hitless.layout.diff import Change, MapDiff, diff_maps, is_constant
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
@@ -113,7 +114,23 @@ def compare(old: str, new: str, allow_loss: Collection[str] = ()) -> Comparison:
     diffs = diff_maps(list(was.values()), list(now.values()), after.rules)
     worst = max((diff.verdict for diff in diffs), key=_ORDER.index, default="identical")
     judged = tuple(_judge(diff, was, now, after.rules.get(diff.name, MapRules()), allow_loss) for diff in diffs)
-    return Comparison(before, after, worst, judged)
+    return Comparison(before, after, worst, _whole_groups(judged, after.rules))
+
+
+def _whole_groups(judged: tuple[Judged, ...], rules: Mapping[str, MapRules]) -> tuple[Judged, ...]:
+    groups = {
+        item.name: group_of(item.old, item.new, rules.get(item.name, MapRules()))
+        for item in judged
+        if item.diff.verdict != "added"
+    }
+    gone = {item.name: item.losses[0] for item in judged if item.whole and item.losses}
+    reasons = torn(groups, gone)
+    return tuple(
+        msgspec.structs.replace(item, losses=(reasons[item.name], *item.losses), whole=True, note=None)
+        if item.name in reasons
+        else item
+        for item in judged
+    )
 
 
 def _judge(
@@ -122,22 +139,31 @@ def _judge(
     before = None if diff.verdict == "added" else was[diff.was or diff.name]
     after = None if diff.verdict == "removed" else now[diff.name]
     allowed = rules.on_loss == "discard" or diff.name in allow_loss or diff.was in allow_loss
-    losses: tuple[str, ...] = ()
-    note, whole = None, diff.verdict in _GONE
+    lost: tuple[str, ...] = ()
+    by_user = converts(diff, rules)
+    refused = refusals(diff, after, rules) if after is not None else ()
+    note, whole = None, diff.verdict in _GONE and not by_user
     constant = is_constant(before or after or now[diff.name])
     if diff.verdict == "identical" and before is not None and not constant:
         note = _not_kept(before)
-    elif before is not None and after is not None and diff.verdict in ("lossless", "lossy") and not constant:
-        losses = tuple(_phrases(diff.changes)) if diff.verdict == "lossy" else ()
+    elif refused and not constant:
+        lost, whole = tuple(f"all entries: {reason}" for reason in refused), True
+    elif (
+        before is not None and after is not None and not constant
+        and (diff.verdict in ("lossless", "lossy") or by_user)
+    ):  # fmt: skip
+        lost = tuple(_phrases(losses(diff, rules))) if diff.verdict != "lossless" else ()
+        if by_user:
+            note = f"its entries are converted by {rules.convert}, which was not run"
         missing = _NO_GLOBALS if is_global(diff.name) else obstacle(before, after, rules)
         if missing is not None:
-            losses, whole = (f"all entries: {missing}", *losses), True
+            lost, whole, note = (f"all entries: {missing}", *lost), True, None
     elif diff.verdict == "removed" and not constant:
-        losses = tuple(change.loss for change in diff.changes if change.loss)
+        lost = tuple(change.loss for change in diff.changes if change.loss)
     elif whole and not constant:
         reasons = dict.fromkeys(change.reason for change in diff.changes if change.reason)
-        losses = tuple(f"all entries: {reason}" for reason in reasons) or (f"all entries: {diff.verdict}",)
-    return Judged(diff, before, after, losses, whole and bool(losses), allowed, note)
+        lost = tuple(f"all entries: {reason}" for reason in reasons) or (f"all entries: {diff.verdict}",)
+    return Judged(diff, before, after, lost, whole and bool(lost), allowed, note)
 
 
 _NO_GLOBALS = "carrying global data is not supported yet"

@@ -12,6 +12,7 @@ from typing import ClassVar
 __all__ = [
     "BundleError",
     "BusyError",
+    "ConverterError",
     "HitlessError",
     "InterruptedUpgradeError",
     "KernelError",
@@ -80,6 +81,15 @@ class UnsupportedError(HitlessError):
     """A feature that this hitless or this kernel does not have; ``facts["feature"]`` names it."""
 
     code = "unsupported"
+
+
+class ConverterError(HitlessError):
+    """A function of the user's that converts entries failed, or returned what is no record of the new layout.
+
+    ``facts`` has ``map``, ``function``, ``returned`` (in words, or None) and ``traceback`` (text, or None).
+    """
+
+    code = "converter"
 
 
 class KernelError(HitlessError):

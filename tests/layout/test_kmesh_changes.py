@@ -205,13 +205,14 @@ def test_a_string_becomes_an_id_by_a_function_of_the_user(a_map: MakeMap) -> Non
     assert diff_map(old, new).verdict == "needs-converter"
     ids = {b"web": 7, b"db": 9}
 
-    def by_id(old: Structured, new: Structured) -> None:
+    def by_id(old: Structured, new: Structured) -> Structured:
         new["name"] = [ids[name] for name in old["name"]]
+        return new
 
     assert old.value is not None and new.value is not None
     _, value = draft(old, new)
     records = rows(struct.pack("<8sI", b"web", 1), struct.pack("<8sI", b"db", 2))
-    made = convert(by_id, old.value, new.value, records, value)
+    made = convert(by_id, [(old.value, records)], new.value, value.apply(records).records)
     assert made.tobytes() == struct.pack("<IxxxxQ", 7, 1) + struct.pack("<IxxxxQ", 9, 2)
 
 
@@ -234,11 +235,13 @@ def test_the_byte_order_of_a_field_changes_and_nothing_else(a_map: MakeMap) -> N
     diff = diff_map(old, new)
     assert (diff.verdict, kinds(diff)) == ("needs-converter", [("port", "byte-order")])
 
-    def swapped(old: Structured, new: Structured) -> None:
+    def swapped(old: Structured, new: Structured) -> Structured:
         new["port"] = old["port"]  # numpy knows the order of either side
+        return new
 
     assert old.value is not None and new.value is not None
-    made = convert(swapped, old.value, new.value, rows(struct.pack("<HH", 80, 1)), draft(old, new)[1])
+    records = rows(struct.pack("<HH", 80, 1))
+    made = convert(swapped, [(old.value, records)], new.value, draft(old, new)[1].apply(records).records)
     assert made.tobytes() == struct.pack(">H", 80) + struct.pack("<H", 1)
 
 

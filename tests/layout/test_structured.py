@@ -59,18 +59,18 @@ def test_a_converter_gets_what_the_types_tell_in_place_and_cannot_write_the_old_
     assert diff_map(old, new).verdict == "needs-converter"
     seen = []
 
-    def spelled(old: Structured, new: Structured) -> None:
+    def spelled(old: Structured, new: Structured) -> Structured:
         seen.append(new["a"].tolist())
         new["ms"] = np.char.mod("%dms", old["ms"])
         with pytest.raises(ValueError, match="read-only"):
             old["ms"] = 0
+        return new
 
     assert old.value is not None and new.value is not None
     records = rows(struct.pack("<II", 1, 50), struct.pack("<II", 2, 7))
-    made = convert(spelled, old.value, new.value, records, draft(old, new)[1])
+    made = convert(spelled, [(old.value, records)], new.value, draft(old, new)[1].apply(records).records)
     assert made.tobytes() == struct.pack("<Q8sQ8s", 1, b"50ms", 2, b"7ms")
     assert seen == [[1, 2]]
-    assert convert(spelled, old.value, new.value, records[:0]).shape == (0, 16)
 
 
 def test_a_converter_of_plain_values_sees_plain_numbers(a_map: MakeMap) -> None:
@@ -78,17 +78,46 @@ def test_a_converter_of_plain_values_sees_plain_numbers(a_map: MakeMap) -> None:
     old, new = a_map(value, "__u32"), a_map(value, "__be32")
     assert old.key is not None and new.key is not None
 
-    def swapped(old: Structured, new: Structured) -> None:
+    def swapped(old: Structured, new: Structured) -> Structured:
         new[:] = old
+        return new
 
-    assert convert(swapped, old.key, new.key, rows(struct.pack("<I", 5))).tobytes() == struct.pack(">I", 5)
+    records = rows(struct.pack("<I", 5))
+    assert convert(swapped, [(old.key, records)], new.key, np.zeros_like(records)).tobytes() == struct.pack(">I", 5)
+
+
+@pytest.mark.parametrize(
+    ("converter", "what"),
+    [
+        (lambda old, new: None, "None"),
+        (lambda old, new: [1], "a list"),
+        (lambda old, new: new[:1], r"shape \(1,\)"),
+        (lambda old, new: old, r"shape \(2,\)"),
+        (lambda old, new: new["x"].astype("f8"), "float64"),
+    ],
+)
+def test_what_is_no_array_of_the_new_records_is_refused(
+    a_map: MakeMap, converter: Callable[..., object], what: str
+) -> None:
+    old, new = (a_map(f"struct value {{ {text} }};").value for text in ("__u16 x;", "__u32 x;"))
+    assert old is not None and new is not None
+    with pytest.raises(LayoutError, match=f"it returned .*{what}"):
+        convert(converter, [(old, np.zeros((2, 2), np.uint8))], new, np.zeros((2, 4), np.uint8))
+
+
+def test_what_a_converter_leaves_between_fields_is_zero(a_map: MakeMap) -> None:
+    made = a_map("struct value { __u8 a; __u32 b[2]; struct { __u16 c; __u8 d; } e; __u8 bits:3; };").value
+    assert made is not None
+    dirty = np.full((1, made.size), 0xFF, np.uint8)
+    done = convert(lambda new: new, [], made, dirty)
+    assert done.tobytes() == b"\xff\0\0\0" + b"\xff" * 8 + b"\xff" * 3 + b"\0" + b"\xff" + b"\0" * 3
 
 
 def test_records_of_another_shape_are_refused(a_map: MakeMap) -> None:
     made = a_map("struct value { __u32 x; };").value
     assert made is not None
     with pytest.raises(LayoutError, match="want uint8 of shape"):
-        convert(lambda old, new: None, made, made, np.zeros((2, 5), np.uint8))
+        convert(lambda old, new: new, [(made, np.zeros((2, 5), np.uint8))], made, np.zeros((2, 4), np.uint8))
 
 
 def test_integers_of_16_bytes_are_widened_narrowed_and_checked(compare: Compare) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import hitless
+from hitless.kernel.maps import Map
 from meshd.demo.lab import Lab
 from tests.releases import ATTACH, COUNTING, FIRST, SECOND, write_release
 
@@ -52,3 +53,26 @@ def make(lab: Lab, tmp_path: Path) -> Make:
         return hitless.Bundle.load(path, {"cgroup": str(lab.cgroup)})
 
     return release
+
+
+@pytest.fixture
+def build(lab: Lab, tmp_path: Path) -> Make:
+    """A release of some version with these maps beside the counting program, with rules and converters."""
+
+    def bundle(version: str, maps: str, rules: str = "", converters: str = "") -> hitless.Bundle:
+        directory = tmp_path / version
+        write_release(directory, version, maps + COUNTING, ATTACH + rules)
+        (directory / "converters.py").write_text(converters)
+        return hitless.Bundle.load(directory, {"cgroup": str(lab.cgroup)})
+
+    return bundle
+
+
+def everything(node: hitless.Node) -> object:
+    """Pins, maps, programs and links as the kernel has them, and all entries."""
+    entries = {}
+    for path in sorted((node.root / "maps").iterdir()):
+        with Map.open(path) as held:
+            keys, values = held.entries()
+            entries[path.name] = sorted((k.tobytes(), v.tobytes()) for k, v in zip(keys, values, strict=True))
+    return node.observe(), sorted(str(path) for path in node.root.rglob("*")), entries

@@ -60,7 +60,6 @@ def test_a_wrong_manifest_is_refused_with_its_line(tmp_path: Path, text: str, li
     ("text", "feature"),
     [
         (HEAD + ATTACH.replace('"cgroup"', '"xdp"'), "hook xdp"),
-        (HEAD + "[map.tally]\nconvert = 'converters:tally'\n", "map.convert"),
         (HEAD + "[map.tally]\nwas = ['a', 'b']\n", "map.was list"),
         (HEAD + "[object.program.count4]\nskip = true\n", "object.program"),
     ],

@@ -31,7 +31,8 @@ def _command(trouble: int = TROUBLE) -> Callable[[Callable[..., int | None]], Ca
             except HitlessError as error:
                 if debug:
                     raise
-                _complain(_form(as_json, options), error.code, error.message, error.facts)
+                message = "\n".join((error.message, *getattr(error, "__notes__", ())))
+                _complain(_form(as_json, options), error.code, message, error.facts)
                 sys.exit(trouble)
             except OSError as error:
                 if debug:

@@ -162,6 +162,8 @@ def _show_maps(maps: Sequence[MapPlan]) -> None:
         for loss in entry.loss:
             click.echo(f"  {entry.name} loses: {loss}{'' if entry.allowed else '  (not allowed)'}")
     for entry in maps:
+        if entry.converter is not None:
+            click.echo(f"  {entry.name} is converted by {entry.converter}")
         if entry.exactness != "exact":
             click.echo(f"  {entry.name} is {entry.exactness}")
 

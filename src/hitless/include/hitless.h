@@ -8,6 +8,7 @@
  *         __u32 limit HITLESS_DEFAULT(100);     for entries that did not have it
  *     };
  *     struct { ... } service_counter SEC(".maps") HITLESS_WAS(counter);
+ *     struct { ... } session SEC(".maps") HITLESS_GROUP(auth);    carried with the others of the group or not at all
  *
  * It travels in the object's BTF. A compiler that cannot write such tags (clang before 14, gcc before 16) leaves them
  * out; bundle.toml can say the same.
@@ -38,5 +39,8 @@
 /* A number, or a macro that stands for one. */
 #define HITLESS_DEFAULT(value) HITLESS_DEFAULT_(value)
 #define HITLESS_DEFAULT_(value) HITLESS_TAG("default=" #value)
+
+/* For maps whose entries refer to each other. */
+#define HITLESS_GROUP(name) HITLESS_TAG("group=" #name)
 
 #endif

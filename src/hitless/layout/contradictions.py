@@ -25,6 +25,8 @@ def check_rules(spec: MapSpec, rules: MapRules) -> None:
     tags = parse_tags(spec.tags, f"map {spec.name}")
     if rules.was is not None and tags.was and rules.was not in tags.was:
         raise _clash(spec, None, "was", rules.was, " or ".join(tags.was))
+    if rules.group is not None and tags.group not in (None, rules.group):
+        raise _clash(spec, None, "group", rules.group, tags.group)
     for path, rule in rules.fields.items():
         _check_field(spec, path, rule)
     if spec.value is not None and any(rule.merge for rule in rules.fields.values()):

@@ -35,7 +35,7 @@ from hitless.layout.codec import encode
 from hitless.layout.conversion import Conversion, Cut, Default, Move, Repeat
 from hitless.layout.members import SPECIAL, Member, inside, is_bytes, is_text, join, members, singles
 from hitless.layout.model import Array, Enum, Field, Float, Int, MapSpec, Opaque, Pointer, Record, Type
-from hitless.layout.rules import MapRules, OnCollision, parse_tags
+from hitless.layout.rules import MapRules, OnCollision, bind_old, parse_tags
 
 __all__ = [
     "CONVERTIBLE", "Change", "MapDiff", "Verdict", "diff_map", "diff_maps", "draft", "is_constant",
@@ -83,6 +83,8 @@ class MapDiff(msgspec.Struct, frozen=True):
     """How a map differs between two releases. ``was`` is its old name if that differs.
 
     ``key`` and ``value`` are None where the bytes stay as they are, and where there is nothing to convert.
+    ``key_change`` says what that of the key means: ``folds`` that two keys may become one, under the rule
+    ``on_collision``; ``converter`` that only a converter can tell.
     """
 
     name: str
@@ -91,6 +93,7 @@ class MapDiff(msgspec.Struct, frozen=True):
     changes: tuple[Change, ...] = ()
     key: Conversion | None = None
     value: Conversion | None = None
+    key_change: Literal["plain", "folds", "converter"] = "plain"
 
 
 def is_constant(spec: MapSpec) -> bool:
@@ -133,6 +136,7 @@ def draft(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> tuple[Con
 
     Raises :class:`LayoutError` as :func:`diff_map` does, and if a type is not known.
     """
+    old = bind_old(old, rules)
     if old.key is None or old.value is None or new.key is None or new.value is None:
         raise LayoutError(f"map {new.name!r}: a type is not known on one side", map=new.name)
     fields = _split_rules(new, rules)
@@ -177,6 +181,7 @@ def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDif
     Raises :class:`LayoutError` for a rule that names a field which the new layout lacks or that cannot apply, for a
     default that its field cannot hold, and for hitless tags that do not exist.
     """
+    old = bind_old(old, rules)
     changes = _definition(old, new)
     was = old.name if old.name != new.name else None
     if was:
@@ -185,6 +190,7 @@ def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDif
     changes += inner
     unknown = [change for change in inner if change.kind == "unknown"]
     converted: dict[str, Conversion | None] = {"key": None, "value": None}
+    key_change: Literal["plain", "folds", "converter"] = "plain"
     fields = _split_rules(new, rules)
     sides = (
         ("key", old.key, new.key, old.key_size, new.key_size, _NO_KEY_TYPE),
@@ -221,9 +227,14 @@ def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDif
         unknown += [change for change in found if change.kind == "unknown"]
         if side == "key":
             found = [_for_key(change, rules.on_collision) for change in found]
+            if any(change.reason for change in found):
+                key_change = "converter"
+            elif any(change.loss for change in found):
+                key_change = "folds"
         changes += found
         converted[side] = conversion if found else None
-    return _judge(old, new, was, changes, bool(unknown), converted)
+    judged = _judge(old, new, was, changes, bool(unknown), converted)
+    return msgspec.structs.replace(judged, key_change=key_change)
 
 
 def _judge(

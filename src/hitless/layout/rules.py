@@ -1,8 +1,9 @@
 """What a release says about its maps beyond their types: rules from the manifest and tags in the C source.
 
 A tag is a ``btf_decl_tag`` on a field or on a map's variable: ``hitless:was=old_name``, ``hitless:merge=sum``,
-``hitless:default=7``. A rule in the manifest says the same for a field that it names by path. Here it wins over a tag;
-a bundle whose manifest contradicts the tags of its own source is refused when it is loaded.
+``hitless:default=7``, ``hitless:group=auth`` (of a map). A rule in the manifest says the same for a field that it names
+by path. Here it wins over a tag; a bundle whose manifest contradicts the tags of its own source is refused when it is
+loaded.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Literal, cast
 import msgspec
 
 from hitless.errors import LayoutError
+from hitless.layout.model import MapSpec, Type
 
-__all__ = ["PREFIX", "FieldRule", "MapRules", "Merge", "OnCollision", "OnLoss", "Tags", "parse_tags"]
+__all__ = ["PREFIX", "FieldRule", "MapRules", "Merge", "OnCollision", "OnLoss", "Tags", "bind_old", "parse_tags"]
 
 Merge = Literal["keep", "sum", "max", "min", "or"]
 OnLoss = Literal["error", "discard"]
@@ -45,6 +47,10 @@ class MapRules(msgspec.Struct, frozen=True):
     ``on_loss`` ``discard`` allows its contents to be lost. ``fields`` maps paths to rules: ``a.b``, ``list[].x`` (in
     every element), ``list[0]``; a path that begins with ``key.`` is in the key if the value has no field ``key``.
     ``on_collision`` says what becomes of entries whose keys become one; None refuses a change that could do that.
+    ``old_key`` and ``old_value`` name types for the old release's map, if that carries none; ``old_key_type`` and
+    ``old_value_type`` are those types. ``convert`` is the user's function as ``module:name``, and ``functions`` are
+    the names in its module of those that belong to it: see :mod:`hitless.layout.structured`. Maps of one ``group``
+    are carried together or not at all.
     """
 
     was: str | None = None
@@ -54,6 +60,18 @@ class MapRules(msgspec.Struct, frozen=True):
     on_loss: OnLoss = "error"
     fields: Mapping[str, FieldRule] = {}
     on_collision: OnCollision | None = None
+    old_key: str | None = None
+    old_key_type: Type | None = None
+    old_value_type: Type | None = None
+    convert: str | None = None
+    functions: tuple[str, ...] = ()
+    group: str | None = None
+
+    def function(self, suffix: str = "") -> str | None:
+        """The user's function ``<name of convert><suffix>`` as ``module:name``, None if there is none."""
+        if self.convert is None or self.convert.partition(":")[2] + suffix not in self.functions:
+            return None
+        return self.convert + suffix
 
     def field(self, path: str) -> FieldRule | None:
         """The rule for a field: by its exact path, else with ``[]`` in place of every index."""
@@ -63,7 +81,29 @@ class MapRules(msgspec.Struct, frozen=True):
         """The same renames seen from the other direction, for going back to the older release."""
         fields = {rule.was: FieldRule(path) for path, rule in self.fields.items() if rule.was is not None}
         value = self.old_value or self.value
-        return MapRules(None, self.key, value, self.value, self.on_loss, fields, self.on_collision)
+        return MapRules(
+            None, self.old_key or self.key, value, self.value, self.on_loss, fields, self.on_collision,
+            old_key=self.key, group=self.group,
+        )  # fmt: skip
+
+
+def bind_old(old: MapSpec, rules: MapRules) -> MapSpec:
+    """The old release's map with the types that ``rules`` name for it, on a side where it carries none.
+
+    Raises :class:`LayoutError` if the size of such a type is not that of the map's key or value.
+    """
+    bound: dict[str, Type] = {}
+    for side, had, size, name, made in (
+        ("key", old.key, old.key_size, rules.old_key, rules.old_key_type),
+        ("value", old.value, old.value_size, rules.old_value, rules.old_value_type),
+    ):
+        if made is None or had is not None:
+            continue
+        if made.size != size:
+            why = f"old_{side} = {name!r} has {made.size} bytes, but the old {side} has {size}"
+            raise LayoutError(f"map {old.name!r}: {why}", map=old.name)
+        bound[side] = made
+    return msgspec.structs.replace(old, **bound) if bound else old
 
 
 class Tags(msgspec.Struct, frozen=True):
@@ -72,6 +112,7 @@ class Tags(msgspec.Struct, frozen=True):
     was: tuple[str, ...] = ()
     merge: Merge | None = None
     default: str | None = None
+    group: str | None = None
 
 
 def parse_tags(tags: tuple[str, ...], where: str) -> Tags:
@@ -82,6 +123,7 @@ def parse_tags(tags: tuple[str, ...], where: str) -> Tags:
     was: list[str] = []
     merge: str | None = None
     default: str | None = None
+    group: str | None = None
     for tag in tags:
         if not tag.startswith(PREFIX):
             continue
@@ -95,6 +137,8 @@ def parse_tags(tags: tuple[str, ...], where: str) -> Tags:
             merge = text
         elif word == "default" and default in (None, text):
             default = text
+        elif word == "group" and group in (None, text):
+            group = text
         else:
             raise bad
-    return Tags(tuple(was), cast("Merge | None", merge), default)
+    return Tags(tuple(was), cast("Merge | None", merge), default, group)

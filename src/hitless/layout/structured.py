@@ -1,40 +1,46 @@
 """Records as numpy arrays with named fields, which is how a converter written by a user sees them.
 
-A converter is what carries a change of meaning: a string that became an id, a number whose byte order changed. What
-types can tell is converted before it is called; it reads ``old``, and writes into ``new`` what only it knows::
+A converter is what carries a change of meaning: a string that became an id, a number whose byte order changed. It is a
+function in a Python file beside the manifest, named there as ``convert = "converters:service"``::
 
-    def service(old, new):
+    def service(keys, old, new):
         new["port"] = old["port"].byteswap()
+        return new
+
+It gets the keys and the values of many entries of the old release, and new values where what the types tell is in
+place already and everything else is zero; it returns the new values. Where the types drafted a number that did not fit
+and the function leaves it, that is a loss as without a function. Beside it may be:
+
+- ``service_key(old, new)``: the same for keys. They are converted by themselves, whatever the values are.
+- ``service_back(keys, old, new)`` and ``service_key_back(old, new)``: the way back, from the new release (``old``) to
+  the running one (``new``). ``keys`` are the new release's. With them a write that goes to both releases reaches the
+  running one too, and an upgrade that is taken back brings along what the new programs wrote. Where
+  ``service_key_back`` does not undo ``service_key``, the upgrade is refused.
+
+What such a function may rely on: the file alone, with what Python, numpy and other installed packages offer, none of
+the files beside it. What it has to grant: the same entry always gives the same, alone or among others, in any
+order, any number of times, also in another process that finishes an upgrade that was killed; it does nothing else. It
+is called where the layouts of two releases differ, and never otherwise: a value whose meaning changed needs a field of
+a new name.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hitless.errors import LayoutError
-from hitless.layout.conversion import Conversion, Records
+from hitless.layout.conversion import Records
 from hitless.layout.members import SPECIAL, inside, is_text, members
 from hitless.layout.model import Array, Enum, Float, Int, Order, Pointer, Record, Type
 
-__all__ = ["Converter", "Structured", "convert", "dtype"]
+__all__ = ["Structured", "convert", "dtype"]
 
 #: Records with named fields, one dimension.
 Structured = npt.NDArray[Any]
-
-
-class Converter(Protocol):
-    """A user's function over all records of a batch at once; it may be called several times for one map.
-
-    ``old`` cannot be written. ``new`` has as many records, in the same order: what the types tell is in place,
-    everything else is zero. Both are numpy arrays of :func:`dtype`; a converter of a whole value that is no struct
-    sees plain numbers.
-    """
-
-    def __call__(self, old: Structured, new: Structured, /) -> None:
-        """Fill in ``new``."""
 
 
 def dtype(made: Type, order: Order = "little") -> np.dtype[Any]:
@@ -72,21 +78,56 @@ def _record(made: Record, order: Order) -> np.dtype[Any]:
 
 
 def convert(
-    converter: Converter, old: Type, new: Type, records: Records, draft: Conversion | None = None,
+    converter: Callable[..., object], given: Sequence[tuple[Type, Records]], made: Type, draft: Records,
     order: Order = "little",
 ) -> Records:  # fmt: skip
-    """Records of ``old`` as records of ``new``: what ``draft`` carries, and what the converter makes of the rest.
+    """What ``converter`` makes of ``draft``, records of the type ``made``; ``given`` are its arguments before that.
 
-    Raises :class:`LayoutError` if records are not uint8 of the shape (n, old.size).
+    All have the same number of records, one at least. A type that is no struct is seen as plain numbers. ``given``
+    cannot be written. What is between the fields of a result is zero. Whatever the converter raises goes through.
+
+    Raises :class:`LayoutError` if it returns anything but an array of these records, with the fact ``returned``; or if
+    the records given to this function are not uint8 of the shape (n, size).
     """
-    if records.dtype != np.uint8 or records.ndim != 2 or records.shape[1] != old.size:
-        raise LayoutError(f"records: want uint8 of shape (n, {old.size}), got {records.dtype} of {records.shape}")
-    out = np.zeros((len(records), new.size), np.uint8) if draft is None else draft.apply(records).records
-    if len(records):
-        before = np.ascontiguousarray(records).view(_flat(old, order)).reshape(len(records))
-        before.flags.writeable = False
-        converter(before, out.view(_flat(new, order)).reshape(len(records)))
+    arguments = []
+    for kind, records in given:
+        seen = _structured(records, kind, order).copy()
+        seen.flags.writeable = False
+        arguments.append(seen)
+    wanted = _structured(draft.copy(), made, order)
+    returned = converter(*arguments, wanted)
+    if not isinstance(returned, np.ndarray) or returned.dtype != wanted.dtype or returned.shape != wanted.shape:
+        what = _described(returned)
+        why = f"it returned {what}, and not an array of {wanted.dtype} and shape {wanted.shape}"
+        raise LayoutError(why, returned=what)
+    out = np.ascontiguousarray(returned).view(np.uint8).reshape(len(draft), made.size).copy()
+    out[:, ~_used(wanted.dtype)] = 0
     return out
+
+
+def _structured(records: Records, made: Type, order: Order) -> Structured:
+    if records.dtype != np.uint8 or records.ndim != 2 or records.shape[1] != made.size:
+        raise LayoutError(f"records: want uint8 of shape (n, {made.size}), got {records.dtype} of {records.shape}")
+    return np.ascontiguousarray(records).view(_flat(made, order)).reshape(len(records))
+
+
+def _described(returned: object) -> str:
+    if isinstance(returned, np.ndarray):
+        return f"an array of {returned.dtype} and shape {returned.shape}"
+    return "None (does it end with return?)" if returned is None else f"a {type(returned).__name__}"
+
+
+def _used(kind: np.dtype[Any]) -> npt.NDArray[np.bool_]:
+    """Which bytes of a record are in a field."""
+    if kind.subdtype is not None:
+        element, shape = kind.subdtype
+        return np.tile(_used(element), int(np.prod(shape)))
+    used = np.zeros(kind.itemsize, np.bool_)
+    if kind.fields is None:
+        used[:] = True
+    for field in (kind.fields or {}).values():
+        used[field[1] : field[1] + field[0].itemsize] |= _used(field[0])
+    return used
 
 
 def _flat(made: Type, order: Order) -> np.dtype[Any]:

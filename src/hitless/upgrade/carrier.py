@@ -28,6 +28,7 @@ class Tally:
 
     ``seconds`` are those of all work on it, ``last_round`` those of the latest pass over what differs;
     ``differing`` is about how many entries differed when that was last looked at.
+    ``left_behind`` says, on the way back, why what the new release wrote in this map did not come along.
     """
 
     def __init__(self) -> None:
@@ -39,6 +40,7 @@ class Tally:
         self.last_round = 0.0
         self.differing = 0
         self.lost: dict[str, int] = {}
+        self.left_behind: str | None = None
 
 
 class Passage(msgspec.Struct, frozen=True):
@@ -49,7 +51,8 @@ class Passage(msgspec.Struct, frozen=True):
     process is pinned there, or below it as a directory. It goes with the commit. ``fresh`` is false when a
     killed process left it filled. ``lossy_allowed`` says whether values may be cut to fit. ``writing`` is held
     around each step that must not meet a dual write, for some milliseconds at most while the old release runs.
-    ``pace`` is called without it after each part of the work.
+    ``pace`` is called without it after each part of the work. ``code`` is the source of the module that
+    ``rules.convert`` names.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Passage(msgspec.Struct, frozen=True):
     lossy_allowed: bool
     writing: threading.RLock
     pace: Pace = msgspec.field(default_factory=Pace)
+    code: str = ""
 
 
 class Carrier(Protocol):

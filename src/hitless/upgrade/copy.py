@@ -12,17 +12,18 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hitless.errors import KernelError, LossNotAllowedError, VerifyError
+from hitless.errors import ConverterError, KernelError, LossNotAllowedError, VerifyError
 from hitless.kernel.base import Base, Indices, marks, padded
 from hitless.kernel.copier import Checker, Copier
 from hitless.kernel.maps import F_LOCK, Map, Rows, possible_cpus
 from hitless.kernel.merger import Merger, require_all_cpus
-from hitless.layout.conversion import Conversion, Converted, Leaf, leaves
+from hitless.layout.conversion import Converted, Leaf, Misfit, leaves
 from hitless.layout.members import lock_offset
 from hitless.layout.model import MapSpec, Type
-from hitless.layout.rules import FieldRule, MapRules
+from hitless.layout.rules import FieldRule, MapRules, bind_old
 from hitless.upgrade.carrier import Carrier, Passage, Tally
 from hitless.upgrade.pace import Pace
+from hitless.upgrade.translate import Translation
 
 __all__ = ["CHUNK", "Carriage", "carry_entries", "carry_in_kernel", "match_rows", "not_written"]
 
@@ -37,11 +38,11 @@ _SAMPLE = 1000  # entries by which differences are estimated
 class Carriage(msgspec.Struct):
     """One map on its way: from ``source`` over ``base`` into ``target``.
 
-    ``base`` holds each entry as it was when it was last converted. ``key`` or ``value`` is None where the bytes stay as
-    they are. ``back_value`` is the conversion from target to source. ``leaves`` are the fields of the target's value,
+    ``base`` holds each entry as it was when it was last converted. ``leaves`` are the fields of the target's value,
     ``back_leaves`` those of the source's; ``lock`` and ``back_lock`` where the bpf_spin_lock is in each. ``in_kernel``
     tells the method. ``lossy_allowed`` says whether values may be cut to fit. ``going_back``: the target is the old
-    release's map, and an entry that it has no room for stays out, as it would have without an upgrade.
+    release's map, and an entry that it has no room for stays out, as it would have without an upgrade. ``unchecked``
+    are keys of the target where the base does not tell what is there.
     """
 
     name: str
@@ -49,10 +50,7 @@ class Carriage(msgspec.Struct):
     target: Map
     base: Base
     pin: Path
-    key: Conversion | None
-    value: Conversion | None
-    back_key: Conversion | None
-    back_value: Conversion | None
+    translation: Translation
     leaves: tuple[Leaf, ...]
     back_leaves: tuple[Leaf, ...]
     lock: int | None
@@ -63,6 +61,7 @@ class Carriage(msgspec.Struct):
     tally: Tally
     writing: threading.RLock
     pace: Pace
+    unchecked: set[bytes]
     going_back: bool = False
     copier: Copier | None = None
 
@@ -72,6 +71,12 @@ class Carriage(msgspec.Struct):
         """See :class:`Carrier`: a pass over all entries, then rounds over what differs, while they help."""
         if self.in_kernel:
             self._copy_in_kernel(progress)
+        elif self.translation.on_collision is not None:
+            # Which entries become one only the whole map can tell, so that the first pass is a merge of all.
+            with self.writing:
+                self.base.settle()
+            self.tally.copied = self.catch_up()
+            progress(self.tally.copied)
         else:
             self._copy_in_batches(progress)
         with self.writing:
@@ -90,24 +95,43 @@ class Carriage(msgspec.Struct):
 
     def verify(self) -> None:
         """See :class:`Carrier`: whatever the old release did meanwhile, base and target agree before the cutover."""
+        from hitless.upgrade.fold import verify_merged  # which builds on this module
+
         with self.writing:
-            if self.in_kernel:
+            if self.translation.on_collision == "merge":
+                verify_merged(self)
+            elif self.in_kernel:
                 self._verify_in_kernel()
             else:
                 self._verify_one_by_one()
 
     def catch_up(self, last: bool = False) -> int:
-        """See :class:`Carrier`."""
-        from hitless.upgrade.merge import merge_round  # which builds on this module
+        """See :class:`Carrier`. Raises ConverterError; on the way back it leaves this map out then."""
+        from hitless.upgrade.fold import fold_round
+        from hitless.upgrade.merge import merge_round  # which build on this module
 
         started = time.perf_counter()
-        found = merge_round(self, last)
+        try:
+            found = fold_round(self, last) if self.translation.on_collision is not None else merge_round(self, last)
+        except ConverterError as error:
+            # The old map is complete without what comes back, and nobody could undo the undoing.
+            if not self.going_back:
+                raise
+            self.tally.left_behind = error.message
+            return 0
         self.tally.last_round = time.perf_counter() - started
         return found
 
     def turned(self, pin: Path, fresh: bool) -> Carrier:
         """See :class:`Carrier`. What the source's layout cannot hold stays behind."""
-        base = self._base_of_way_back(pin) if fresh else Base.open(pin, self.target)
+        if not self.translation.goes_back:
+            return Staying(self.name, "there is no way back, as the plan said")
+        if not fresh and not pin.exists():
+            return Staying(self.name, "its converter had failed")
+        try:
+            base = self._base_of_way_back(pin) if fresh else Base.open(pin, self.target)
+        except ConverterError as error:  # as in catch_up
+            return Staying(self.name, error.message)
         name = f"{self.name}_back"
         return Carriage(
             name=self.name,
@@ -115,10 +139,7 @@ class Carriage(msgspec.Struct):
             target=self.source,
             base=base,
             pin=pin,
-            key=self.back_key,
-            value=self.back_value,
-            back_key=self.key,
-            back_value=self.value,
+            translation=self.translation.reversed(),
             leaves=self.back_leaves,
             back_leaves=self.leaves,
             lock=self.back_lock,
@@ -129,6 +150,7 @@ class Carriage(msgspec.Struct):
             tally=Tally(),
             writing=self.writing,
             pace=self.pace,
+            unchecked=set(),
             going_back=True,
         )
 
@@ -162,33 +184,33 @@ class Carriage(msgspec.Struct):
 
     def keys(self, rows: Rows) -> Rows:
         """Keys of the source as keys of the target."""
-        return self.key.apply(rows).records if self.key else rows
+        made = self.translation.keys_and_misfits(rows)
+        if self.translation.on_collision is not None:
+            self._count_misfits(made.misfits, rows)
+        return made.records
 
     def representable(self, rows: Rows) -> npt.NDArray[np.bool_]:
         """Which of these keys of the source the target can hold too; the others would become a different key."""
         if "array" in self.target.info.type and self.target.info.max_entries < self.source.info.max_entries:
             return np.asarray(rows.view(np.uint32)[:, 0] < self.target.info.max_entries, np.bool_)
-        if self.key is None or self.back_key is None or self.key.exact:
-            return np.ones(len(rows), np.bool_)
-        there_and_back = self.back_key.apply(self.key.apply(rows).records).records
-        return np.asarray((there_and_back == rows).all(axis=1), np.bool_)
+        return self.translation.representable(rows)
 
-    def convert(self, rows: Rows) -> Rows:
+    def convert(self, keys: Rows, rows: Rows) -> Rows:
         """Values of the source as values of the target; one that does not fit becomes the nearest that does."""
-        return _each(self.value, rows, self.source).records
+        return _each(self.translation.values, keys, rows, (self.source, self.target)).records
 
-    def values(self, rows: Rows, keys: Rows) -> Rows:
+    def values(self, keys: Rows, rows: Rows) -> Rows:
         """The same, watched: ``keys`` name the entries in an error.
 
         Raises LossNotAllowedError if some do not fit and that is not allowed; else they are counted in the tally.
         """
-        converted = _each(self.value, rows, self.source)
-        self._count_misfits(converted, keys, len(rows))
+        converted = _each(self.translation.values, keys, rows, (self.source, self.target))
+        self._count_misfits(converted.misfits, keys, possible_cpus() if self.source.info.per_cpu else 1)
         return converted.records
 
-    def back(self, rows: Rows, onto: Rows | None = None) -> Rows:
+    def back(self, keys: Rows, rows: Rows, onto: Rows | None = None) -> Rows:
         """Values of the target as values of the source; ``onto`` is what holds where the target says nothing."""
-        return _each(self.back_value, rows, self.target, onto).records
+        return _each(self.translation.back_values, keys, rows, (self.target, self.source), onto).records
 
     def make_room(self, rows: int) -> None:
         """See to it that the base has room for ``rows`` more. Raises KernelError (ENOMEM)."""
@@ -203,7 +225,7 @@ class Carriage(msgspec.Struct):
     # The steps
 
     def _new_copier(self) -> Copier:
-        return Copier(self.name, self.source, self.target, self.base, self.key, self.value)
+        return Copier(self.name, self.source, self.target, self.base, *self.translation.conversions)
 
     def _copy_in_kernel(self, progress: Callable[[int], None]) -> None:
         done = 0
@@ -239,7 +261,7 @@ class Carriage(msgspec.Struct):
                 fresh = self.representable(keys) & ~self.base.set_singly(keys)
                 keys, values = keys[fresh], values[fresh]
                 self.make_room(len(keys))
-                new_keys, new_values = self.keys(keys), self.values(values, keys)
+                new_keys, new_values = self.keys(keys), self.values(keys, values)
                 try:
                     self.target.write(new_keys, new_values)
                 except KernelError as error:
@@ -258,7 +280,7 @@ class Carriage(msgspec.Struct):
             self.base.free_doubles()  # its batches go from key to key, and begin anew where one was deleted
 
     def _verify_in_kernel(self) -> None:
-        checker = Checker(self.name, self.target, self.base, self.key, self.value)
+        checker = Checker(self.name, self.target, self.base, *self.translation.conversions)
         rows = 0
         while rows < self.base.used and (read := checker.read(CHUNK)):
             rows += read
@@ -271,8 +293,12 @@ class Carriage(msgspec.Struct):
     def _verify_one_by_one(self) -> None:
         for start in range(0, self.base.used, CHUNK):
             live = start + np.flatnonzero(self.base.live[start : min(start + CHUNK, self.base.used)])
+            if self.unchecked:
+                made = self.keys(self.base.keys[live])
+                live = live[[key.tobytes() not in self.unchecked for key in made]]
             keys, values = self.base.keys[live], self.base.values[live]
-            found = [self.target.lookup(key.tobytes()) for key in self.keys(keys)]
+            new_keys = self.keys(keys)
+            found = [self.target.lookup(key.tobytes()) for key in new_keys]
             there = np.array([value is not None for value in found], np.bool_)
             if not there.all() and self.target.info.type not in ("lru_hash", "lru_percpu_hash"):
                 missing = np.flatnonzero(~there)
@@ -281,9 +307,11 @@ class Carriage(msgspec.Struct):
                 continue
             rows = np.frombuffer(b"".join(value for value in found if value is not None), np.uint8)
             rows = rows.reshape(int(there.sum()), -1)
-            expected = self.convert(values[there])
-            # In terms of the source's layout, since a dual write may have filled fields that only the target has.
-            wrong = np.flatnonzero((self.back(expected) != self.back(rows)).any(axis=1))
+            expected = self.convert(keys[there], values[there])
+            if self.translation.by_types and self.translation.goes_back:
+                # In terms of the source's layout, since a dual write may have filled fields that only the target has.
+                expected, rows = (self.back(new_keys[there], side) for side in (expected, rows))
+            wrong = np.flatnonzero((expected != rows).any(axis=1))
             if len(wrong):
                 raise _wrong(self, keys[there][wrong[0]], "is not in the new map as converted", len(wrong))
 
@@ -302,14 +330,14 @@ class Carriage(msgspec.Struct):
         base = Base.create(self.target, f"back_{self.name}", len(live) + len(live) // _SLACK + _FEW)
         for start in range(0, len(live), CHUNK):
             rows = live[start : start + CHUNK]
-            base.append(self.keys(self.base.keys[rows]), self.convert(self.base.values[rows]))
+            keys = self.base.keys[rows]
+            base.append(self.keys(keys), self.convert(keys, self.base.values[rows]))
         base.settle()
         base.map.pin(pin)
         return base
 
-    def _count_misfits(self, converted: Converted, keys: Rows, count: int) -> None:
-        each = len(converted.records) // count if count else 1
-        for misfit in converted.misfits:
+    def _count_misfits(self, misfits: tuple[Misfit, ...], keys: Rows, each: int = 1) -> None:
+        for misfit in misfits:
             if not self.lossy_allowed:
                 first = ", ".join(keys[row // each].tobytes().hex() for row in misfit.first[:3])
                 raise LossNotAllowedError(
@@ -333,19 +361,49 @@ def not_written(name: str, target: Map, number: int | None, done: int) -> Kernel
     )  # fmt: skip
 
 
+class Staying:
+    """The way back of a map that has none: what the new release's programs wrote stays behind, and ``why``."""
+
+    def __init__(self, name: str, why: str) -> None:
+        self.name = name
+        self.tally = Tally()
+        self.tally.left_behind = why
+
+    def copy(self, progress: Callable[[int], None]) -> None:
+        """See :class:`Carrier`."""
+
+    def verify(self) -> None:
+        """See :class:`Carrier`."""
+
+    def catch_up(self, last: bool = False) -> int:
+        """See :class:`Carrier`."""
+        return 0
+
+    def turned(self, pin: Path, fresh: bool) -> Carrier:
+        """See :class:`Carrier`."""
+        return self
+
+
 def carry_in_kernel(passage: Passage) -> Carriage:
     """The carrier of entries that are copied in the kernel. Raises KernelError if the verifier refuses its program."""
     return _carry(passage, True)
 
 
 def carry_entries(passage: Passage) -> Carriage:
-    """The carrier of entries that are copied in batches. Raises KernelError if the verifier refuses its program."""
+    """The carrier of entries that are copied in batches, and of those that the user's functions convert.
+
+    Raises KernelError if the verifier refuses its program, ConverterError.
+    """
     return _carry(passage, False)
 
 
 def _carry(passage: Passage, in_kernel: bool) -> Carriage:
-    source, target, diff = passage.source, passage.target, passage.diff
-    old_value, new_value = _value_of(passage.old), _value_of(passage.new)
+    source, target = passage.source, passage.target
+    old = bind_old(passage.old, passage.rules)
+    old_value, new_value = _value_of(old), _value_of(passage.new)
+    translation = Translation.of(old, passage.new, passage.diff, passage.rules, passage.code)
+    if passage.fresh:
+        translation.load()
     back_lock, lock = lock_offset(old_value), lock_offset(new_value)
     source.lock_flag, target.lock_flag = (0 if at is None else F_LOCK for at in (back_lock, lock))
     if source.info.per_cpu:
@@ -356,17 +414,14 @@ def _carry(passage: Passage, in_kernel: bool) -> Carriage:
     else:
         base = Base.open(passage.pin, source)
     fields = leaves(new_value, passage.rules, passage.new.tags)
-    back_fields = leaves(old_value, _turned(passage.rules), passage.old.tags)
+    back_fields = leaves(old_value, _turned(passage.rules), old.tags)
     return Carriage(
         name=passage.name,
         source=source,
         target=target,
         base=base,
         pin=passage.pin,
-        key=diff.key,
-        value=diff.value,
-        back_key=diff.key.inverse() if diff.key else None,
-        back_value=diff.value.inverse() if diff.value else None,
+        translation=translation,
         leaves=fields,
         back_leaves=back_fields,
         lock=lock,
@@ -377,6 +432,7 @@ def _carry(passage: Passage, in_kernel: bool) -> Carriage:
         tally=Tally(),
         writing=passage.writing,
         pace=passage.pace,
+        unchecked=set(),
     )
 
 
@@ -398,18 +454,20 @@ def _value_of(spec: MapSpec) -> Type:
     return spec.value
 
 
-def _each(conversion: Conversion | None, rows: Rows, held: Map, onto: Rows | None = None) -> Converted:
-    """Convert values of ``held``; of a per-CPU map, each CPU's value as a record of its own."""
-    if conversion is None:
-        return Converted(rows, ())
-    if not held.info.per_cpu:
-        return conversion.apply(rows, onto)
+def _each(
+    translate: Callable[[Rows, Rows, Rows | None], Converted], keys: Rows, rows: Rows, sides: tuple[Map, Map],
+    onto: Rows | None = None,
+) -> Converted:  # fmt: skip
+    """Values of one side as values of the other; of a per-CPU map, each CPU's value as a record of its own."""
+    one, other = (side.info for side in sides)
+    if not one.per_cpu:
+        return translate(keys, rows, onto)
     cpus = possible_cpus()
-    old, new = conversion.old_size, conversion.new_size
-    before = rows.reshape(-1, padded(old))[:, :old]
-    converted = conversion.apply(before, None if onto is None else onto.reshape(-1, padded(new))[:, :new])
-    out: Rows = np.zeros((len(rows) * cpus, padded(new)), np.uint8)
-    out[:, :new] = converted.records
+    before = rows.reshape(-1, padded(one.value_size))[:, : one.value_size]
+    behind = None if onto is None else onto.reshape(-1, padded(other.value_size))[:, : other.value_size]
+    converted = translate(np.repeat(keys, cpus, axis=0), before, behind)
+    out: Rows = np.zeros((len(rows) * cpus, padded(other.value_size)), np.uint8)
+    out[:, : other.value_size] = converted.records
     return Converted(out.reshape(len(rows), -1), converted.misfits)
 
 

@@ -22,7 +22,6 @@ from hitless.layout.codec import Codec
 from hitless.layout.model import MapSpec
 from hitless.upgrade.carrier import Carrier
 from hitless.upgrade.copy import Carriage
-from hitless.upgrade.merge import merge_entry, merge_round
 from hitless.upgrade.record import read_record
 from hitless.upgrade.writers import WriterLock
 
@@ -227,7 +226,9 @@ class MapHandle:
             raw, carriage = opened.key.encode(key), opened.carriage
             old_key = None if carriage is None else _back_key(carriage, raw)
             if carriage is not None and old_key is not None:
-                merge_entry(carriage, old_key)
+                carriage.refresh(old_key)
+            elif carriage is not None and not carriage.translation.finds_old:
+                carriage.catch_up()  # nobody can tell which entry of the old map it is
             found = opened.map.lookup(raw)
             return None if found is None else opened.decode(found)
 
@@ -235,7 +236,7 @@ class MapHandle:
         """All entries as (key, value) pairs. In an upgrade they include what the old release's programs just wrote."""
         with self._access.to_read(self._name) as opened:
             if opened.carriage is not None:
-                merge_round(opened.carriage)
+                opened.carriage.catch_up()
             keys, values = opened.map.entries()
             key = opened.key.decode
             return [(key(k.tobytes()), opened.decode(v.tobytes())) for k, v in zip(keys, values, strict=True)]
@@ -329,17 +330,26 @@ def _partly(error: KernelError, opened: _Opened, keys: Rows, done: int) -> Kerne
 
 
 def _write(live: Map, carriage: Carriage | None, key: bytes, value: bytes) -> None:
-    live.update(key, value)
-    if carriage is None:
+    old_key = None if carriage is None else _back_key(carriage, key)
+    if carriage is None or old_key is None:
+        live.update(key, value)
+        if carriage is not None:
+            carriage.unchecked.add(key)
         return
-    old_key = _back_key(carriage, key)
-    if old_key is None:
+    held = carriage.source.lookup(old_key)
+    carriage.make_room(1)
+    if not carriage.translation.goes_back:
+        live.update(key, value)
+        carriage.unchecked.add(key)
+        if held is not None:
+            # The old map keeps what it has: only what changes there from now on is merged into what was written.
+            carriage.base.put(old_key, held)
         return
     # Fields that only the old release has keep what they hold.
-    held = carriage.source.lookup(old_key) if carriage.back_value is not None else None
-    onto = np.frombuffer(held, np.uint8).reshape(1, -1) if held is not None else None
-    old_value = carriage.back(np.frombuffer(value, np.uint8).reshape(1, -1), onto).tobytes()
-    carriage.make_room(1)
+    old_value = carriage.back(_row(key), _row(value), _row(held) if held is not None else None).tobytes()
+    live.update(key, value)
+    if not carriage.translation.by_types:
+        carriage.unchecked.add(key)
     try:
         carriage.source.update(old_key, old_value)
     except KernelError as error:
@@ -355,15 +365,19 @@ def _delete(live: Map, carriage: Carriage | None, key: bytes) -> bool:
     old_key = None if carriage is None else _back_key(carriage, key)
     if carriage is not None and old_key is not None:
         there |= carriage.source.delete(old_key)
-        carriage.base.erase(old_key)
+        carriage.forget(old_key)
+    elif carriage is not None:
+        carriage.unchecked.add(key)
     return there
 
 
 def _back_key(carriage: Carriage, key: bytes) -> bytes | None:
     """The key in the old layout, None if it has no place there: it would become that of another entry."""
-    if carriage.back_key is None:
-        return key
-    old_key = carriage.back_key.apply(np.frombuffer(key, np.uint8).reshape(1, -1)).records
-    return old_key.tobytes() if carriage.keys(old_key).tobytes() == key else None
+    if not carriage.translation.finds_old:
+        return None
+    old_key = carriage.translation.reversed_key(_row(key))
+    return None if old_key is None else old_key.tobytes()
 
 
+def _row(data: bytes) -> Rows:
+    return np.frombuffer(data, np.uint8).reshape(1, -1)

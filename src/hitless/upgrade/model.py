@@ -45,7 +45,8 @@ class MapPlan(msgspec.Struct, frozen=True):
     ``action``: ``keep`` (the same map), ``convert`` (a new map, filled from the old), ``create`` (new and empty),
     ``drop`` (the release has it no more), ``discard`` (a new empty map takes its place). ``method`` is how
     entries travel, ``exactness`` what is promised of them meanwhile. ``loss`` names each thing that is lost;
-    ``allowed`` tells whether all of it may be. ``kind`` names the carrier of a map that is converted.
+    ``allowed`` tells whether all of it may be. ``kind`` names the carrier of a map that is converted, ``converter`` the
+    user's function for it.
     """
 
     name: str
@@ -58,6 +59,7 @@ class MapPlan(msgspec.Struct, frozen=True):
     allowed: bool = True
     changes: tuple[Change, ...] = ()
     kind: str = ""
+    converter: str | None = None
 
 
 class HookPlan(msgspec.Struct, frozen=True):
@@ -125,8 +127,9 @@ class Record(msgspec.Struct, frozen=True):
     """What a generation is. ``generation`` counts up from 1; ``digest`` is the bundle's.
 
     ``objects`` is the release's MapSpec snapshot; ``maps`` holds the spec of each pinned map by pin name, as the
-    release defines it. ``plan`` and ``rules`` are set while the upgrade to this generation runs. ``replaced`` are the
-    maps of earlier generations that something may still hold.
+    release defines it. ``plan``, ``rules`` and ``converters`` (sources of the bundle's modules) are set while the
+    upgrade to this generation runs, so that it can be finished without the bundle. ``replaced`` are the maps of earlier
+    generations that something may still hold.
     """
 
     generation: int
@@ -140,6 +143,7 @@ class Record(msgspec.Struct, frozen=True):
     plan: Plan | None = None
     rules: dict[str, MapRules] = {}
     replaced: tuple[ReplacedMap, ...] = ()
+    converters: dict[str, str] = {}
     schema: int = SCHEMA
 
 

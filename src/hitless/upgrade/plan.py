@@ -12,8 +12,9 @@ from collections.abc import Collection, Mapping
 import msgspec
 
 from hitless.bundle import Attach, Bundle, unite_maps
-from hitless.carry import is_global, way
+from hitless.carry import converts, is_global, losses, refusals, translated, way
 from hitless.errors import BundleError, UnsupportedError
+from hitless.groups import group_of, torn
 from hitless.layout.diff import MapDiff, diff_maps, is_constant
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
@@ -113,7 +114,30 @@ def _plan_maps(
         _plan_map(diff, {spec.name: spec for spec in old}, bundle, features, allow_loss)
         for diff in diff_maps(old, new, {name: rule for name, rule in bundle.rules.items() if not is_global(name)})
     ]
-    return (*plans, *_plan_globals(current, bundle, allow_loss))
+    return _whole_groups((*plans, *_plan_globals(current, bundle, allow_loss)), current, bundle)
+
+
+def _whole_groups(plans: tuple[MapPlan, ...], current: Generation, bundle: Bundle) -> tuple[MapPlan, ...]:
+    """Discard what is carried of a group that is not carried as a whole."""
+    old = {name: live.spec for name, live in current.maps.items()}
+    groups = {
+        plan.name: group_of(
+            old.get(plan.was or plan.name), bundle.maps.get(plan.name), bundle.rules.get(plan.name, MapRules())
+        )
+        for plan in plans
+        if plan.action != "create"
+    }
+    gone = {plan.name: plan.loss[0] for plan in plans if plan.action in ("discard", "drop") and plan.loss}
+    reasons = torn(groups, gone)
+    return tuple(
+        msgspec.structs.replace(
+            plan, action="discard", method="empty", exactness="exact", kind="", converter=None,
+            loss=(reasons[plan.name], *plan.loss),
+        )
+        if plan.name in reasons
+        else plan
+        for plan in plans
+    )
 
 
 def _plan_map(
@@ -125,7 +149,7 @@ def _plan_map(
 ) -> MapPlan:
     rules = bundle.rules.get(diff.name, MapRules())
     allowed = rules.on_loss == "discard" or diff.name in allow_loss or diff.was in allow_loss
-    losses = tuple(change.loss for change in diff.changes if change.loss)
+    lost = tuple(change.loss for change in losses(diff, rules) if change.loss)
 
     def planned(
         action: str, method: str, exactness: str = "exact", loss: tuple[str, ...] = (), kind: str = ""
@@ -141,12 +165,16 @@ def _plan_map(
         return planned("discard", "from the release's object", loss=("slots that the object does not fill itself",))
     if diff.verdict == "identical":
         return planned("keep", "same map")
-    if diff.verdict in ("lossless", "lossy"):
+    if refused := refusals(diff, bundle.maps[diff.name], rules):
+        return planned("discard", "empty", loss=tuple(f"all entries: {reason}" for reason in refused))
+    if diff.verdict in ("lossless", "lossy") or converts(diff, rules):
         spec = old[diff.was or diff.name]
         found = way(spec, bundle.maps[diff.name], rules, features)
         if isinstance(found, str):
-            return planned("discard", "empty", loss=(f"all entries: {found}", *losses))
-        return planned("convert", found.method, found.exactness, losses, found.kind)
+            return planned("discard", "empty", loss=(f"all entries: {found}", *lost))
+        found = translated(found, diff, rules)
+        made = planned("convert", found.method, found.exactness, lost, found.kind)
+        return msgspec.structs.replace(made, converter=rules.convert if converts(diff, rules) else None)
     reasons = tuple(f"all entries: {change.reason}" for change in diff.changes if change.reason)
     return planned("discard", "empty", loss=reasons or (f"all entries: {diff.verdict}",))
 

@@ -202,7 +202,7 @@ def _recover(node: Node, tell: Callable[[Progress], None], wait: float) -> str |
     upgrade.reopen(record)
     if record.phase in ("undoing", "merging-back"):
         upgrade.take_back(filled=record.phase == "merging-back")
-        return f"took back the upgrade to {record.version}, which had failed"
+        return "; ".join((f"took back the upgrade to {record.version}, which had failed", *upgrade.left_behind))
     upgrade.switch()
     return f"finished the interrupted upgrade to {record.version}"
 
@@ -249,6 +249,7 @@ class _Upgrade:
         self._programs: dict[str, Program] = {}
         self._carried: dict[str, Carrier] = {}
         self._steps: dict[str, float] = {}
+        self.left_behind: list[str] = []  # by the way back, in words
 
     def restart(self, prepare: Callable[[Node], None] | None) -> Result:
         """The same release runs already: use all of it, attach or correct what hangs loose."""
@@ -316,9 +317,11 @@ class _Upgrade:
                     self._verify_hooks()
                     self._verify_pins()
                     self._commit()
-        except BaseException:
+        except BaseException as error:
             if not self._is_committed():
                 self.take_back()
+                for left in self.left_behind:
+                    error.add_note(left)
                 raise
             with node.access.writing:
                 node.access.staged = None
@@ -351,6 +354,7 @@ class _Upgrade:
             ),
             plan=self._plan,
             rules=bundle.rules,
+            converters=bundle.converters,
             replaced=self._replaced(),
         )
         create_record(node.next / "record", self._record)
@@ -383,6 +387,7 @@ class _Upgrade:
 
     def _carry(self, specs: Mapping[str, MapSpec], rules: Mapping[str, MapRules], fresh: bool) -> None:
         """Prepare the maps to be converted; ``fresh`` is false if another process had filled what they keep."""
+        assert self._record is not None  # made by _stage or given to reopen
         for entry in self._plan.maps:
             if entry.action != "convert":
                 continue
@@ -405,6 +410,7 @@ class _Upgrade:
                     lossy_allowed=entry.allowed,
                     writing=self._node.access.writing,
                     pace=self._pace,
+                    code=self._record.converters.get((rule.convert or "").partition(":")[0], ""),
                 )
             )
 
@@ -499,6 +505,9 @@ class _Upgrade:
                 write_record(record, self._phase("merging-back"))
             for back in backs:
                 back.catch_up(last=True)
+                if back.tally.left_behind is not None:
+                    what = f"what the new release wrote in map {back.name} after the cutover stays behind"
+                    self.left_behind.append(f"{what}: {back.tally.left_behind}")
             write_record(record, self._phase("undone"))
         self._drop()
 
@@ -583,7 +592,8 @@ def _finish(node: Node) -> None:
     kept = {hook.link for hook in record.hooks}
     present = [path.name for path in node.links.iterdir()] if node.links.exists() else []
     detach_hooks([name for name in present if name not in kept], node.links)
-    write_record(node.current / "record", msgspec.structs.replace(record, phase="committed", plan=None, rules={}))
+    committed = msgspec.structs.replace(record, phase="committed", plan=None, rules={}, converters={})
+    write_record(node.current / "record", committed)
 
 
 def _remove_if_empty(node: Node) -> None:
