@@ -22,7 +22,7 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description="Count, upgrade, compare.")
     parser.add_argument("--upgrades", type=int, default=1_000, help="at least so many in the first run (1000)")
     parser.add_argument("--operations", type=int, default=2_000_000, help="in the first run (2000000)")
-    parser.add_argument("--kills", type=int, default=200, help="of the upgrader, in a second run (200; 0: none)")
+    parser.add_argument("--kills", type=int, default=100, help="of the upgrader, in a second run (100; 0: none)")
     parser.add_argument("--seed", type=int, default=1, help="of everything that is random (1)")
     parser.add_argument("--fault", choices=sorted(FAULTS), help="break upgrades on purpose: losses must show")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout; the rest goes to stderr")

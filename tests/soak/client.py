@@ -22,6 +22,8 @@ from tests.soak.world import ECHO, EMPTY, FORBIDDEN, SINK
 
 _BURST = 64
 _REPORT_EVERY = 0.25
+# Seconds between bursts, another one after each report: an upgrade meets storms and has to get on as well.
+_RESTS = (0.0, 0.001, 0.004)
 _HELD = 40
 _SO_COOKIE = 57
 # Closing with a reset leaves no TIME_WAIT behind: ports do not run out.
@@ -134,13 +136,15 @@ def main() -> None:
     cpus = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cpus[index % len(cpus)]})
     client = Client(index, seed)
-    report_at = 0.0
-    while not select.select([0], [], [], 0)[0]:
+    report_at = rest = 0.0
+    paces = random.Random(f"{seed} {index} paces")
+    while not select.select([0], [], [], rest)[0]:
         client.work(_BURST)
         now = time.monotonic()
         if now >= report_at:
             _say({"operations": client.operations})
             report_at = now + _REPORT_EVERY
+            rest = paces.choice(_RESTS)
     sys.stdin.readline()
     _say({"books": client.books()})
     sys.stdin.read()

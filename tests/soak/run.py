@@ -133,8 +133,9 @@ class Soak:
         )
 
     def _start_upgrader(self) -> None:
-        task = msgspec.json.encode(self.task, enc_hook=str).decode()
-        self._upgrader = self._python("the upgrader", "outside", "tests.soak.upgrader", task)
+        task = msgspec.structs.replace(self.task, seed=self._random.randrange(2**32))
+        argument = msgspec.json.encode(task, enc_hook=str).decode()
+        self._upgrader = self._python("the upgrader", "outside", "tests.soak.upgrader", argument)
         ready = self._upgrader.wait_for({"ready": (True,)}, _SLOWEST)
         if ready["recovered"]:
             self._recovered[ready["recovered"]] = self._recovered.get(ready["recovered"], 0) + 1
@@ -142,7 +143,8 @@ class Soak:
     def _kill(self) -> None:
         """Kill the upgrader at a random time in a random step, and start another one in its place."""
         step = self._random.choice(STEPS)
-        self._upgrader.wait_for({"step": (step,)}, _SLOWEST)
+        for _ in range(self._random.choice((1, 1, 1, 2, 3))):  # not always in its first upgrade
+            self._upgrader.wait_for({"step": (step,)}, _SLOWEST)
         time.sleep(self._random.uniform(0.0, _STEP_TAKES))
         self._upgrader.process.kill()
         self._upgrader.process.wait()

@@ -11,6 +11,7 @@ for every upgrade: that takes ten times as long as the upgrade itself, and nothi
 from __future__ import annotations
 
 import json
+import random
 import select
 import sys
 from collections.abc import Callable, Iterator
@@ -29,7 +30,10 @@ __all__ = ["Task"]
 
 
 class Task(msgspec.Struct, frozen=True):
-    """Where to upgrade, from which ``bundles``, with which of the demo's faults, if any."""
+    """Where to upgrade, from which ``bundles``, with which of the demo's faults, if any.
+
+    ``seed`` also says which way to go from release 2, if that is where it starts.
+    """
 
     root: Path
     cgroup: Path
@@ -55,7 +59,9 @@ class Upgrader:
 
     def run(self) -> None:
         """Put in order, upgrade until told to end, and end at release 1. Raises HitlessError, Lost."""
+        before = self.node.observe().version
         recovered = hitless.recover(self.node)
+        self.upgrades += self.node.observe().version != before  # it was finished forward
         if self.node.observe().current is None:
             hitless.apply(self.node, self.bundles[1], prepare=_fill)
         control = ControlPlane(self.node, self.task.journals, self.task.seed)
@@ -71,7 +77,7 @@ class Upgrader:
 
     def _way(self) -> Iterator[tuple[int, int]]:
         numbers = {version: number for number, version in VERSIONS.items()}
-        here, up = numbers[str(self.node.observe().version)], True
+        here, up = numbers[str(self.node.observe().version)], random.Random(self.task.seed).random() < 0.5
         while here != 1 or not select.select([0], [], [], 0)[0]:
             up = here == 1 or (here != 3 and up)
             there = here + 1 if up else here - 1
