@@ -1,4 +1,4 @@
-"""``python -m tests.soak``: the long run, then one whose upgrader is killed again and again."""
+"""``python -m tests.soak``: the long run, then one whose upgrader is killed, then one whose upgrades are taken back."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--upgrades", type=int, default=1_000, help="at least so many in the first run (1000)")
     parser.add_argument("--operations", type=int, default=2_000_000, help="in the first run (2000000)")
     parser.add_argument("--kills", type=int, default=100, help="of the upgrader, in a second run (100; 0: none)")
+    parser.add_argument("--undone", type=int, default=0, help="upgrades taken back, in a third run (0: none)")
     parser.add_argument("--seed", type=int, default=1, help="of everything that is random (1)")
     parser.add_argument("--fault", choices=sorted(FAULTS), help="break upgrades on purpose: losses must show")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout; the rest goes to stderr")
@@ -32,9 +33,10 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
 def _print(report: Report) -> None:
     wanted = report.options
     print(
-        f"{report.upgrades:,} upgrades, {report.kills} kills, {report.operations:,} operations on {report.cpus} CPUs "
-        f"in {report.seconds:.0f} s ({report.operations_per_second:,.0f} a second), {report.writes:,} writes of the "
-        f"control plane, {report.caught_up:,} entries caught up, seed {wanted.seed}"
+        f"{report.upgrades:,} upgrades, {report.undone} taken back, {report.kills} kills, {report.operations:,} "
+        f"operations on {report.cpus} CPUs in {report.seconds:.0f} s ({report.operations_per_second:,.0f} a second), "
+        f"{report.writes:,} writes of the control plane, {report.caught_up:,} entries caught up, "
+        f"{report.lost} values cut, seed {wanted.seed}"
         + (f", with the fault {wanted.fault}" if wanted.fault else ""),
         file=sys.stderr,
     )
@@ -56,11 +58,13 @@ def _soak(options: Options) -> Report:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run both and return the exit code: 1 when books differ, 2 when a run did not come to its end."""
+    """Run them and return the exit code: 1 when books differ, 2 when a run did not come to its end."""
     chosen = _parse(args)
     runs = [Options(chosen.upgrades, chosen.operations, seed=chosen.seed, fault=chosen.fault)]
     if chosen.kills:
         runs.append(Options(kills=chosen.kills, seed=chosen.seed, fault=chosen.fault))
+    if chosen.undone:
+        runs.append(Options(undone=chosen.undone, seed=chosen.seed, fault=chosen.fault))
     reports = []
     try:
         for options in runs:

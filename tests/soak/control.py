@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import random
 import threading
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,9 @@ __all__ = ["TABLES", "WRITERS", "ControlPlane", "Lost", "Table", "Writer", "jour
 _KEYS = 200  # of each writer in each map
 _MOST = 2**16  # values, as numbers, are below
 _PAUSE = 0.002  # s on average
+# How often each kind of write comes: so that three of four keys are there.
+_KINDS = {"insert": 3, "change": 3, "delete": 5, "many": 1}
+_MANY = 8
 
 WRITERS = ("thread", "steps")
 """Those who write: a thread at any time, and the upgrading thread itself at each of its steps."""
@@ -86,7 +88,7 @@ class Writer:
     """Writes keys of its own in one map, by turns an insertion, a change, a deletion or some at once."""
 
     def __init__(self, node: hitless.Node, table: Table, name: str, directory: Path, seed: int) -> None:
-        self.done: Counter[str] = Counter()
+        self.done = 0
         self._table = table
         self._handle = node.map(table.name)
         self._first = WRITERS.index(name) * _KEYS
@@ -117,27 +119,42 @@ class Writer:
             return found is value
         return _holds(found, self._table.value(value))
 
-    def write(self, kind: str | None = None) -> None:
-        """One write: ``insert``, ``change``, ``delete`` or ``many``. Raises Lost, HitlessError."""
+    def write(self) -> str:
+        """One write; returns its kind: ``insert``, ``change``, ``delete`` or ``many``. Raises Lost, HitlessError."""
         numbers = range(self._first, self._first + _KEYS)
         held = [number for number in numbers if number in self._held]
         free = [number for number in numbers if number not in self._held]
-        kind = kind or self._random.choice(("insert", "change", "delete", "many"))
+        (kind,) = self._random.choices([*_KINDS], [*_KINDS.values()])
         if not free and kind == "insert":
             kind = "delete"
         if not held and kind in ("change", "delete"):
             kind = "insert"
-        value = self._random.randrange(_MOST)
         if kind == "many":
-            self._set_many({number: self._random.randrange(_MOST) for number in self._random.sample(numbers, 8)})
-        elif kind == "delete":
-            self._delete(self._random.choice(held))
+            self._set_many({number: self._random.randrange(_MOST) for number in self._random.sample(numbers, _MANY)})
+        elif kind == "insert":
+            self._set(self._random.choice(free), self._random.randrange(_MOST))
         else:
-            number = self._random.choice(free if kind == "insert" else held)
-            self._journal.begin({number: value})
-            self._handle[self._table.key(number)] = self._table.value(value)
-            self._note({number: value})
-        self.done[kind] += 1
+            number = self._random.choice(held)
+            self._look_at(number)
+            if kind == "delete":
+                self._delete(number)
+            else:
+                self._set(number, self._random.randrange(_MOST))
+        self.done += 1
+        return kind
+
+    def _look_at(self, number: int) -> None:
+        key, value = self._table.key(number), self._table.value(self._held[number])
+        found = self._handle.get(key)
+        if found is None:
+            raise self._gone(key)
+        if not _holds(found, value):
+            raise Lost(f"{self._table.name}: {key} was changed by someone else; expected {value}, found {found}")
+
+    def _set(self, number: int, value: int) -> None:
+        self._journal.begin({number: value})
+        self._handle[self._table.key(number)] = self._table.value(value)
+        self._note({number: value})
 
     def _set_many(self, values: Mapping[int, int]) -> None:
         self._journal.begin(values)
@@ -150,8 +167,11 @@ class Writer:
         try:
             del self._handle[key]
         except KeyError:
-            raise Lost(f"{self._table.name}: {key} is gone before anyone deleted it") from None
+            raise self._gone(key) from None
         self._note({number: None})
+
+    def _gone(self, key: Any) -> Lost:
+        return Lost(f"{self._table.name}: {key} is gone before anyone deleted it")
 
     def _note(self, values: Mapping[int, int | None]) -> None:
         self._journal.end(values)
@@ -166,10 +186,9 @@ class ControlPlane:
     """Both writers of every table; the thread writes while this is used as a context manager."""
 
     def __init__(self, node: hitless.Node, directory: Path, seed: int) -> None:
-        self.by_step: dict[str, Counter[str]] = {}
+        self.by_step: dict[str, set[str]] = {}
         self._writers = {name: [Writer(node, table, name, directory, seed) for table in TABLES] for name in WRITERS}
         self._random = random.Random(f"{seed} pauses")
-        self._turn = 0
         self._stop = threading.Event()
         self._trouble: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -177,7 +196,7 @@ class ControlPlane:
     @property
     def writes(self) -> int:
         """How many writes there were."""
-        return sum(writer.done.total() for writers in self._writers.values() for writer in writers)
+        return sum(writer.done for writers in self._writers.values() for writer in writers)
 
     def settle(self) -> None:
         """See :meth:`Writer.settle`."""
@@ -186,12 +205,8 @@ class ControlPlane:
                 writer.settle()
 
     def step(self, name: str) -> None:
-        """One write of the upgrading thread to each map, as it comes to this step: each kind in its turn."""
-        kind = ("insert", "change", "delete", "many")[self._turn % 4]
-        self._turn += 1
-        for writer in self._writers["steps"]:
-            writer.write(kind)
-        self.by_step.setdefault(name, Counter())[kind] += 1
+        """One write of the upgrading thread to each map, as it comes to this step."""
+        self.by_step.setdefault(name, set()).update(writer.write() for writer in self._writers["steps"])
 
     def __enter__(self) -> ControlPlane:
         self._thread.start()

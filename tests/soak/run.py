@@ -27,6 +27,7 @@ __all__ = ["STEPS", "Options", "Report", "Soak"]
 
 _HOUSE = Path(__file__).parents[2]
 _LOOK = 0.2
+_UNDO = 0.2
 _SLOWEST = 120.0  # s that a process may take to come up or to end
 _STEP_TAKES = 0.03  # s, more than most steps do: a kill may come in the next one too
 
@@ -35,21 +36,23 @@ STEPS = ("stage", "copy", "prepare", "verify", "cutover", "catch-up", "merge", "
 
 
 class Options(msgspec.Struct, frozen=True):
-    """How long: until there were so many ``upgrades``, ``operations``, ``seconds`` and ``kills``.
+    """How long: until there were so many ``upgrades``, ``operations``, ``seconds``, ``kills`` and ``undone``.
 
-    ``fault`` is one of the demo's, planted in the upgrader. With ``kills`` the upgrader is killed again and again.
+    With ``kills`` the upgrader is killed again and again; with ``undone`` some upgrades fail on purpose after the
+    cutover and are taken back. ``fault`` is one of the demo's, planted in the upgrader.
     """
 
     upgrades: int = 0
     operations: int = 0
     seconds: float = 0.0
     kills: int = 0
+    undone: int = 0
     seed: int = 1
     fault: str | None = None
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What came of it. ``steps`` are the kinds of writes that each step of an upgrade met."""
+    """What came of it. ``steps`` are the kinds of writes that each step of upgrades met; ``lost`` counts cut values."""
 
     options: Options
     cpus: int
@@ -60,6 +63,8 @@ class Report(msgspec.Struct, frozen=True):
     writes: int
     caught_up: int
     kills: int
+    undone: int
+    lost: int
     recovered: dict[str, int]
     steps: dict[str, list[str]]
     sums: list[Sum]
@@ -67,8 +72,8 @@ class Report(msgspec.Struct, frozen=True):
 
     @property
     def exact(self) -> bool:
-        """Whether the books agree to the last increment."""
-        return not self.mismatches
+        """Whether the books agree to the last increment, and no value had to be cut to fit a field."""
+        return not self.mismatches and not self.lost
 
 
 class Soak:
@@ -87,6 +92,7 @@ class Soak:
             journals=journals,
             seed=options.seed,
             fault=options.fault,
+            undo=_UNDO if options.undone else 0.0,
         )
         self._random = random.Random(options.seed)
         self._finished: list[dict[str, Any]] = []
@@ -126,6 +132,8 @@ class Soak:
             writes=self._sum("writes"),
             caught_up=self._sum("caught_up"),
             kills=kills,
+            undone=self._sum("undone"),
+            lost=self._sum("lost"),
             recovered=self._recovered,
             steps=final["steps"],
             sums=sums,
@@ -191,6 +199,7 @@ class Soak:
         return (
             seconds >= wanted.seconds
             and kills >= wanted.kills
+            and self._sum("undone") >= wanted.undone
             and self._sum("upgrades") >= wanted.upgrades
             and self._operations(clients) >= wanted.operations
         )

@@ -14,7 +14,7 @@ import json
 import random
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -28,11 +28,14 @@ from tests.soak.world import fixed
 
 __all__ = ["Task"]
 
+_SWITCHED = ("catch-up", "merge", "commit")  # the steps between the cutover and the commit
+
 
 class Task(msgspec.Struct, frozen=True):
     """Where to upgrade, from which ``bundles``, with which of the demo's faults, if any.
 
-    ``seed`` also says which way to go from release 2, if that is where it starts.
+    ``seed`` also says which way to go from release 2, if that is where it starts. ``undo`` is the chance that an
+    upgrade fails after its cutover and is taken back.
     """
 
     root: Path
@@ -41,6 +44,11 @@ class Task(msgspec.Struct, frozen=True):
     journals: Path
     seed: int
     fault: str | None = None
+    undo: float = 0.0
+
+
+class Planned(Exception):  # noqa: N818
+    """An upgrade was to fail here."""
 
 
 class Upgrader:
@@ -52,9 +60,11 @@ class Upgrader:
         self.bundles = {number: hitless.Bundle.load(path, variables) for number, path in task.bundles.items()}
         self.task = task
         self.upgrades = 0
+        self.undone = 0
         self.lost = 0
         self.caught_up = 0
         self._step = ""
+        self._random = random.Random(task.seed)
         self._allowed: dict[tuple[int, int], tuple[str, ...]] = {}
 
     def run(self) -> None:
@@ -66,23 +76,18 @@ class Upgrader:
             hitless.apply(self.node, self.bundles[1], prepare=_fill)
         control = ControlPlane(self.node, self.task.journals, self.task.seed)
         control.settle()
-        _say({"ready": True, "recovered": recovered})
+        _say({"ready": True, "recovered": recovered, **self._facts(control)})
+        numbers = {version: number for number, version in VERSIONS.items()}
+        here, up = numbers[str(self.node.observe().version)], self._random.random() < 0.5
         with control:
-            for source, target in self._way():
-                self._upgrade(source, target, control)
+            while here != 1 or not select.select([0], [], [], 0)[0]:
+                up = here == 1 or (here != 3 and up)
+                self._upgrade(here, here + 1 if up else here - 1, control)
+                here = numbers[str(self.node.observe().version)]
                 control.check()
         control.check()
         steps = {step: sorted(kinds) for step, kinds in control.by_step.items()}
         _say({**self._facts(control), "final": True, "steps": steps})
-
-    def _way(self) -> Iterator[tuple[int, int]]:
-        numbers = {version: number for number, version in VERSIONS.items()}
-        here, up = numbers[str(self.node.observe().version)], random.Random(self.task.seed).random() < 0.5
-        while here != 1 or not select.select([0], [], [], 0)[0]:
-            up = here == 1 or (here != 3 and up)
-            there = here + 1 if up else here - 1
-            yield here, there
-            here = there
 
     def _upgrade(self, source: int, target: int, control: ControlPlane) -> None:
         bundle = self.bundles[target]
@@ -90,10 +95,14 @@ class Upgrader:
             # Only going back loses, and only what the older release has no place for.
             blocked = hitless.plan(self.node, bundle).blocked
             self._allowed[source, target] = tuple(entry.name for entry in blocked)
-        result = hitless.apply(
-            self.node, bundle, allow_loss=self._allowed[source, target],
-            prepare=lambda _: control.step("prepare"), progress=self._follow(control),
-        )  # fmt: skip
+        try:
+            result = hitless.apply(
+                self.node, bundle, allow_loss=self._allowed[source, target],
+                prepare=lambda _: control.step("prepare"), progress=self._follow(control),
+            )  # fmt: skip
+        except Planned:
+            self.undone += 1
+            return
         if result.start_type != "update":
             raise Lost(f"going from release {source} to {target} was a {result.start_type}")
         self.upgrades += 1
@@ -107,12 +116,15 @@ class Upgrader:
                 self._step = step
                 _say({"step": event.step, **self._facts(control)})
                 control.step(event.step)
+                if event.step in _SWITCHED and self._random.random() < self.task.undo / len(_SWITCHED):
+                    raise Planned
 
         return told
 
     def _facts(self, control: ControlPlane) -> dict[str, object]:
         return {
-            "upgrades": self.upgrades, "writes": control.writes, "lost": self.lost, "caught_up": self.caught_up,
+            "upgrades": self.upgrades, "undone": self.undone, "writes": control.writes, "lost": self.lost,
+            "caught_up": self.caught_up,
         }  # fmt: skip
 
 
