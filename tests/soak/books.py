@@ -22,6 +22,7 @@ from tests.soak.world import ECHO, EMPTY, TARGETS, fixed, key_of
 __all__ = ["ClientBooks", "Mismatch", "Sum", "compare", "total"]
 
 _ESTABLISHED = 2
+_SHARES = 1024
 
 
 class ClientBooks(msgspec.Struct, frozen=True):
@@ -85,12 +86,16 @@ def compare(node: hitless.Node, books: ClientBooks, journals: Path) -> tuple[lis
             account: {"messages": books.messages[account], "bytes": books.bytes[account]} for account in books.messages
         },
         "size": {size: {"count": count} for size, count in books.sizes.items()},
+        "share": _shares(books),
     }  # fmt: skip
     found: dict[str, dict[Any, dict[str, Any]]] = {
         "counter": {_told(service_key(key)): value for key, value in node.map("counter").items()},
         "policy": {_told(policy_key(key)): value for key, value in node.map("policy").items()},
         "sent": dict(node.map("sent").items()),
         "size": dict(node.map("size").items()),
+        "share": {
+            key: {"count": sum(of_cpu["count"] for of_cpu in values)} for key, values in node.map("share").items()
+        },
     }
     sums, wrong = [], []
     for name in expected:
@@ -127,6 +132,13 @@ def _policies(books: ClientBooks) -> dict[Any, dict[str, Any]]:
     return {
         _told(key): {"action": action, "hits": by_service[key.service]} for key, action in fixed().policies.items()
     }
+
+
+def _shares(books: ClientBooks) -> dict[Any, dict[str, Any]]:
+    counts: Counter[int] = Counter()
+    for account, messages in books.messages.items():
+        counts[account % _SHARES] += messages
+    return {share: {"count": count} for share, count in counts.items()}
 
 
 def _held(number: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A control plane that writes all the while: inserts, changes and deletes entries of two maps, and keeps a journal."""
+"""A control plane that writes all the while: inserts, changes and deletes entries of some maps, and keeps a journal."""
 
 from __future__ import annotations
 
@@ -76,7 +76,21 @@ class Rules:
         return {"rate": 3 * number, "burst": number ^ 0xFFFF}
 
 
-TABLES: tuple[Table, ...] = (Services(), Rules())
+class Prefixes:
+    """The meter's trie of prefixes; none of them lies within another."""
+
+    name = "prefix"
+
+    def key(self, number: int) -> Any:
+        """A prefix of 24 to 32 bits in 10.98.0.0/15."""
+        return {"prefixlen": 24 + number % 9, "addr": (ipaddress.IPv4Address("10.98.0.0") + (number << 8)).packed}
+
+    def value(self, number: int) -> Any:
+        """A next hop that is the number."""
+        return {"hop": number}
+
+
+TABLES: tuple[Table, ...] = (Services(), Rules(), Prefixes())
 
 
 def journal_path(directory: Path, table: str, writer: str) -> Path:
