@@ -24,6 +24,7 @@ _BURST = 64
 _REPORT_EVERY = 0.25
 # Seconds between bursts, another one after each report: an upgrade meets storms and has to get on as well.
 _RESTS = (0.0, 0.001, 0.004)
+_NICE = 5
 _HELD = 40
 _SO_COOKIE = 57
 # Closing with a reset leaves no TIME_WAIT behind: ports do not run out.
@@ -135,6 +136,7 @@ def main() -> None:
     index, seed = int(sys.argv[1]), int(sys.argv[2])
     cpus = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cpus[index % len(cpus)]})
+    os.nice(_NICE)
     client = Client(index, seed)
     report_at = rest = 0.0
     paces = random.Random(f"{seed} {index} paces")
