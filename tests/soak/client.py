@@ -8,6 +8,7 @@ stops and prints its books; the connections that it still holds it holds until s
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import select
@@ -29,8 +30,7 @@ _HELD = 40
 _SO_COOKIE = 57
 # Closing with a reset leaves no TIME_WAIT behind: ports do not run out.
 _RESET = struct.pack("ii", 1, 0)
-_ACCOUNTS = 2000  # of each client
-_NEW_EVERY = 50  # messages
+_ACCOUNTS = 1500  # of each client: there is room for those of 40
 
 
 class Client:
@@ -59,8 +59,8 @@ class Client:
             self.operations += 1
 
     def message(self) -> None:
-        """Send a message of some size for some account; new accounts appear as time goes by."""
-        account = self._accounts + self._random.randrange(1 + min(self._sent // _NEW_EVERY, _ACCOUNTS - 1))
+        """Send a message of some size for some account; new accounts appear ever more seldom."""
+        account = self._accounts + self._random.randrange(min(1 + math.isqrt(self._sent), _ACCOUNTS))
         size = self._random.randint(4, 400)
         self._sender.sendto(struct.pack("=I", account).ljust(size, b"."), SINK)
         self._sent += 1

@@ -28,6 +28,7 @@ __all__ = ["STEPS", "Options", "Report", "Soak"]
 _HOUSE = Path(__file__).parents[2]
 _LOOK = 0.2
 _UNDO = 0.2
+_MOST_CLIENTS = 40  # whose accounts the meter has room for
 _SLOWEST = 120.0  # s that a process may take to come up or to end
 _STEP_TAKES = 0.03  # s, more than most steps do: a kill may come in the next one too
 
@@ -103,7 +104,7 @@ class Soak:
         cpus = len(os.sched_getaffinity(0))
         start_echo(self.lab, [address for target in ECHO for address in target.backends])
         self._start_upgrader()
-        clients = [self._client(number) for number in range(max(2, cpus))]
+        clients = [self._client(number) for number in range(min(max(2, cpus), _MOST_CLIENTS))]
         started = told = time.monotonic()
         kills = 0
         while not self._enough(clients, time.monotonic() - started, kills):

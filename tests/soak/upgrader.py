@@ -21,13 +21,14 @@ import msgspec
 
 import hitless
 from meshd.demo.faults import FAULTS
-from meshd.reconcile import reconcile
+from meshd.reconcile import reconcile, sweep_flows
 from tests.soak.control import ControlPlane, Lost
 from tests.soak.releases import VERSIONS
 from tests.soak.world import fixed
 
 __all__ = ["Task"]
 
+_SWEEP_EVERY = 10
 _SWITCHED = ("catch-up", "merge", "commit")  # the steps between the cutover and the commit
 
 
@@ -85,6 +86,8 @@ class Upgrader:
                 self._upgrade(here, here + 1 if up else here - 1, control)
                 here = numbers[str(self.node.observe().version)]
                 control.check()
+                if self.upgrades % _SWEEP_EVERY == 0:
+                    sweep_flows(self.node)  # as meshd does now and then, or the map would run full
         control.check()
         steps = {step: sorted(kinds) for step, kinds in control.by_step.items()}
         _say({**self._facts(control), "final": True, "steps": steps})
