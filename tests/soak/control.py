@@ -6,6 +6,7 @@ import ipaddress
 import random
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -204,8 +205,8 @@ class ControlPlane:
         self._writers = {name: [Writer(node, table, name, directory, seed) for table in TABLES] for name in WRITERS}
         self._random = random.Random(f"{seed} pauses")
         self._stop = threading.Event()
-        self._trouble: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._pool = ThreadPoolExecutor(1, "control plane")
+        self._thread: Future[None] | None = None
 
     @property
     def writes(self) -> int:
@@ -223,24 +224,21 @@ class ControlPlane:
         self.by_step.setdefault(name, set()).update(writer.write() for writer in self._writers["steps"])
 
     def __enter__(self) -> ControlPlane:
-        self._thread.start()
+        self._thread = self._pool.submit(self._run)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        self._pool.shutdown()
 
     def check(self) -> None:
         """Raise what ended the thread."""
-        if self._trouble is not None:
-            raise self._trouble
+        if self._thread is not None and self._thread.done():
+            self._thread.result()
 
     def _run(self) -> None:
-        try:
-            while not self._stop.wait(self._random.uniform(0, 2 * _PAUSE)):
-                self._random.choice(self._writers["thread"]).write()
-        except (Lost, hitless.HitlessError) as error:
-            self._trouble = error
+        while not self._stop.wait(self._random.uniform(0, 2 * _PAUSE)):
+            self._random.choice(self._writers["thread"]).write()
 
 
 def _holds(found: Any, written: Any) -> bool:
