@@ -23,11 +23,19 @@ FUZZ_SECONDS ?= 600
 fuzz: setup
 	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
-# The long runs of tests that make up their cases: PAIRS of structs for the compiler to judge, from SEED on.
+# The long runs of tests that make up their cases: PAIRS of structs for the compiler to judge, then UPGRADES of meshd
+# under at least OPERATIONS of its clients, then KILLS of an upgrader, then UNDONE upgrades that fail and are taken back.
+# Whatever is random begins with SEED.
 PAIRS ?= 2000
 SEED ?= 1
+UPGRADES ?= 1000
+OPERATIONS ?= 2000000
+KILLS ?= 100
+UNDONE ?= 0
 soak: setup
 	@HITLESS_ORACLE_PAIRS=$(PAIRS) HITLESS_ORACLE_SEED=$(SEED) $(BIN)/python -m pytest tests/layout/test_compiler_oracle.py
+	@$(BIN)/python -m tests.soak --upgrades $(UPGRADES) --operations $(OPERATIONS) --kills $(KILLS) --undone $(UNDONE) \
+	  --seed $(SEED) $(SOAK_ARGS)
 
 lint: setup
 	@echo "Looking at the style (ruff) and the types (mypy)."

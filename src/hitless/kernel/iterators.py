@@ -7,6 +7,7 @@ What the program writes with ``bpf_seq_write`` is what a read returns. The kerne
 from __future__ import annotations
 
 import os
+from functools import cache
 
 from hitless.errors import UnsupportedError
 from hitless.kernel.libbpf import check, ffi, lib, options
@@ -33,7 +34,7 @@ class Iterator:
 
         Raises UnsupportedError if this kernel has no such iterator, KernelError with the verifier's log.
         """
-        function = lib().libbpf_find_vmlinux_btf_id(target.encode(), _TRACE_ITER)
+        function = _function(target)
         if function < 0:
             raise UnsupportedError(
                 f"this kernel tells of no iterator over {target}: it has none, or no BTF of its own "
@@ -83,3 +84,8 @@ class Iterator:
         if self._pass >= 0:
             os.close(self._pass)
             self._pass = -1
+
+
+@cache  # libbpf reads all of the kernel's BTF at every call, and that stays the same as long as the kernel runs
+def _function(target: str) -> int:
+    return int(lib().libbpf_find_vmlinux_btf_id(target.encode(), _TRACE_ITER))
