@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import msgspec
 
@@ -12,8 +12,9 @@ from hitless.layout.diff import diff_map
 from hitless.layout.members import SPECIAL, lock_offset
 from hitless.layout.model import Array, MapSpec, Record, Type
 from hitless.layout.rules import MapRules
+from hitless.layout.variables import Pair, Part, SectionDiff, make_part
 
-__all__ = ["KINDS", "Way", "is_global", "obstacle", "way"]
+__all__ = ["KINDS", "SectionWay", "Way", "is_global", "obstacle", "section_way", "way"]
 
 _PROGRAMS_BARRED = 1 << 7 | 1 << 8  # BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG
 # Types of which one can become the other: (old, new).
@@ -29,7 +30,7 @@ _MAX_WORDS = 2000  # what surely fits one merge program: its jumps reach 32767 i
 
 def is_global(name: str) -> bool:
     """Whether a map of this name holds an object's global variables."""
-    return "." in name  # bpffs refuses a dot, so no other map has one
+    return "." in name  # which no C identifier has
 
 
 class Way(msgspec.Struct, frozen=True):
@@ -131,3 +132,39 @@ def _kernel_object(layout: Type) -> str | None:
             return layout.name
         return next((found for field in layout.fields if (found := _kernel_object(field.type))), None)
     return None
+
+
+class SectionWay(msgspec.Struct, frozen=True):
+    """How the variables of one section are carried: part by part; ``losses`` are all there are."""
+
+    parts: tuple[Part, ...]
+    losses: tuple[str, ...]
+    exactness: str
+
+
+def section_way(
+    section: SectionDiff, old: Mapping[str, MapSpec], new: Mapping[str, MapSpec], rules: Mapping[str, MapRules]
+) -> SectionWay:
+    """How the variables of ``section`` come from the maps ``old`` to its own among ``new``; ``rules`` are by map."""
+    name = section.diff.name
+    if section.diff.verdict in ("identical", "added", "removed"):
+        return SectionWay((), section.losses, "exact")
+    spec, own = new[name], rules.get(name, MapRules())
+    losses = list(section.losses)
+    groups: list[list[Pair]] = []
+    words = 0
+    for pair in sorted(section.pairs, key=lambda pair: pair.source):
+        alone = make_part(old[pair.source], spec, [pair], own)
+        found = obstacle(alone.old, alone.new, alone.rules)
+        if found is not None:
+            losses.append(f"{pair.new.name} starts anew: {found}")
+            continue
+        more = _words_to_merge(alone.new, alone.rules)
+        if not groups or groups[-1][0].source != pair.source or words + more > _MAX_WORDS:
+            groups.append([])
+            words = 0
+        groups[-1].append(pair)
+        words += more
+    parts = tuple(make_part(old[group[0].source], spec, group, own) for group in groups)
+    told = dict.fromkeys(_exactness(part.new, part.rules) for part in parts)
+    return SectionWay(parts, tuple(losses), "; ".join(text for text in told if text != "exact") or "exact")

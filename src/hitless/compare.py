@@ -10,11 +10,12 @@ from typing import Any
 
 import msgspec
 
-from hitless.carry import is_global, obstacle
+from hitless.carry import SectionWay, obstacle, section_way
 from hitless.errors import BundleError
 from hitless.layout.diff import Change, MapDiff, diff_maps, is_constant
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
+from hitless.layout.variables import diff_sections
 from hitless.sources import Source, read_source
 
 __all__ = ["Comparison", "Judged", "compare"]
@@ -112,24 +113,39 @@ def compare(old: str, new: str, allow_loss: Collection[str] = ()) -> Comparison:
             raise BundleError(f"--allow-loss {name}: neither side has such a map; there are: {known}", map=name)
     diffs = diff_maps(list(was.values()), list(now.values()), after.rules)
     worst = max((diff.verdict for diff in diffs), key=_ORDER.index, default="identical")
-    judged = tuple(_judge(diff, was, now, after.rules.get(diff.name, MapRules()), allow_loss) for diff in diffs)
+    sections = {
+        item.diff.name: section_way(item, was, now, after.rules)
+        for item in diff_sections(was.values(), now.values(), after.rules)
+    }
+    judged = tuple(
+        _judge(diff, was, now, after.rules.get(diff.name, MapRules()), allow_loss, sections.get(diff.name))
+        for diff in diffs
+    )
     return Comparison(before, after, worst, judged)
 
 
 def _judge(
-    diff: MapDiff, was: Mapping[str, MapSpec], now: Mapping[str, MapSpec], rules: MapRules, allow_loss: Collection[str]
+    diff: MapDiff,
+    was: Mapping[str, MapSpec],
+    now: Mapping[str, MapSpec],
+    rules: MapRules,
+    allow_loss: Collection[str],
+    section: SectionWay | None,
 ) -> Judged:
     before = None if diff.verdict == "added" else was[diff.was or diff.name]
     after = None if diff.verdict == "removed" else now[diff.name]
     allowed = rules.on_loss == "discard" or diff.name in allow_loss or diff.was in allow_loss
     losses: tuple[str, ...] = ()
     note, whole = None, diff.verdict in _GONE
+    if section is not None:
+        whole = bool(section.losses) and not section.parts
+        return Judged(diff, before, after, section.losses, whole, allowed)
     constant = is_constant(before or after or now[diff.name])
     if diff.verdict == "identical" and before is not None and not constant:
         note = _not_kept(before)
     elif before is not None and after is not None and diff.verdict in ("lossless", "lossy") and not constant:
         losses = tuple(_phrases(diff.changes)) if diff.verdict == "lossy" else ()
-        missing = _NO_GLOBALS if is_global(diff.name) else obstacle(before, after, rules)
+        missing = obstacle(before, after, rules)
         if missing is not None:
             losses, whole = (f"all entries: {missing}", *losses), True
     elif diff.verdict == "removed" and not constant:
@@ -140,12 +156,7 @@ def _judge(
     return Judged(diff, before, after, losses, whole and bool(losses), allowed, note)
 
 
-_NO_GLOBALS = "carrying global data is not supported yet"
-
-
 def _not_kept(spec: MapSpec) -> str | None:
-    if is_global(spec.name):
-        return f"every release starts with its own: {_NO_GLOBALS}"
     if spec.type == "prog_array":
         return "slots that the new object does not fill itself start empty"
     return None

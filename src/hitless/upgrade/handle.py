@@ -20,7 +20,7 @@ from hitless.layout.model import MapSpec, Type
 from hitless.upgrade.carrier import Carrier
 from hitless.upgrade.copy import Carriage
 from hitless.upgrade.merge import merge_entry, merge_round
-from hitless.upgrade.record import read_record
+from hitless.upgrade.record import map_pin, read_record
 
 __all__ = ["Access", "MapHandle", "Staged"]
 
@@ -124,7 +124,7 @@ class MapHandle:
                     )
                 yield staged.maps[self._name], staged.specs[self._name], carrier
                 return
-            path = access.root / "maps" / self._name
+            path = map_pin(access.root / "current", self._name)
             if not path.exists():
                 known = (access.root / "maps").iterdir() if (access.root / "maps").exists() else ()
                 raise self._absent(path.name for path in known)

@@ -1,6 +1,6 @@
 """A node: what is live under a pin root, read from the kernel and never assumed.
 
-    root/current/      the running generation: maps/ progs/ and its record
+    root/current/      the running generation: maps/ data/ progs/ and its record
     root/maps, progs   symbolic links into current/: the paths that other programs open
     root/links/        the bpf_links, updated in place
     root/next/         the generation being built; there during an upgrade only
@@ -29,14 +29,14 @@ from hitless.kernel.programs import Program
 from hitless.layout.model import MapSpec
 from hitless.upgrade.handle import Access, MapHandle
 from hitless.upgrade.model import Generation, LiveMap, NodeState
-from hitless.upgrade.record import read_record
+from hitless.upgrade.record import map_pin, read_record
 
 __all__ = ["Node"]
 
 _DIRECTORIES = ("current", "next", "previous", "links")
 _PUBLIC = ("maps", "progs")
 _LOOK_SECONDS = 5.0
-_SUBDIRECTORIES = ("maps", "progs", "base", "back")
+_SUBDIRECTORIES = ("maps", "data", "progs", "base", "back")
 
 
 class Node:
@@ -196,7 +196,7 @@ def _generation(directory: Path) -> Generation:
     record = read_record(directory / "record")
     maps = {}
     for name, declared in record.maps.items():
-        path = directory / "maps" / name
+        path = map_pin(directory, name)
         if not path.exists():
             raise NodeError(
                 f"{path} is missing: the record of generation {record.generation} has it, so the pin was removed by "
@@ -205,8 +205,9 @@ def _generation(directory: Path) -> Generation:
             )
         with Map.open(path) as pinned:
             maps[name] = _live(pinned, name, declared)
-    for path in _children(directory / "maps"):
-        if path.name not in maps:
+    pins = {map_pin(directory, name) for name in maps}
+    for path in (*_children(directory / "maps"), *_children(directory / "data")):
+        if path not in pins:
             raise NodeError(f"{path} is not in the record: another program pinned it; remove it", path=str(path))
     programs = {}
     for path in _children(directory / "progs"):
@@ -231,6 +232,7 @@ def _live(pinned: Map, name: str, declared: MapSpec) -> LiveMap:
         return LiveMap(pinned.info, seen, "kernel" if typed else "none")
     spec = msgspec.structs.replace(
         declared,
+        name=name,  # of one object's .bss its name for the whole release
         max_entries=seen.max_entries if declared.max_entries else 0,  # 0 lets the kernel decide
         flags=seen.flags,
         key=seen.key or declared.key,

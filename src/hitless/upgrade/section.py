@@ -1,0 +1,135 @@
+"""Carrying the variables of one section of global data, which may come from several maps of the running release.
+
+A section is a map of one entry, so the carrier of entries does the work, once for each source: it converts and merges
+just the variables that come from there. What it cannot know is that the entry has other bytes. The copy of each source
+writes a whole value; here the variables of all are put together with what the new object says of the rest. No program
+runs on the new map while that is done.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from hitless.kernel.maps import Map
+from hitless.layout.conversion import Conversion
+from hitless.layout.variables import Part
+from hitless.upgrade.carrier import Carrier, Passage, Tally
+from hitless.upgrade.copy import carry_entries
+
+__all__ = ["SectionCarrier", "carry_section"]
+
+Bits = npt.NDArray[np.uint8]
+
+_KEY = bytes(4)
+_NOT_IN_KERNEL_NAMES = re.compile(r"[^A-Za-z0-9_.]")
+
+
+class SectionCarrier:
+    """The carrier of one section: a carrier of entries for each of its ``parts``, and the bits that are its own."""
+
+    def __init__(self, name: str, target: Map, parts: Sequence[Carrier], masks: Sequence[Bits]) -> None:
+        self._name = name
+        self._target = target
+        self._parts = parts
+        self._masks = masks
+        self._tally = Tally()
+
+    @property
+    def name(self) -> str:
+        """See :class:`Carrier`."""
+        return self._name
+
+    @property
+    def tally(self) -> Tally:
+        """The parts' counts; a section is one entry."""
+        counts = [part.tally for part in self._parts]
+        self._tally.entries = max(count.entries for count in counts)
+        self._tally.copied = max(count.copied for count in counts)
+        self._tally.rounds = max(count.rounds for count in counts)
+        self._tally.caught_up = sum(count.caught_up for count in counts)
+        self._tally.lost = {path: number for count in counts for path, number in count.lost.items()}
+        return self._tally
+
+    def copy(self, progress: Callable[[int], None]) -> None:
+        """See :class:`Carrier`."""
+        value = self._value()  # what the new object says, as libbpf put it there
+        for part, mask in zip(self._parts, self._masks, strict=True):
+            part.copy(progress)
+            value = value & ~mask | self._value() & mask
+        self._target.update(_KEY, value.tobytes())
+
+    def verify(self) -> None:
+        """See :class:`Carrier`."""
+        for part in self._parts:
+            part.verify()
+
+    def catch_up(self, last: bool = False) -> int:
+        """See :class:`Carrier`."""
+        return sum(part.catch_up(last) for part in self._parts)
+
+    def turned(self, pin: Path, fresh: bool) -> Carrier:
+        """See :class:`Carrier`."""
+        if fresh:
+            pin.mkdir()
+        backs = [part.turned(pin / str(index), fresh) for index, part in enumerate(self._parts)]
+        return SectionCarrier(self._name, self._target, backs, self._masks)
+
+    def _value(self) -> Bits:
+        found = self._target.lookup(_KEY)
+        assert found is not None  # an array has all its entries
+        return np.frombuffer(found, np.uint8)
+
+
+def carry_section(
+    name: str,
+    target: Map,
+    parts: Sequence[Part],
+    opened: Callable[[str], Map],
+    pin: Path,
+    fresh: bool,
+    lossy_allowed: bool,
+    writing: threading.RLock,
+) -> Carrier:
+    """The carrier of section ``name``, whose new map is ``target``; ``opened`` gives a map of the running release.
+
+    The rest is as in :class:`Passage`. Raises KernelError if the verifier refuses a merge program.
+    """
+    if fresh:
+        pin.mkdir()
+    carriers = []
+    masks = []
+    for index, part in enumerate(parts):
+        assert part.diff.value is not None  # a part is its conversion
+        masks.append(_written(part.diff.value))
+        carriers.append(
+            carry_entries(
+                Passage(
+                    name=_NOT_IN_KERNEL_NAMES.sub("_", name),  # the kernel gets to see it
+                    source=opened(part.source),
+                    target=target,
+                    old=part.old,
+                    new=part.new,
+                    diff=msgspec.structs.replace(part.diff, key=None),
+                    rules=part.rules,
+                    pin=pin / str(index),
+                    fresh=fresh,
+                    lossy_allowed=lossy_allowed,
+                    writing=writing,
+                )
+            )
+        )
+    return SectionCarrier(name, target, carriers, masks)
+
+
+def _written(conversion: Conversion) -> Bits:
+    """The bits of a new value that the conversion writes, whatever the old value is."""
+    nothing = np.zeros((1, conversion.old_size), np.uint8)
+    ones = np.full((1, conversion.new_size), 0xFF, np.uint8)
+    return np.asarray(~(conversion.apply(nothing).records ^ conversion.apply(nothing, ones).records)[0])
