@@ -26,6 +26,7 @@ _ITERATED = ("hash", "lru_hash")
 _ITERATE_HASH = "iter/bpf_map_elem"  # the feature's name in kernel/features.py, which this pure module cannot import
 _MAX_REACH = 32_000  # bytes: an instruction reaches 32767 from a pointer
 _MAX_WORDS = 2000  # what surely fits one merge program: its jumps reach 32767 instructions
+_MAX_BYTES = 16000  # of two values side by side every byte can be reached by an instruction: up to 32767
 
 
 def is_global(name: str) -> bool:
@@ -111,6 +112,8 @@ def obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
             return "its flags bar programs from it (BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG), and the merge is one"
         if spec.value is not None and (found := _kernel_object(spec.value)):
             return f"its value holds a {found}, and converting such maps is not supported yet"
+    if new.value_size > _MAX_BYTES:
+        return f"its value has {new.value_size} bytes, and merging more than {_MAX_BYTES} is not supported yet"
     if (words := _words_to_merge(new, rules)) > _MAX_WORDS:
         return f"its value takes {words} steps to merge, and more than {_MAX_WORDS} are not supported yet"
     return None

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from hitless.carry import is_global
 from hitless.errors import BusyError, HitlessError, NodeError
 from hitless.kernel.bpffs import require_bpffs
 from hitless.kernel.links import Link
@@ -227,7 +228,7 @@ def _generation(directory: Path) -> Generation:
 def _live(pinned: Map, name: str, declared: MapSpec) -> LiveMap:
     """The kernel's word first; the record's for what the kernel does not tell (inner maps, tags, lost BTF)."""
     seen = pinned.spec(name)
-    typed = seen.key is not None and seen.value is not None
+    typed = seen.value is not None and (seen.key is not None or is_global(name))  # whose key has no type
     if (seen.type, seen.key_size, seen.value_size) != (declared.type, declared.key_size, declared.value_size):
         return LiveMap(pinned.info, seen, "kernel" if typed else "none")
     spec = msgspec.structs.replace(
