@@ -29,9 +29,10 @@ _GONE = ("removed", "needs-converter", "not-carried", "unknown")
 class Judged(msgspec.Struct, frozen=True):
     """One map: how it differs, both its definitions, and what an upgrade would lose of it.
 
-    ``old`` is None for an added map, ``new`` for a removed one. ``losses`` is empty if all its state survives;
-    ``whole`` says that the loss is every entry. ``allowed`` says that somebody accepted that, by an option or by
-    ``on_loss = "discard"``. ``note`` is what this version cannot keep though the layout did not change.
+    ``old`` is None for an added map, and for a section whose variables were all in others; ``new`` for a removed one.
+    ``losses`` is empty if all its state survives; ``whole`` says that the loss is every entry. ``allowed`` says that
+    somebody accepted that, by an option or by ``on_loss = "discard"``. ``note`` is what this version cannot keep though
+    the layout did not change.
     """
 
     diff: MapDiff
@@ -132,7 +133,7 @@ def _judge(
     allow_loss: Collection[str],
     section: SectionWay | None,
 ) -> Judged:
-    before = None if diff.verdict == "added" else was[diff.was or diff.name]
+    before = None if diff.verdict == "added" else was.get(diff.was or diff.name)
     after = None if diff.verdict == "removed" else now[diff.name]
     allowed = rules.on_loss == "discard" or diff.name in allow_loss or diff.was in allow_loss
     losses: tuple[str, ...] = ()

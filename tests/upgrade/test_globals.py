@@ -19,6 +19,7 @@ from hitless.compare import compare
 from hitless.kernel.bpffs import remove_tree
 from hitless.kernel.maps import Map
 from hitless.upgrade.record import map_pin, read_record, write_record
+from hitless.upgrade.section import SectionCarrier
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.releases import ATTACH, compile_object, write_release
@@ -49,7 +50,7 @@ struct seen per_port[2];
 __u64 level = 7;
 """ + COUNT.replace("TOTAL", "tries") + END
 
-# `tries` has another name, is wider and has an initialiser, so that it is in .data; new variables are before the others.
+# `tries` has another name, is wider and has an initialiser, which brings it into .data; new variables come first.
 SECOND = SPARE + """
 struct seen { __u64 since; __u64 count TAG("merge=sum"); };
 __u64 begun;
@@ -122,6 +123,19 @@ def test_counters_are_exact_while_they_are_moved_widened_and_renamed_back_and_fo
     assert counted(node) == expected(tries)
 
 
+def test_without_the_catch_up_increments_are_lost(
+    node: hitless.Node, make: Make, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SectionCarrier, "catch_up", lambda carrier, last=False: 0)
+    one, two = make("1", FIRST), make("2", SECOND)
+    hitless.apply(node, one)
+    with clients(lab) as tries:
+        for _ in range(10):
+            hitless.apply(node, two, allow_loss=THERE)
+            hitless.apply(node, one, allow_loss=BACK)
+    assert counted(node)[0] < sum(tries.values())
+
+
 def test_a_variable_keeps_its_value_and_a_new_one_starts_with_that_of_the_object(
     node: hitless.Node, make: Make
 ) -> None:
@@ -152,13 +166,18 @@ def test_sections_that_did_not_change_are_kept_as_they_are(node: hitless.Node, p
     assert variables(node, "store.data.far") == {"far": 10}
 
 
-def test_one_section_may_come_from_several_and_feed_several(node: hitless.Node, plain: Make) -> None:
+def test_one_section_may_come_from_several_and_feed_several(
+    node: hitless.Node, plain: Make, tmp_path: Path
+) -> None:
     hitless.apply(node, plain("1", '__u64 a, b; __u64 c = 3; __u64 d SEC(".data.far") = 4; __u64 e SEC(".bss.far");'))
     for name, value in (
         (".bss", {"a": 11, "b": 12}), (".data", {"c": 13}), (".data.far", {"d": 14}), (".bss.far", {"e": 15}),
     ):  # fmt: skip
         node.map(f"store{name}")[0] = value
-    two = plain("2", '__u64 n = 1; __u64 a; __u32 d; __u64 b = 2; __u64 c SEC(".data.far") = 4; __u64 e SEC(".data.x");')
+    text = '__u64 n = 1; __u64 a; __u32 d; __u64 b = 2; __u64 c SEC(".data.far") = 4; __u64 e SEC(".data.x");'
+    two = plain("2", text)
+    survives = compare(str(tmp_path / "1"), str(tmp_path / "2"), ["store.bss"])
+    assert [item.name for item in survives.maps if item.losses] == ["store.bss"]
     assert hitless.plan(node, two, ["store.bss"]).blocked == ()
     hitless.apply(node, two, allow_loss=["store.bss"])  # d may not fit
     assert variables(node, "store.bss") == {"a": 11, "d": 14}
@@ -349,7 +368,8 @@ def test_status_and_the_pins_tell_of_every_section(node: hitless.Node, plain: Ma
     shown = {entry.name: (entry.type, entry.entries, entry.layout) for entry in status(node).maps}
     assert {name for name in shown if "." in name} == {"store.bss", "store.data", "store.rodata"}
     assert shown["store.bss"] == ("array", None, "kernel")
-    assert sorted(path.name for path in (node.current / "data").iterdir()) == ["store:bss", "store:data", "store:rodata"]
+    pins = [path.name for path in (node.current / "data").iterdir()]
+    assert sorted(pins) == ["store:bss", "store:data", "store:rodata"]
     (node.current / "data" / "store:bss").unlink()
     with pytest.raises(hitless.NodeError, match="store:bss is missing"):
         status(node)

@@ -4,7 +4,10 @@
 section too: a variable that gets an initialiser goes from ``.bss`` to ``.data``. So variables match one by one: by a
 rule's ``was`` or a ``hitless:was`` tag, by name within an object, and by name from one object to another where only
 one variable on each side is called so. One that matches none starts with what the new object says, as all do when a
-release starts. ``.rodata`` belongs to the release and ``.kconfig`` to the kernel: these are compared as they stand.
+release starts.
+
+``.rodata`` belongs to the release and ``.kconfig`` to the kernel: these are compared as they stand, and never carried.
+They are frozen once programs are loaded, and the verifier has taken their values for granted.
 
 A rule's ``was`` names a variable of the same object, or of any section with that in front: ``other.bss.total``. The
 ``was`` of a section itself names the old section, or the array of one entry, whose fields its variables were.
@@ -274,8 +277,9 @@ def _section(
             changes.append(_added(one, dropped))
             continue
         found, kept_back = _compared(before[other.map], other.field, new, one.field, rules)
-        if other.map != was:
+        if other.map != was:  # then its offset was another by chance
             changes.append(Change(one.field.name, "moved", other.map, new.name))
+            found = tuple(change for change in found if (change.path, change.kind) != (one.field.name, "moved"))
         changes += found
         kernels += kept_back
         owned = isinstance(one.field.type, Record) and one.field.type.name in SPECIAL
