@@ -11,7 +11,7 @@ from hitless.layout.conversion import leaves
 from hitless.layout.diff import diff_map
 from hitless.layout.members import SPECIAL, lock_offset
 from hitless.layout.model import Array, MapSpec, Record, Type
-from hitless.layout.rules import MapRules
+from hitless.layout.rules import FieldRule, MapRules
 from hitless.layout.variables import Pair, Part, SectionDiff, make_part
 
 __all__ = ["KINDS", "SectionWay", "Way", "is_global", "obstacle", "section_way", "way"]
@@ -26,7 +26,7 @@ _ITERATED = ("hash", "lru_hash")
 _ITERATE_HASH = "iter/bpf_map_elem"  # the feature's name in kernel/features.py, which this pure module cannot import
 _MAX_REACH = 32_000  # bytes: an instruction reaches 32767 from a pointer
 _MAX_WORDS = 2000  # what surely fits one merge program: its jumps reach 32767 instructions
-_MAX_BYTES = 16000  # of two values side by side every byte can be reached by an instruction: up to 32767
+_MAX_BYTES = 16000  # so that an instruction reaches every byte of two values side by side: up to 32767
 
 
 def is_global(name: str) -> bool:
@@ -112,8 +112,8 @@ def obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
             return "its flags bar programs from it (BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG), and the merge is one"
         if spec.value is not None and (found := _kernel_object(spec.value)):
             return f"its value holds a {found}, and converting such maps is not supported yet"
-    if new.value_size > _MAX_BYTES:
-        return f"its value has {new.value_size} bytes, and merging more than {_MAX_BYTES} is not supported yet"
+    if (size := max(old.value_size, new.value_size)) > _MAX_BYTES:
+        return f"its value has {size} bytes, and merging more than {_MAX_BYTES} is not supported yet"
     if (words := _words_to_merge(new, rules)) > _MAX_WORDS:
         return f"its value takes {words} steps to merge, and more than {_MAX_WORDS} are not supported yet"
     return None
@@ -168,6 +168,26 @@ def section_way(
             words = 0
         groups[-1].append(pair)
         words += more
-    parts = tuple(make_part(old[group[0].source], spec, group, own) for group in groups)
+    parts = tuple(_untouched_kept(make_part(old[group[0].source], spec, group, own)) for group in groups)
     told = dict.fromkeys(_exactness(part.new, part.rules) for part in parts)
     return SectionWay(parts, tuple(losses), "; ".join(text for text in told if text != "exact") or "exact")
+
+
+def _untouched_kept(part: Part) -> Part:
+    """The same part, with a merge that leaves alone what no move reaches: its ``min`` with nothing would be 0.
+
+    That is a field new inside a variable, which starts as the new object says, and on the way back one that was
+    dropped.
+    """
+    value = part.diff.value
+    assert value is not None and part.old.value is not None and part.new.value is not None  # a part is its conversion
+    back = MapRules(fields={rule.was or path: FieldRule(merge=rule.merge) for path, rule in part.rules.fields.items()})
+    fields = dict(part.rules.fields)
+    for layout, rules, reached in (
+        (part.new.value, part.rules, value.written()),
+        (part.old.value, back, value.inverse().written()),
+    ):
+        for leaf in leaves(layout, rules):
+            if leaf.merge != "keep" and not any(reached[leaf.offset : leaf.offset + leaf.size]):
+                fields[leaf.path] = FieldRule(merge="keep")
+    return msgspec.structs.replace(part, rules=MapRules(fields=fields))

@@ -9,7 +9,6 @@ runs on the new map while that is done.
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,7 +18,6 @@ import numpy.typing as npt
 
 from hitless.kernel.maps import Map
 from hitless.layout.conversion import Conversion
-from hitless.layout.variables import Part
 from hitless.upgrade.carrier import Carrier, Passage, Tally
 from hitless.upgrade.copy import carry_entries
 
@@ -54,6 +52,7 @@ class SectionCarrier:
         self._tally.copied = max(count.copied for count in counts)
         self._tally.rounds = max(count.rounds for count in counts)
         self._tally.caught_up = sum(count.caught_up for count in counts)
+        self._tally.last_round = sum(count.last_round for count in counts)
         self._tally.lost = {path: number for count in counts for path, number in count.lost.items()}
         return self._tally
 
@@ -87,45 +86,17 @@ class SectionCarrier:
         return np.frombuffer(found, np.uint8)
 
 
-def carry_section(
-    name: str,
-    target: Map,
-    parts: Sequence[Part],
-    opened: Callable[[str], Map],
-    pin: Path,
-    fresh: bool,
-    lossy_allowed: bool,
-    writing: threading.RLock,
-) -> Carrier:
-    """The carrier of section ``name``, whose new map is ``target``; ``opened`` gives a map of the running release.
+def carry_section(name: str, passages: Sequence[Passage]) -> SectionCarrier:
+    """The carrier of section ``name``; ``passages``, one for each source, go to one map and pin below one directory.
 
-    The rest is as in :class:`Passage`. Raises KernelError if the verifier refuses a merge program.
+    Raises KernelError if the verifier refuses a merge program.
     """
-    if fresh:
-        pin.mkdir()
-    carriers = []
-    masks = []
-    for index, part in enumerate(parts):
-        assert part.diff.value is not None  # a part is its conversion
-        masks.append(_written(part.diff.value))
-        carriers.append(
-            carry_entries(
-                Passage(
-                    name=_NOT_IN_KERNEL_NAMES.sub("_", name),  # the kernel gets to see it
-                    source=opened(part.source),
-                    target=target,
-                    old=part.old,
-                    new=part.new,
-                    diff=msgspec.structs.replace(part.diff, key=None),
-                    rules=part.rules,
-                    pin=pin / str(index),
-                    fresh=fresh,
-                    lossy_allowed=lossy_allowed,
-                    writing=writing,
-                )
-            )
-        )
-    return SectionCarrier(name, target, carriers, masks)
+    if passages[0].fresh:
+        passages[0].pin.parent.mkdir()
+    in_kernel = _NOT_IN_KERNEL_NAMES.sub("_", name)
+    parts = [carry_entries(msgspec.structs.replace(passage, name=in_kernel)) for passage in passages]
+    masks = [_written(passage.diff.value) for passage in passages if passage.diff.value is not None]
+    return SectionCarrier(name, passages[0].target, parts, masks)
 
 
 def _written(conversion: Conversion) -> Bits:

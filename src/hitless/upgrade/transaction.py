@@ -140,7 +140,7 @@ def _plan_first(node: Node, bundle: Bundle, allow_loss: Collection[str]) -> None
 def _refuse_overfull(node: Node, state: NodeState, bundle: Bundle, decided: Plan) -> None:
     """A smaller map must have room for what is there now; one that evicts makes room by itself."""
     for entry in decided.maps:
-        if entry.action != "convert" or state.current is None:
+        if entry.action != "convert" or state.current is None or is_global(entry.name):
             continue
         was, room = entry.was or entry.name, bundle.maps[entry.name].max_entries
         if room >= state.current.maps[was].info.max_entries or "hash" not in bundle.maps[entry.name].type:
@@ -399,16 +399,24 @@ class _Upgrade:
         old = {name: live.spec for name, live in self._current.maps.items()}
         new = {name: msgspec.structs.replace(spec, name=name) for name, spec in specs.items()}
         (section,) = (item for item in diff_sections(old.values(), new.values(), rules) if item.diff.name == entry.name)
-        return carry_section(
-            entry.name,
-            self._maps[entry.name],
-            section_way(section, old, new, rules).parts,
-            lambda name: Map.open(map_pin(self._node.current, name)),
-            self._node.next / "base" / pin_name(entry.name),
-            fresh,
-            entry.allowed,
-            self._node.access.writing,
-        )
+        passages = [
+            Passage(
+                name=entry.name,
+                source=Map.open(map_pin(self._node.current, part.source)),
+                target=self._maps[entry.name],
+                old=part.old,
+                new=part.new,
+                diff=part.diff,
+                rules=part.rules,
+                pin=self._node.next / "base" / pin_name(entry.name) / str(index),
+                fresh=fresh,
+                lossy_allowed=entry.allowed,
+                writing=self._node.access.writing,
+                pace=self._pace,
+            )
+            for index, part in enumerate(section_way(section, old, new, rules).parts)
+        ]
+        return carry_section(entry.name, passages)
 
     def _copy(self, carrier: Carrier) -> None:
         started = time.perf_counter()
