@@ -112,10 +112,10 @@ def obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
             return "its flags bar programs from it (BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG), and the merge is one"
         if spec.value is not None and (found := _kernel_object(spec.value)):
             return f"its value holds a {found}, and converting such maps is not supported yet"
-    if (size := max(old.value_size, new.value_size)) > _MAX_BYTES:
-        return f"its value has {size} bytes, and merging more than {_MAX_BYTES} is not supported yet"
     if (words := _words_to_merge(new, rules)) > _MAX_WORDS:
         return f"its value takes {words} steps to merge, and more than {_MAX_WORDS} are not supported yet"
+    if (size := max(old.value_size, new.value_size)) > _MAX_BYTES:
+        return f"its value has {size} bytes, and merging more than {_MAX_BYTES} is not supported yet"
     return None
 
 
@@ -160,6 +160,7 @@ def section_way(
         alone = make_part(old[pair.source], spec, [pair], own)
         found = obstacle(alone.old, alone.new, alone.rules)
         if found is not None:
+            found = found.replace("its value has", "its section has")  # the whole is too large
             losses.append(f"{pair.new.name} starts anew: {found}")
             continue
         more = _words_to_merge(alone.new, alone.rules)

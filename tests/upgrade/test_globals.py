@@ -268,7 +268,7 @@ def test_a_section_too_large_to_merge_is_a_loss_and_kept_if_it_did_not_change(no
     hitless.apply(node, plain("2", "__u64 kept; __u64 scratch[4096]; __u64 more = 1;"))
     assert variables(node, "store.bss")["kept"] == 1
     for version, text in (("3", "__u64 kept, first; __u64 scratch[4096];"), ("4", "__u64 kept;")):
-        with pytest.raises(hitless.LossNotAllowedError, match="kept starts anew: its value has 327[78]. bytes"):
+        with pytest.raises(hitless.LossNotAllowedError, match=r"kept starts anew: its section has 327\d\d bytes"):
             hitless.apply(node, plain(version, text))
 
 
