@@ -26,7 +26,6 @@ _ITERATED = ("hash", "lru_hash")
 _ITERATE_HASH = "iter/bpf_map_elem"  # the feature's name in kernel/features.py, which this pure module cannot import
 _MAX_REACH = 32_000  # bytes: an instruction reaches 32767 from a pointer
 _MAX_WORDS = 2000  # what surely fits one merge program: its jumps reach 32767 instructions
-_MAX_BYTES = 16000  # so that an instruction reaches every byte of two values side by side: up to 32767
 
 
 def is_global(name: str) -> bool:
@@ -104,7 +103,7 @@ def obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
         return f"from a map of type {old.type} to {new.type} is not supported yet"
     if new.type not in KINDS:
         return f"converting maps of type {new.type} is not supported yet"
-    reach = 2 * new.key_size + 2 * new.value_size + old.key_size
+    reach = max(2 * new.key_size + 2 * new.value_size + old.key_size, old.value_size)
     if reach > _MAX_REACH:
         return f"its keys and values take {reach} bytes in a merge, and more than {_MAX_REACH} are not supported yet"
     for spec in (old, new):
@@ -114,8 +113,6 @@ def obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
             return f"its value holds a {found}, and converting such maps is not supported yet"
     if (words := _words_to_merge(new, rules)) > _MAX_WORDS:
         return f"its value takes {words} steps to merge, and more than {_MAX_WORDS} are not supported yet"
-    if (size := max(old.value_size, new.value_size)) > _MAX_BYTES:
-        return f"its value has {size} bytes, and merging more than {_MAX_BYTES} is not supported yet"
     return None
 
 
@@ -160,7 +157,6 @@ def section_way(
         alone = make_part(old[pair.source], spec, [pair], own)
         found = obstacle(alone.old, alone.new, alone.rules)
         if found is not None:
-            found = found.replace("its value has", "its section has")  # the whole is too large
             losses.append(f"{pair.new.name} starts anew: {found}")
             continue
         more = _words_to_merge(alone.new, alone.rules)

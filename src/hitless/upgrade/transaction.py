@@ -440,8 +440,8 @@ class _Upgrade:
     def _verify_pins(self) -> None:
         """The maps under both generations' paths are still those that were seen and made, not somebody else's."""
         seen = self._current.maps if self._current is not None else {}
-        expected = {self._node.current / "maps" / name: live.info.id for name, live in seen.items()}
-        expected |= {self._node.next / "maps" / name: held.info.id for name, held in self._maps.items()}
+        expected = {map_pin(self._node.current, name): live.info.id for name, live in seen.items()}
+        expected |= {map_pin(self._node.next, name): held.info.id for name, held in self._maps.items()}
         for path, wanted in expected.items():
             if not path.exists():
                 raise VerifyError(
