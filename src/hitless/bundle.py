@@ -116,6 +116,13 @@ def unite_maps(objects: Iterable[ObjectSpec]) -> dict[str, MapSpec]:
     for item in objects:
         for spec in item.maps:
             name = f"{item.name}{spec.name}" if spec.name.startswith(".") else spec.name
+            if name != spec.name and name in united:
+                raise LayoutError(
+                    f"section {spec.name} of {item.name} would be called {name}, as one of {origin[name]} is: give one "
+                    "object another name",
+                    map=name,
+                    objects=[origin[name], item.name],
+                )
             known = united.setdefault(name, spec)
             wrong = differences(known, spec) if known != spec else []
             if wrong:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import msgspec
 
@@ -11,9 +11,13 @@ from hitless.layout.conversion import leaves
 from hitless.layout.diff import Change, MapDiff, diff_map
 from hitless.layout.members import SPECIAL, lock_offset
 from hitless.layout.model import Array, MapSpec, Record, Type
-from hitless.layout.rules import MapRules
+from hitless.layout.rules import FieldRule, MapRules
+from hitless.layout.variables import Pair, Part, SectionDiff, make_part
 
-__all__ = ["KINDS", "Way", "converts", "is_global", "losses", "obstacle", "refusals", "translated", "way"]
+__all__ = [
+    "KINDS", "SectionWay", "Way", "converts", "is_global", "losses", "obstacle", "refusals", "section_way",
+    "translated", "way",
+]  # fmt: skip
 
 _PROGRAMS_BARRED = 1 << 7 | 1 << 8  # BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG
 # Types of which one can become the other: (old, new).
@@ -30,7 +34,7 @@ _MAX_WORDS = 2000  # what surely fits one merge program: its jumps reach 32767 i
 
 def is_global(name: str) -> bool:
     """Whether a map of this name holds an object's global variables."""
-    return "." in name  # bpffs refuses a dot, so no other map has one
+    return "." in name  # which no C identifier has
 
 
 class Way(msgspec.Struct, frozen=True):
@@ -169,7 +173,7 @@ def obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
         return f"from a map of type {old.type} to {new.type} is not supported yet"
     if new.type not in KINDS:
         return f"converting maps of type {new.type} is not supported yet"
-    reach = 2 * new.key_size + 2 * new.value_size + old.key_size
+    reach = max(2 * new.key_size + 2 * new.value_size + old.key_size, old.value_size)
     if reach > _MAX_REACH:
         return f"its keys and values take {reach} bytes in a merge, and more than {_MAX_REACH} are not supported yet"
     for spec in (old, new):
@@ -198,3 +202,59 @@ def _kernel_object(layout: Type) -> str | None:
             return layout.name
         return next((found for field in layout.fields if (found := _kernel_object(field.type))), None)
     return None
+
+
+class SectionWay(msgspec.Struct, frozen=True):
+    """How the variables of one section are carried: part by part; ``losses`` are all there are."""
+
+    parts: tuple[Part, ...]
+    losses: tuple[str, ...]
+    exactness: str
+
+
+def section_way(
+    section: SectionDiff, old: Mapping[str, MapSpec], new: Mapping[str, MapSpec], rules: Mapping[str, MapRules]
+) -> SectionWay:
+    """How the variables of ``section`` come from the maps ``old`` to its own among ``new``; ``rules`` are by map."""
+    name = section.diff.name
+    if section.diff.verdict in ("identical", "added", "removed"):
+        return SectionWay((), section.losses, "exact")
+    spec, own = new[name], rules.get(name, MapRules())
+    losses = list(section.losses)
+    groups: list[list[Pair]] = []
+    words = 0
+    for pair in sorted(section.pairs, key=lambda pair: pair.source):
+        alone = make_part(old[pair.source], spec, [pair], own)
+        found = obstacle(alone.old, alone.new, alone.rules)
+        if found is not None:
+            losses.append(f"{pair.new.name} starts anew: {found}")
+            continue
+        more = _words_to_merge(alone.new, alone.rules)
+        if not groups or groups[-1][0].source != pair.source or words + more > _MAX_WORDS:
+            groups.append([])
+            words = 0
+        groups[-1].append(pair)
+        words += more
+    parts = tuple(_untouched_kept(make_part(old[group[0].source], spec, group, own)) for group in groups)
+    told = dict.fromkeys(_exactness(part.new, part.rules) for part in parts)
+    return SectionWay(parts, tuple(losses), "; ".join(text for text in told if text != "exact") or "exact")
+
+
+def _untouched_kept(part: Part) -> Part:
+    """The same part, with a merge that leaves alone what no move reaches: its ``min`` with nothing would be 0.
+
+    That is a field new inside a variable, which starts as the new object says, and on the way back one that was
+    dropped.
+    """
+    value = part.diff.value
+    assert value is not None and part.old.value is not None and part.new.value is not None  # a part is its conversion
+    back = MapRules(fields={rule.was or path: FieldRule(merge=rule.merge) for path, rule in part.rules.fields.items()})
+    fields = dict(part.rules.fields)
+    for layout, rules, reached in (
+        (part.new.value, part.rules, value.written()),
+        (part.old.value, back, value.inverse().written()),
+    ):
+        for leaf in leaves(layout, rules):
+            if leaf.merge != "keep" and not any(reached[leaf.offset : leaf.offset + leaf.size]):
+                fields[leaf.path] = FieldRule(merge="keep")
+    return msgspec.structs.replace(part, rules=MapRules(fields=fields))

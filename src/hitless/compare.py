@@ -10,12 +10,13 @@ from typing import Any
 
 import msgspec
 
-from hitless.carry import converts, is_global, losses, obstacle, refusals
+from hitless.carry import SectionWay, converts, losses, obstacle, refusals, section_way
 from hitless.errors import BundleError
 from hitless.groups import group_of, torn
 from hitless.layout.diff import Change, MapDiff, diff_maps, is_constant
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
+from hitless.layout.variables import diff_sections
 from hitless.sources import Source, read_source
 
 __all__ = ["Comparison", "Judged", "compare"]
@@ -29,9 +30,10 @@ _GONE = ("removed", "needs-converter", "not-carried", "unknown")
 class Judged(msgspec.Struct, frozen=True):
     """One map: how it differs, both its definitions, and what an upgrade would lose of it.
 
-    ``old`` is None for an added map, ``new`` for a removed one. ``losses`` is empty if all its state survives;
-    ``whole`` says that the loss is every entry. ``allowed`` says that somebody accepted that, by an option or by
-    ``on_loss = "discard"``. ``note`` is what this version cannot keep though the layout did not change.
+    ``old`` is None for an added map, and for a section whose variables were all in others; ``new`` for a removed one.
+    ``losses`` is empty if all its state survives; ``whole`` says that the loss is every entry. ``allowed`` says that
+    somebody accepted that, by an option or by ``on_loss = "discard"``. ``note`` is what this version cannot keep though
+    the layout did not change.
     """
 
     diff: MapDiff
@@ -113,7 +115,14 @@ def compare(old: str, new: str, allow_loss: Collection[str] = ()) -> Comparison:
             raise BundleError(f"--allow-loss {name}: neither side has such a map; there are: {known}", map=name)
     diffs = diff_maps(list(was.values()), list(now.values()), after.rules)
     worst = max((diff.verdict for diff in diffs), key=_ORDER.index, default="identical")
-    judged = tuple(_judge(diff, was, now, after.rules.get(diff.name, MapRules()), allow_loss) for diff in diffs)
+    sections = {
+        item.diff.name: section_way(item, was, now, after.rules)
+        for item in diff_sections(was.values(), now.values(), after.rules)
+    }
+    judged = tuple(
+        _judge(diff, was, now, after.rules.get(diff.name, MapRules()), allow_loss, sections.get(diff.name))
+        for diff in diffs
+    )
     return Comparison(before, after, worst, _whole_groups(judged, after.rules))
 
 
@@ -134,12 +143,20 @@ def _whole_groups(judged: tuple[Judged, ...], rules: Mapping[str, MapRules]) -> 
 
 
 def _judge(
-    diff: MapDiff, was: Mapping[str, MapSpec], now: Mapping[str, MapSpec], rules: MapRules, allow_loss: Collection[str]
+    diff: MapDiff,
+    was: Mapping[str, MapSpec],
+    now: Mapping[str, MapSpec],
+    rules: MapRules,
+    allow_loss: Collection[str],
+    section: SectionWay | None,
 ) -> Judged:
-    before = None if diff.verdict == "added" else was[diff.was or diff.name]
+    before = None if diff.verdict == "added" else was.get(diff.was or diff.name)
     after = None if diff.verdict == "removed" else now[diff.name]
     allowed = rules.on_loss == "discard" or diff.name in allow_loss or diff.was in allow_loss
     lost: tuple[str, ...] = ()
+    if section is not None:
+        whole = bool(section.losses) and not section.parts
+        return Judged(diff, before, after, section.losses, whole, allowed)
     by_user = converts(diff, rules)
     refused = refusals(diff, after, rules) if after is not None else ()
     note, whole = None, diff.verdict in _GONE and not by_user
@@ -155,7 +172,7 @@ def _judge(
         lost = tuple(_phrases(losses(diff, rules))) if diff.verdict != "lossless" else ()
         if by_user:
             note = f"its entries are converted by {rules.convert}, which was not run"
-        missing = _NO_GLOBALS if is_global(diff.name) else obstacle(before, after, rules)
+        missing = obstacle(before, after, rules)
         if missing is not None:
             lost, whole, note = (f"all entries: {missing}", *lost), True, None
     elif diff.verdict == "removed" and not constant:
@@ -166,12 +183,7 @@ def _judge(
     return Judged(diff, before, after, lost, whole and bool(lost), allowed, note)
 
 
-_NO_GLOBALS = "carrying global data is not supported yet"
-
-
 def _not_kept(spec: MapSpec) -> str | None:
-    if is_global(spec.name):
-        return f"every release starts with its own: {_NO_GLOBALS}"
     if spec.type == "prog_array":
         return "slots that the new object does not fill itself start empty"
     return None

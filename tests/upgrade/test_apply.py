@@ -186,7 +186,7 @@ char _license[] SEC("license") = "GPL";
 def test_types_from_the_manifest_carry_a_map_that_has_only_sizes(
     node: hitless.Node, lab: Lab, tmp_path: Path
 ) -> None:
-    bound = ATTACH + '[map.limit]\nkey = "__u32"\nvalue = "limit"\n[map."store.bss"]\non_loss = "discard"\n'
+    bound = ATTACH + '[map.limit]\nkey = "__u32"\nvalue = "limit"\n'
     for version, burst in (("1", "__u16"), ("2", "__u64")):
         directory = write_release(tmp_path / version, version, BLIND.format(burst=burst), bound)
         result = hitless.apply(node, hitless.Bundle.load(directory, {"cgroup": str(lab.cgroup)}))

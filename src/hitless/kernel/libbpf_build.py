@@ -103,6 +103,7 @@ ffi.cdef(
     const char *bpf_map__name(const struct bpf_map *map);
     int bpf_map__fd(const struct bpf_map *map);
     bool bpf_map__is_internal(const struct bpf_map *map);
+    __u32 bpf_map__value_size(const struct bpf_map *map);
     int bpf_map__reuse_fd(struct bpf_map *map, int fd);
     int bpf_map__set_pin_path(struct bpf_map *map, const char *path);
     const char *bpf_program__name(const struct bpf_program *prog);

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
-from hitless.errors import KernelError, NodeError
+from hitless.errors import KernelError, NodeError, UnsupportedError
 from hitless.kernel.libbpf import Object, check, ffi, lib, messages, options, pinned_kind
 from hitless.kernel.maps import Map
 
@@ -81,21 +81,18 @@ def load_code(kind: int, name: str, code: bytes, what: str, **fields: int) -> Pr
 
 
 class Loaded(msgspec.Struct):
-    """An object's maps and programs after the verifier accepted them, by their names in the object.
-
-    Global data maps (``.rodata`` and the like) are not among ``maps``: bpffs cannot hold a dot in a name, and
-    the programs hold them.
-    """
+    """An object's maps and programs after the verifier accepted them, by name."""
 
     maps: dict[str, Map]
     programs: dict[str, Program]
 
 
-def load_object(data: bytes, name: str, reuse: Mapping[str, Map]) -> Loaded:
+def load_object(data: bytes, name: str, reuse: Mapping[str, Map], sections: Mapping[str, int]) -> Loaded:
     """Load the ELF object ``data`` called ``name``; maps named in ``reuse`` are used, the others created.
 
-    Nothing is pinned or attached. Raises KernelError whose message ends in the verifier's last words and whose
-    fact ``log`` is all that libbpf and the verifier printed.
+    ``sections`` are the maps of its global data in the order of the object: their names, as in ``reuse``, and sizes in
+    bytes. Nothing is pinned or attached. Raises KernelError whose message ends in the verifier's last words and whose
+    fact ``log`` is all that libbpf and the verifier printed, UnsupportedError for sections that only libbpf knows.
     """
     label = ffi.new("char[]", name.encode())
     with messages() as heard:
@@ -105,14 +102,16 @@ def load_object(data: bytes, name: str, reuse: Mapping[str, Map]) -> Loaded:
             _fail(-ffi.errno, "opening", name, heard)
         try:
             maps = {}
+            data_maps = iter(sections.items())
             entry = lib().bpf_object__next_map(handle, ffi.NULL)
             while entry:
-                if not lib().bpf_map__is_internal(entry):
-                    title = ffi.string(lib().bpf_map__name(entry)).decode()
-                    maps[title] = entry
-                    check(lib().bpf_map__set_pin_path(entry, ffi.NULL), "bpf_map__set_pin_path", title)
-                    if title in reuse:
-                        check(lib().bpf_map__reuse_fd(entry, reuse[title].fd), "bpf_map__reuse_fd", title)
+                title = ffi.string(lib().bpf_map__name(entry)).decode()
+                if lib().bpf_map__is_internal(entry):  # libbpf's name for it is cut to what the kernel takes
+                    title = _section(title, lib().bpf_map__value_size(entry), data_maps, name)
+                maps[title] = entry
+                check(lib().bpf_map__set_pin_path(entry, ffi.NULL), "bpf_map__set_pin_path", title)
+                if title in reuse:
+                    check(lib().bpf_map__reuse_fd(entry, reuse[title].fd), "bpf_map__reuse_fd", title)
                 entry = lib().bpf_object__next_map(handle, entry)
             result = lib().bpf_object__load(handle)
             if result < 0:
@@ -128,6 +127,18 @@ def load_object(data: bytes, name: str, reuse: Mapping[str, Map]) -> Loaded:
             return Loaded({title: Map(os.dup(lib().bpf_map__fd(entry))) for title, entry in maps.items()}, programs)
         finally:
             lib().bpf_object__close(handle)
+
+
+def _section(title: str, size: int, sections: Iterator[tuple[str, int]], name: str) -> str:
+    found, expected = next(sections, ("", 0))
+    if size != expected:
+        raise UnsupportedError(
+            f"object {name}: libbpf makes a map {title} of {size} bytes where {found or 'none'} was expected: a "
+            "section that this version does not know",
+            feature=f"section {title}",
+            object=name,
+        )
+    return found
 
 
 def _fail(result: int, doing: str, name: str, heard: list[str]) -> None:

@@ -188,6 +188,19 @@ class Conversion(msgspec.Struct, frozen=True):
         """
         return Conversion(self.new_size, self.old_size, tuple(move.reversed() for move in self.moves))
 
+    def written(self) -> bytes:
+        """For each byte of a new record 1 if a move or a default writes to it, else 0."""
+        out = bytearray(self.new_size)
+        places = [(move.new_offset, move.new_size, move.repeat) for move in self.moves]
+        places += [(default.offset, len(default.data), default.repeat) for default in self.defaults]
+        for at, size, repeats in places:
+            starts = [at]
+            for repeat in repeats:
+                starts = [start + step * repeat.new_stride for start in starts for step in range(repeat.count)]
+            for start in starts:
+                out[start : start + size] = b"\1" * size
+        return bytes(out)
+
     def apply(self, records: Records, onto: Records | None = None) -> Converted:
         """Convert records; ``onto`` is a background whose bytes stay where no move and no default writes.
 

@@ -20,11 +20,13 @@ What makes no change: names of typedefs, structs and enums, qualifiers, padding.
 sizes, element counts, enum values, union members, network byte order (the kernel's ``__be`` names). Fields match by
 name; a new name is followed only where a tag or a rule says so (a tag also when going back). A field that vanished
 where another of its type appeared is hinted at as a rename, never taken for one; so is a map that vanished. A type that
-was guessed for a map (``inferred``) is shown as such and makes no change by itself.
+was guessed for a map (``inferred``) is shown as such and makes no change by itself. Global variables are compared one
+by one, whichever section they are in: see :mod:`hitless.layout.variables`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -38,7 +40,8 @@ from hitless.layout.model import Array, Enum, Field, Float, Int, MapSpec, Opaque
 from hitless.layout.rules import MapRules, OnCollision, bind_old, parse_tags
 
 __all__ = [
-    "CONVERTIBLE", "Change", "MapDiff", "Verdict", "diff_map", "diff_maps", "draft", "is_constant",
+    "CONVERTIBLE", "Change", "MapDiff", "Verdict", "diff_map", "diff_maps", "diff_members", "draft", "is_constant",
+    "match_names", "section_of",
 ]  # fmt: skip
 
 Verdict = Literal[
@@ -96,9 +99,23 @@ class MapDiff(msgspec.Struct, frozen=True):
     key_change: Literal["plain", "folds", "converter"] = "plain"
 
 
+_SECTION = re.compile(r"\.(?:bss|data|rodata|kconfig)(?:\..*)?$")
+
+
+def section_of(spec: MapSpec) -> str | None:
+    """The section of an object whose variables the map holds (``.bss``), or None if it is a map that was declared.
+
+    The map's own name may have the object's in front: ``OBJECT.bss``.
+    """
+    if isinstance(spec.value, Record) and spec.value.name.startswith(".") and spec.name.endswith(spec.value.name):
+        return spec.value.name
+    found = _SECTION.search(spec.name)
+    return found[0] if found else None
+
+
 def is_constant(spec: MapSpec) -> bool:
     """Whether the map holds constants of the release (``.rodata``) or the kernel (``.kconfig``), never state."""
-    return ".rodata" in spec.name or ".kconfig" in spec.name  # of one among several objects: OBJECT.rodata
+    return (section_of(spec) or "").startswith((".rodata", ".kconfig"))
 
 
 def diff_maps(
@@ -109,16 +126,24 @@ def diff_maps(
     Maps match by the rule's ``was``, by ``hitless:was`` tags on either side, by name. Order: new maps as given, then
     those that were removed. A ``was`` that names no old map is no error.
     """
+    from hitless.layout.variables import diff_sections  # which builds on this module
+
     rules = rules or {}
     before, after = _by_name(old, "old"), _by_name(new, "new")
-    matched = _match(
+    sections = {item.diff.name: item for item in diff_sections(before.values(), after.values(), rules)}
+    apart = {source for item in sections.values() for source in item.sources}
+    before = {name: spec for name, spec in before.items() if name not in apart}
+    declared = {name: spec for name, spec in after.items() if name not in sections}
+    matched = match_names(
         {name: _map_was(spec) for name, spec in before.items()},
-        {name: _map_was(spec) for name, spec in after.items()},
-        {name: rule.was for name, rule in rules.items() if rule.was and name in after},
+        {name: _map_was(spec) for name, spec in declared.items()},
+        {name: rule.was for name, rule in rules.items() if rule.was and name in declared},
     )
     out = []
     for name, spec in after.items():
-        if name in matched:
+        if name in sections:
+            out.append(sections[name].diff)
+        elif name in matched:
             out.append(diff_map(before[matched[name]], spec, rules.get(name, MapRules())))
         else:
             out.append(MapDiff(name, None, "added", (Change("", "added", None, spec.type),)))
@@ -128,7 +153,7 @@ def diff_maps(
             loss = None if is_constant(spec) else "the map and its entries are dropped"
             hint = None if is_constant(spec) else _became(spec, after, matched)
             out.append(MapDiff(name, None, "removed", (Change("", "removed", spec.type, None, loss, hint=hint),)))
-    return tuple(out)
+    return (*out, *(item.diff for name, item in sections.items() if name not in after))
 
 
 def draft(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> tuple[Conversion, Conversion]:  # noqa: B008
@@ -172,7 +197,7 @@ def _named(spec: MapSpec) -> set[str]:
 
 
 def _is_data(spec: MapSpec) -> bool:
-    return spec.name.startswith((".data", ".bss", ".rodata", ".kconfig"))
+    return section_of(spec) is not None
 
 
 def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDiff:  # noqa: B008 - frozen
@@ -358,7 +383,7 @@ def _map_was(spec: MapSpec) -> tuple[str, ...]:
     return parse_tags(spec.tags, f"map {spec.name}").was
 
 
-def _match(
+def match_names(
     old: Mapping[str, tuple[str, ...]], new: Mapping[str, tuple[str, ...]], rules: Mapping[str, str]
 ) -> dict[str, str]:
     """New name -> old name. ``old`` and ``new`` give each name's former names, ``rules`` what overrides them."""
@@ -411,9 +436,10 @@ def _split_rules(new: MapSpec, rules: MapRules) -> dict[str, MapRules]:
 def resolve(made: Type, path: str) -> tuple[Type, int] | None:
     """The type at a path and its offset in bytes (``[]`` meaning the first element), or None if there is none."""
     offset = 0
-    for part in path.replace("[", ".[").split("."):
-        if part.startswith("["):
-            index = part[1:-1]
+    rest = f".{path}"
+    while rest:
+        if rest.startswith("["):
+            index, _, rest = rest[1:].partition("]")
             if not isinstance(made, Array) or (index and not index.isdecimal()):
                 return None
             number = int(index or 0)
@@ -422,11 +448,18 @@ def resolve(made: Type, path: str) -> tuple[Type, int] | None:
             offset += number * made.element.size
             made = made.element
             continue
-        if not isinstance(made, Record):
+        if not rest.startswith(".") or not isinstance(made, Record):
             return None
-        found = next((member for member in members(made) if member.name == part), None)
+        rest = rest[1:]
+        # The static variable of a function has a dot in its name: FUNCTION.VARIABLE.
+        found = max(
+            (m for m in members(made) if rest == m.name or rest.startswith((f"{m.name}.", f"{m.name}["))),
+            key=lambda member: len(member.name),
+            default=None,
+        )
         if found is None:
             return None
+        rest = rest[len(found.name) :]
         made, offset = found.type, offset + found.offset
     return made, offset
 
@@ -464,14 +497,17 @@ class _Walk:
             rule.was for rule in rules.fields.values() if rule.was is not None and resolve(old, rule.was) is not None
         }
 
-    def run(self) -> tuple[list[Change], Conversion]:
-        self.pair("", "", self.old, 0, self.new, 0, ())
-        if not self.changes and self.old.size != self.new.size:
+    def run(self, apart: bool = False) -> tuple[list[Change], Conversion]:
+        if apart and isinstance(self.old, Record) and isinstance(self.new, Record):
+            self.fields("", "", self.old, 0, self.new, 0, ())
+        else:
+            self.pair("", "", self.old, 0, self.new, 0, ())
+        if not apart and not self.changes and self.old.size != self.new.size:
             self.change("", "resized", f"{self.old.size} bytes", f"{self.new.size} bytes")
         for path, rule in self.rules.fields.items():
             if rule.was in self.claimed and path not in self.applied:
                 raise LayoutError(f"rule for field {path!r}: was = {rule.was!r} cannot be applied there", field=path)
-        if self.changes:
+        if self.changes and not apart:
             self.changes += self.kernel
         conversion = Conversion(
             self.old.size, self.new.size, _coalesced(self.moves), tuple(self.defaults), tuple(self.cuts)
@@ -669,7 +705,7 @@ class _Walk:
         base = path.rpartition(".")[0] if path.endswith("}") else path
         before = {member.name: member for member in members(old)}
         after = {member.name: member for member in members(new)}
-        matched = _match(
+        matched = match_names(
             {name: self.former(join(path, name), member) for name, member in before.items()},
             {name: self.former(join(path, name), member) for name, member in after.items()},
             {},
@@ -736,8 +772,8 @@ class _Walk:
             rule = self.rules.field(join(path, name))
             if rule is None or rule.was is None or rule.was not in self.claimed:
                 continue
-            parent, _, last = rule.was.rpartition(".")
-            if parent == old_path and last in before:
+            last = next((other for other in before if join(old_path, other) == rule.was), None)
+            if last is not None:
                 rules[name] = last
             else:
                 elsewhere[name] = rule.was
@@ -747,7 +783,7 @@ class _Walk:
             for name, member in before.items()
             if join(old_path, name) not in self.claimed or name in rules.values()
         }
-        matched = _match(
+        matched = match_names(
             free, {name: self.former(join(path, name), m) for name, m in after.items() if name not in elsewhere}, rules
         )
         self.match_groups(before, after, matched)
@@ -801,7 +837,7 @@ class _Walk:
                 if name in served or was in used or not (member.parts or other.parts):
                     continue
                 before, after = _reached(other), _reached(member)
-                pairs = _match(
+                pairs = match_names(
                     {inner: self.former(join(path, inner), one) for inner, one in before.items()},
                     {inner: self.former(join(path, inner), one) for inner, one in after.items()},
                     {},
@@ -923,6 +959,19 @@ class _Walk:
             return encode(made, value, "big" if self.big else "little")
         except LayoutError as error:
             raise LayoutError(f"{self.show(path)}: its default: {error.message}", field=path) from error
+
+
+def diff_members(
+    old: Record, new: Record, rules: MapRules, big: bool = False
+) -> tuple[tuple[Change, ...], tuple[Change, ...], Conversion]:
+    """Compare two structs whose members have nothing to do with each other: the variables of a section.
+
+    Returns what changed, what belongs to the kernel and stays behind, and the moves. Nothing is said of the size of
+    the whole, and bytes between members are not moved. Raises as :func:`diff_map`.
+    """
+    walk = _Walk("value", old, new, rules, big)
+    changes, conversion = walk.run(apart=True)
+    return tuple(changes), tuple(walk.kernel), conversion
 
 
 def same(old: Type, new: Type) -> bool:

@@ -22,7 +22,7 @@ from hitless.layout.codec import Codec
 from hitless.layout.model import MapSpec
 from hitless.upgrade.carrier import Carrier
 from hitless.upgrade.copy import Carriage
-from hitless.upgrade.record import read_record
+from hitless.upgrade.record import map_pin, read_record
 from hitless.upgrade.writers import WriterLock
 
 __all__ = ["Access", "MapHandle", "Staged"]
@@ -147,7 +147,9 @@ class Access:
     def _pin(self, name: str) -> tuple[int, int] | None:
         """What tells one pin from the next under its path: each generation has pins of its own, also of kept maps."""
         try:
-            seen = os.stat(f"{self.root}/maps/{name}")  # noqa: PTH116 - a Path costs as much as the rest of a write
+            # A Path costs as much as the rest of a write.
+            path = f"{self.root}/maps/{name}" if "." not in name else map_pin(self.root / "current", name)
+            seen = os.stat(path)  # noqa: PTH116
         except FileNotFoundError:
             return None
         except PermissionError:
@@ -181,7 +183,7 @@ class Access:
                 known = (self.root / "maps").iterdir() if (self.root / "maps").exists() else ()
                 raise self._absent(name, [path.name for path in known])
             try:
-                live = Map.open(self.root / "maps" / name)
+                live = Map.open(map_pin(self.root / "current", name))
                 spec = live.spec(name)
                 if spec.key is None or spec.value is None:
                     spec = read_record(self.root / "current" / "record").maps[name]

@@ -1,6 +1,6 @@
 """A node: what is live under a pin root, read from the kernel and never assumed.
 
-    root/current/      the running generation: maps/ progs/ and its record
+    root/current/      the running generation: maps/ data/ progs/ and its record
     root/maps, progs   symbolic links into current/: the paths that other programs open
     root/links/        the bpf_links, updated in place
     root/next/         the generation being built; there during an upgrade only
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import msgspec
 
+from hitless.carry import is_global
 from hitless.errors import BusyError, HitlessError, NodeError
 from hitless.kernel.bpffs import require_bpffs
 from hitless.kernel.links import Link
@@ -31,14 +32,14 @@ from hitless.kernel.programs import Program
 from hitless.layout.model import MapSpec
 from hitless.upgrade.handle import Access, MapHandle
 from hitless.upgrade.model import Generation, LiveMap, NodeState
-from hitless.upgrade.record import read_record
+from hitless.upgrade.record import map_pin, read_record
 
 __all__ = ["Node"]
 
 _DIRECTORIES = ("current", "next", "previous", "links", "writers")
 _PUBLIC = ("maps", "progs")
 _LOOK_SECONDS = 5.0
-_SUBDIRECTORIES = ("maps", "progs", "base", "back")
+_SUBDIRECTORIES = ("maps", "data", "progs", "base", "back")
 
 
 class Node:
@@ -190,7 +191,7 @@ def _generation(directory: Path) -> Generation:
     record = read_record(directory / "record")
     maps = {}
     for name, declared in record.maps.items():
-        path = directory / "maps" / name
+        path = map_pin(directory, name)
         if not path.exists():
             raise NodeError(
                 f"{path} is missing: the record of generation {record.generation} has it, so the pin was removed by "
@@ -199,8 +200,9 @@ def _generation(directory: Path) -> Generation:
             )
         with Map.open(path) as pinned:
             maps[name] = _live(pinned, name, declared)
-    for path in _children(directory / "maps"):
-        if path.name not in maps:
+    pins = {map_pin(directory, name) for name in maps}
+    for path in (*_children(directory / "maps"), *_children(directory / "data")):
+        if path not in pins:
             raise NodeError(f"{path} is not in the record: another program pinned it; remove it", path=str(path))
     programs = {}
     for path in _children(directory / "progs"):
@@ -220,11 +222,12 @@ def _generation(directory: Path) -> Generation:
 def _live(pinned: Map, name: str, declared: MapSpec) -> LiveMap:
     """The kernel's word first; the record's for what the kernel does not tell (inner maps, tags, lost BTF)."""
     seen = pinned.spec(name)
-    typed = seen.key is not None and seen.value is not None
+    typed = seen.value is not None and (seen.key is not None or is_global(name))  # whose key has no type
     if (seen.type, seen.key_size, seen.value_size) != (declared.type, declared.key_size, declared.value_size):
         return LiveMap(pinned.info, seen, "kernel" if typed else "none")
     spec = msgspec.structs.replace(
         declared,
+        name=name,  # of one object's .bss its name for the whole release
         max_entries=seen.max_entries if declared.max_entries else 0,  # 0 lets the kernel decide
         flags=seen.flags,
         key=seen.key or declared.key,

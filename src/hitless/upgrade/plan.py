@@ -12,12 +12,13 @@ from collections.abc import Collection, Mapping
 import msgspec
 
 from hitless.bundle import Attach, Bundle, unite_maps
-from hitless.carry import converts, is_global, losses, refusals, translated, way
+from hitless.carry import converts, is_global, losses, refusals, section_way, translated, way
 from hitless.errors import BundleError, UnsupportedError
 from hitless.groups import group_of, torn
 from hitless.layout.diff import MapDiff, diff_maps, is_constant
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
+from hitless.layout.variables import SectionDiff, diff_sections
 from hitless.upgrade.model import Generation, HookPlan, MapPlan, NodeState, Plan
 
 __all__ = ["make_plan"]
@@ -86,16 +87,11 @@ def _check_order(bundle: Bundle) -> None:
 
 
 def _check_names(current: Generation, bundle: Bundle, allow_loss: Collection[str]) -> None:
-    live = set(current.record.maps) | {s.name for s in _globals_of(current)}
+    live = set(unite_maps(current.record.objects))
     for name in allow_loss:
         if name not in live and name not in bundle.maps:
             known = ", ".join(sorted(live | set(bundle.maps)))
             raise BundleError(f"--allow-loss {name}: neither release has such a map; there are: {known}", map=name)
-
-
-def _globals_of(current: Generation) -> list[MapSpec]:
-    united = unite_maps(current.record.objects)
-    return [msgspec.structs.replace(spec, name=name) for name, spec in united.items() if is_global(name)]
 
 
 def _created(name: str) -> MapPlan:
@@ -106,15 +102,16 @@ def _created(name: str) -> MapPlan:
 def _plan_maps(
     current: Generation, bundle: Bundle, features: Collection[str], allow_loss: Collection[str]
 ) -> tuple[MapPlan, ...]:
-    old = [live.spec for live in current.maps.values()]
-    new = [
-        msgspec.structs.replace(spec, name=name) for name, spec in bundle.maps.items() if not is_global(name)
-    ]
+    old = {name: live.spec for name, live in current.maps.items()}
+    new = {name: msgspec.structs.replace(spec, name=name) for name, spec in bundle.maps.items()}
+    sections = {item.diff.name: item for item in diff_sections(old.values(), new.values(), bundle.rules)}
     plans = [
-        _plan_map(diff, {spec.name: spec for spec in old}, bundle, features, allow_loss)
-        for diff in diff_maps(old, new, {name: rule for name, rule in bundle.rules.items() if not is_global(name)})
+        _plan_section(sections[diff.name], old, new, bundle, allow_loss)
+        if diff.name in sections
+        else _plan_map(diff, old, bundle, features, allow_loss)
+        for diff in diff_maps(list(old.values()), list(new.values()), bundle.rules)
     ]
-    return _whole_groups((*plans, *_plan_globals(current, bundle, allow_loss)), current, bundle)
+    return _whole_groups(_without_unpinned(plans, current, bundle, allow_loss), current, bundle)
 
 
 def _whole_groups(plans: tuple[MapPlan, ...], current: Generation, bundle: Bundle) -> tuple[MapPlan, ...]:
@@ -140,6 +137,62 @@ def _whole_groups(plans: tuple[MapPlan, ...], current: Generation, bundle: Bundl
     )
 
 
+def _plan_section(
+    section: SectionDiff,
+    old: Mapping[str, MapSpec],
+    new: Mapping[str, MapSpec],
+    bundle: Bundle,
+    allow_loss: Collection[str],
+) -> MapPlan:
+    """What becomes of the variables of one section; those without a source start as the release's object says."""
+    diff = section.diff
+    rules = bundle.rules.get(diff.name, MapRules())
+    if rules.convert is not None:
+        raise UnsupportedError(
+            f"map {diff.name} of {bundle.path}: convert is for maps with entries; global variables are carried by name",
+            feature="convert of global variables",
+            map=diff.name,
+        )
+    found = section_way(section, old, new, bundle.rules)
+    allowed = _is_allowed(diff.name, diff.was, bundle, allow_loss)
+
+    def planned(action: str, method: str, kind: str = "") -> MapPlan:
+        told = found.exactness, found.losses, allowed, diff.changes
+        return MapPlan(diff.name, action, diff.was, diff.verdict, method, *told, kind)
+
+    if diff.verdict == "removed":
+        return planned("drop", "none")
+    if diff.verdict == "identical":
+        return planned("keep", "same map")
+    if found.parts:
+        return planned("convert", "variables by name, merge in the kernel", "variables")
+    return planned("discard" if found.losses else "create", "from the release's object")
+
+
+def _without_unpinned(
+    plans: list[MapPlan], current: Generation, bundle: Bundle, allow_loss: Collection[str]
+) -> tuple[MapPlan, ...]:
+    """Variables of a running release whose upgrader did not pin them cannot be read by anybody."""
+    loss = ("variables written by programs: the hitless that started the running release did not keep them",)
+    lost = {
+        name: MapPlan(name, "drop", None, "removed", "none", "exact", loss, _is_allowed(name, None, bundle, allow_loss))
+        for name, spec in unite_maps(current.record.objects).items()
+        if name not in current.maps and not is_constant(msgspec.structs.replace(spec, name=name))
+    }
+    out = []
+    for plan in plans:
+        unpinned = lost.pop(plan.name, None)
+        if unpinned is not None:
+            plan = msgspec.structs.replace(plan, action="discard", loss=unpinned.loss, allowed=unpinned.allowed)
+        out.append(plan)
+    return (*out, *lost.values())
+
+
+def _is_allowed(name: str, was: str | None, bundle: Bundle, allow_loss: Collection[str]) -> bool:
+    rules = bundle.rules.get(name, MapRules())
+    return rules.on_loss == "discard" or name in allow_loss or was in allow_loss
+
+
 def _plan_map(
     diff: MapDiff,
     old: Mapping[str, MapSpec],
@@ -148,7 +201,7 @@ def _plan_map(
     allow_loss: Collection[str],
 ) -> MapPlan:
     rules = bundle.rules.get(diff.name, MapRules())
-    allowed = rules.on_loss == "discard" or diff.name in allow_loss or diff.was in allow_loss
+    allowed = _is_allowed(diff.name, diff.was, bundle, allow_loss)
     lost = tuple(change.loss for change in losses(diff, rules) if change.loss)
 
     def planned(
@@ -156,8 +209,10 @@ def _plan_map(
     ) -> MapPlan:
         return MapPlan(diff.name, action, diff.was, diff.verdict, method, exactness, loss, allowed, diff.changes, kind)
 
+    if is_global(diff.name) and is_constant(old.get(diff.name) or bundle.maps[diff.name]):
+        return planned("create" if diff.name in bundle.maps else "drop", "from the release's object")
     if diff.verdict == "added":
-        return planned("create", "empty")
+        return planned("create", "from the release's object" if is_global(diff.name) else "empty")
     if diff.verdict == "removed":
         return planned("drop", "none", loss=("all entries: the release has no such map",))
     if diff.verdict == "identical" and bundle.maps[diff.name].type == "prog_array":
@@ -177,20 +232,6 @@ def _plan_map(
         return msgspec.structs.replace(made, converter=rules.convert if converts(diff, rules) else None)
     reasons = tuple(f"all entries: {change.reason}" for change in diff.changes if change.reason)
     return planned("discard", "empty", loss=reasons or (f"all entries: {diff.verdict}",))
-
-
-def _plan_globals(current: Generation, bundle: Bundle, allow_loss: Collection[str]) -> list[MapPlan]:
-    """Global data are in no pin: each release starts with its own, and what programs wrote is lost."""
-    plans = []
-    old = {spec.name: spec for spec in _globals_of(current)}
-    for name in (*(name for name in bundle.maps if is_global(name)), *sorted(old.keys() - set(bundle.maps))):
-        rules = bundle.rules.get(name, MapRules())
-        written = name in old and not is_constant(old[name])
-        loss = ("variables written by programs: carrying global data is not supported yet",) if written else ()
-        action = ("discard" if written else "create") if name in bundle.maps else "drop"
-        allowed = rules.on_loss == "discard" or name in allow_loss
-        plans.append(MapPlan(name, action, None, "added", "from the release's object", "exact", loss, allowed))
-    return plans
 
 
 def _hook(

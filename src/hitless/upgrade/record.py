@@ -1,4 +1,4 @@
-"""The record of a generation: what it is and how far its upgrade came, pinned beside what it describes.
+"""The record of a generation: what it is, where its maps are and how far its upgrade came, pinned beside all that.
 
 It is a small BPF map inside the generation's directory, so it commits with the generation, vanishes with it at a
 reboot, and can never describe pins that are not there.
@@ -12,16 +12,29 @@ from pathlib import Path
 
 import msgspec
 
+from hitless.carry import is_global
 from hitless.errors import NodeError
 from hitless.kernel.maps import Map, create
 from hitless.upgrade.model import SCHEMA, Record
 
-__all__ = ["create_record", "read_record", "write_record"]
+__all__ = ["create_record", "map_pin", "pin_name", "read_record", "write_record"]
 
 _MAGIC = b"hitless\x01"
 _HEADER = struct.Struct("<8sI")
 _KEY = b"\0\0\0\0"
 _MAP_TYPE_ARRAY = 2
+
+
+def map_pin(generation: Path, name: str) -> Path:
+    """Where the map ``name`` of the generation in directory ``generation`` is pinned."""
+    return generation / ("data" if is_global(name) else "maps") / pin_name(name)
+
+
+def pin_name(name: str) -> str:
+    """The name of a map as bpffs takes it, which refuses a dot: ``mesh:bss`` for ``mesh.bss``; no two are the same."""
+    for character, instead in (("%", "%25"), (":", "%3A"), ("/", "%2F"), (".", ":")):
+        name = name.replace(character, instead)
+    return name
 
 
 def create_record(path: Path, record: Record) -> None:

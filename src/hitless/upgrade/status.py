@@ -10,6 +10,7 @@ from hitless.errors import KernelError
 from hitless.kernel.maps import Map
 from hitless.upgrade.holders import Holders, find_holders
 from hitless.upgrade.node import Node
+from hitless.upgrade.record import map_pin
 
 __all__ = ["HookStatus", "MapStatus", "Status", "status"]
 
@@ -135,7 +136,7 @@ def status(node: Node) -> Status:
 
 def _count(node: Node, name: str) -> int | None:
     try:
-        with Map.open(node.current / "maps" / name) as live:
+        with Map.open(map_pin(node.current, name)) as live:
             return sum(len(keys) for keys, _ in live.batches())
     except KernelError as error:
         if error.facts["errno"] != errno.ENOENT:

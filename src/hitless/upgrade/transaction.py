@@ -14,7 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from hitless.bundle import Bundle
+from hitless.bundle import Bundle, unite_maps
+from hitless.carry import is_global, section_way
 from hitless.errors import BusyError, InterruptedUpgradeError, LossNotAllowedError, NodeError, VerifyError
 from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.bpffs import exchange, remove_tree, require_bpffs
@@ -25,6 +26,7 @@ from hitless.kernel.programs import Program, load_object
 from hitless.layout.diff import diff_map
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
+from hitless.layout.variables import diff_sections
 from hitless.upgrade.carrier import Carrier, Passage, Tally
 from hitless.upgrade.carriers import CARRIERS
 from hitless.upgrade.cutover import detach_hooks, switch_back, switch_hooks
@@ -45,7 +47,8 @@ from hitless.upgrade.model import (
 from hitless.upgrade.node import Node
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.plan import make_plan
-from hitless.upgrade.record import create_record, read_record, write_record
+from hitless.upgrade.record import create_record, map_pin, pin_name, read_record, write_record
+from hitless.upgrade.section import carry_section
 
 # Seconds that the barrier takes at most: 8 to 16 ms were measured.
 _BARRIER = 0.02
@@ -140,7 +143,7 @@ def _plan_first(node: Node, bundle: Bundle, allow_loss: Collection[str]) -> None
 def _refuse_overfull(node: Node, state: NodeState, bundle: Bundle, decided: Plan) -> None:
     """A smaller map must have room for what is there now; one that evicts makes room by itself."""
     for entry in decided.maps:
-        if entry.action != "convert" or state.current is None:
+        if entry.action != "convert" or state.current is None or is_global(entry.name):
             continue
         was, room = entry.was or entry.name, bundle.maps[entry.name].max_entries
         if room >= state.current.maps[was].info.max_entries or "hash" not in bundle.maps[entry.name].type:
@@ -292,7 +295,7 @@ class _Upgrade:
         """Take up what a killed process had built, from the pins in ``next/``."""
         self._record = record
         for name in record.maps:
-            self._maps[name] = Map.open(self._node.next / "maps" / name)
+            self._maps[name] = Map.open(map_pin(self._node.next, name))
         self._programs = self._open_programs(self._node.next)
         self._carry(record.maps, record.rules, fresh=False)
 
@@ -338,7 +341,6 @@ class _Upgrade:
         """Pin kept maps again, create the others, load all programs: the verifier accepts, nothing live changes."""
         node = self._node
         node.next.mkdir()
-        pinned = {name: spec for name, spec in bundle.maps.items() if "." not in name}
         self._record = Record(
             generation=self._plan.generation,
             name=bundle.name,
@@ -346,7 +348,7 @@ class _Upgrade:
             digest=bundle.digest,
             phase="staging",
             objects=tuple(item.spec for item in bundle.objects),
-            maps=pinned,
+            maps=bundle.maps,
             hooks=tuple(
                 Hook(hook.link, hook.program, hook.hook, hook.target, hook.attach_type)
                 for hook in self._plan.hooks
@@ -358,17 +360,18 @@ class _Upgrade:
             replaced=self._replaced(),
         )
         create_record(node.next / "record", self._record)
-        for directory in ("maps", "progs", "base"):
+        for directory in ("maps", "data", "progs", "base"):
             (node.next / directory).mkdir()
         for entry in self._plan.maps:
             if entry.action == "keep":
-                self._maps[entry.name] = Map.open(node.current / "maps" / (entry.was or entry.name))
+                self._maps[entry.name] = Map.open(map_pin(node.current, entry.was or entry.name))
         for item in bundle.objects:
-            loaded = load_object(item.data, item.spec.name, self._maps)
+            sections = {name: spec.value_size for name, spec in unite_maps([item.spec]).items() if is_global(name)}
+            loaded = load_object(item.data, item.spec.name, self._maps, sections)
             self._maps = {**loaded.maps, **self._maps}
             self._programs.update(loaded.programs)
         for name, held in self._maps.items():
-            held.pin(node.next / "maps" / name)
+            held.pin(map_pin(node.next, name))
         for name, program in self._programs.items():
             program.pin(node.next / "progs" / name)
 
@@ -394,12 +397,15 @@ class _Upgrade:
             if self._current is None:
                 raise NodeError(f"map {entry.name} is to be converted, but nothing runs", map=entry.name)
             name, was = entry.name, entry.was or entry.name
+            if entry.kind == "variables":
+                self._carried[name] = self._carry_section(entry, specs, rules, fresh)
+                continue
             old, new = self._current.maps[was].spec, msgspec.structs.replace(specs[name], name=name)
             rule = rules.get(name, MapRules())
             self._carried[name] = CARRIERS[entry.kind](
                 Passage(
                     name=name,
-                    source=Map.open(self._node.current / "maps" / was),
+                    source=Map.open(map_pin(self._node.current, was)),
                     target=self._maps[name],
                     old=old,
                     new=new,
@@ -413,6 +419,32 @@ class _Upgrade:
                     code=self._record.converters.get((rule.convert or "").partition(":")[0], ""),
                 )
             )
+
+    def _carry_section(
+        self, entry: MapPlan, specs: Mapping[str, MapSpec], rules: Mapping[str, MapRules], fresh: bool
+    ) -> Carrier:
+        assert self._current is not None  # what has a source
+        old = {name: live.spec for name, live in self._current.maps.items()}
+        new = {name: msgspec.structs.replace(spec, name=name) for name, spec in specs.items()}
+        (section,) = (item for item in diff_sections(old.values(), new.values(), rules) if item.diff.name == entry.name)
+        passages = [
+            Passage(
+                name=entry.name,
+                source=Map.open(map_pin(self._node.current, part.source)),
+                target=self._maps[entry.name],
+                old=part.old,
+                new=part.new,
+                diff=part.diff,
+                rules=part.rules,
+                pin=self._node.next / "base" / pin_name(entry.name) / str(index),
+                fresh=fresh,
+                lossy_allowed=entry.allowed,
+                writing=self._node.access.writing,
+                pace=self._pace,
+            )
+            for index, part in enumerate(section_way(section, old, new, rules).parts)
+        ]
+        return carry_section(entry.name, passages)
 
     def _copy(self, carrier: Carrier) -> None:
         started = time.perf_counter()
@@ -436,8 +468,8 @@ class _Upgrade:
     def _verify_pins(self) -> None:
         """The maps under both generations' paths are still those that were seen and made, not somebody else's."""
         seen = self._current.maps if self._current is not None else {}
-        expected = {self._node.current / "maps" / name: live.info.id for name, live in seen.items()}
-        expected |= {self._node.next / "maps" / name: held.info.id for name, held in self._maps.items()}
+        expected = {map_pin(self._node.current, name): live.info.id for name, live in seen.items()}
+        expected |= {map_pin(self._node.next, name): held.info.id for name, held in self._maps.items()}
         for path, wanted in expected.items():
             if not path.exists():
                 raise VerifyError(
@@ -516,7 +548,7 @@ class _Upgrade:
         if not filled:
             remove_tree(directory)
             directory.mkdir()
-        return [carrier.turned(directory / name, not filled) for name, carrier in self._carried.items()]
+        return [carrier.turned(directory / pin_name(name), not filled) for name, carrier in self._carried.items()]
 
     def _is_committed(self) -> bool:
         """Whether the exchange happened, by what is there: a signal may come right behind it."""
