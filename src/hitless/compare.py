@@ -12,6 +12,7 @@ import msgspec
 
 from hitless.carry import is_global, obstacle
 from hitless.errors import BundleError
+from hitless.layout.answers import answer
 from hitless.layout.diff import Change, MapDiff, diff_maps, is_constant
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
@@ -134,6 +135,9 @@ def _judge(
             losses, whole = (f"all entries: {missing}", *losses), True
     elif diff.verdict == "removed" and not constant:
         losses = tuple(change.loss for change in diff.changes if change.loss)
+    elif diff.verdict == "not-carried" and not any(change.loss for change in diff.changes):
+        whole = False
+        note = "; ".join(change.reason for change in diff.changes if change.reason)
     elif whole and not constant:
         reasons = dict.fromkeys(change.reason for change in diff.changes if change.reason)
         losses = tuple(f"all entries: {reason}" for reason in reasons) or (f"all entries: {diff.verdict}",)
@@ -146,9 +150,7 @@ _NO_GLOBALS = "carrying global data is not supported yet"
 def _not_kept(spec: MapSpec) -> str | None:
     if is_global(spec.name):
         return f"every release starts with its own: {_NO_GLOBALS}"
-    if spec.type == "prog_array":
-        return "slots that the new object does not fill itself start empty"
-    return None
+    return answer(spec.type).words if answer(spec.type).anew else None
 
 
 def _phrases(changes: tuple[Change, ...]) -> Iterator[str]:

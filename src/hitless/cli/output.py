@@ -189,6 +189,7 @@ def show_result(result: Result) -> None:
     for entry in result.maps:
         if entry.action == "convert":
             lost = f", {entry.lost} values did not fit" if entry.lost else ""
+            lost += f", {entry.unread} bytes left unread in the old one" if entry.unread else ""
             click.echo(
                 f"  {entry.name}: {entry.copied} entries copied, {entry.caught_up} caught up "
                 f"in {entry.rounds} rounds{lost}, {entry.seconds * 1000:.1f} ms"
@@ -219,6 +220,9 @@ def show_status(status: Status) -> None:
         _table("maps", ("map", "type", "entries", "of", "id"), rows)
         hooks = [(h.link, h.attach_type, h.program or "?", str(h.program_id or "-"), h.target) for h in status.hooks]
         _table("hooks", ("link", "attach type", "program", "id", "target"), hooks)
+    for ring in status.left:
+        who = f"process {', '.join(map(str, ring.holders))}" if ring.holders else "nobody"
+        click.echo(f"ring buffer {ring.name} of {status.previous} holds {ring.unread} unread bytes; {who} has it open")
     for problem in status.problems:
         click.secho(f"problem: {problem}", fg="red")
     if status.upgrading is not None:

@@ -6,10 +6,16 @@ from collections.abc import Callable, Mapping
 
 from hitless.upgrade.carrier import Carrier, Passage
 from hitless.upgrade.copy import carry_entries, carry_in_kernel
+from hitless.upgrade.queue import carry_queue
+from hitless.upgrade.references import carry_references
+from hitless.upgrade.ring import carry_ring
 
 __all__ = ["CARRIERS"]
 
 CARRIERS: Mapping[str, Callable[[Passage], Carrier]] = {
     "entries": carry_entries,
     "entries-in-kernel": carry_in_kernel,
+    "queue": carry_queue,
+    "references": carry_references,
+    "ring": carry_ring,
 }

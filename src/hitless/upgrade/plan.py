@@ -14,10 +14,11 @@ import msgspec
 from hitless.bundle import Attach, Bundle, unite_maps
 from hitless.carry import is_global, way
 from hitless.errors import BundleError, UnsupportedError
+from hitless.layout.answers import answer
 from hitless.layout.diff import MapDiff, diff_maps, is_constant
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
-from hitless.upgrade.model import Generation, HookPlan, MapPlan, NodeState, Plan
+from hitless.upgrade.model import Generation, HookPlan, LeftRing, MapPlan, NodeState, Plan
 
 __all__ = ["make_plan"]
 
@@ -57,8 +58,8 @@ def make_plan(
                 bundle=bundle.name,
             )
         # In a start or restart nothing can be lost, and the same command must do on every node, and twice.
-        _check_names(current, bundle, allow_loss)
-        maps = _plan_maps(current, bundle, features, allow_loss)
+        _check_names(current, bundle, allow_loss, state.left)
+        maps = _with_left_rings(_plan_maps(current, bundle, features, allow_loss), state, bundle, allow_loss)
         hooks = _plan_hooks(state, current, bundle, cgroups, restart=False)
     return Plan(
         root=state.root,
@@ -84,8 +85,10 @@ def _check_order(bundle: Bundle) -> None:
             )
 
 
-def _check_names(current: Generation, bundle: Bundle, allow_loss: Collection[str]) -> None:
-    live = set(current.record.maps) | {s.name for s in _globals_of(current)}
+def _check_names(
+    current: Generation, bundle: Bundle, allow_loss: Collection[str], left: Collection[LeftRing]
+) -> None:
+    live = set(current.record.maps) | {s.name for s in _globals_of(current)} | {ring.name for ring in left}
     for name in allow_loss:
         if name not in live and name not in bundle.maps:
             known = ", ".join(sorted(live | set(bundle.maps)))
@@ -136,9 +139,11 @@ def _plan_map(
         return planned("create", "empty")
     if diff.verdict == "removed":
         return planned("drop", "none", loss=("all entries: the release has no such map",))
-    if diff.verdict == "identical" and bundle.maps[diff.name].type == "prog_array":
+    found_answer = answer(bundle.maps[diff.name].type)
+    if diff.verdict == "identical" and found_answer.anew:
         # libbpf fills the slots that the object names when it loads: in a kept array that would go live at once.
-        return planned("discard", "from the release's object", loss=("slots that the object does not fill itself",))
+        loss = (found_answer.words,) if found_answer.loses else ()
+        return planned("discard", "from the release's object", loss=loss)
     if diff.verdict == "identical":
         return planned("keep", "same map")
     if diff.verdict in ("lossless", "lossy"):
@@ -147,8 +152,27 @@ def _plan_map(
         if isinstance(found, str):
             return planned("discard", "empty", loss=(f"all entries: {found}", *losses))
         return planned("convert", found.method, found.exactness, losses, found.kind)
+    if diff.verdict == "not-carried" and not losses:
+        return planned("discard", "from the release's object")
     reasons = tuple(f"all entries: {change.reason}" for change in diff.changes if change.reason)
     return planned("discard", "empty", loss=reasons or (f"all entries: {diff.verdict}",))
+
+
+def _with_left_rings(
+    plans: tuple[MapPlan, ...], state: NodeState, bundle: Bundle, allow_loss: Collection[str]
+) -> tuple[MapPlan, ...]:
+    """The plans with what the generation that an upgrade removes, the one before the running, still holds unread."""
+    out = {entry.name: entry for entry in plans}
+    for ring in state.left:
+        if ring.holders:
+            continue  # it lives on until they are done with it
+        loss = f"{ring.unread} bytes in the ring buffer of {state.previous}, which nobody has read and nobody holds open"
+        entry = out.get(ring.name)
+        if entry is None:
+            allowed = ring.name in allow_loss or bundle.rules.get(ring.name, MapRules()).on_loss == "discard"
+            entry = MapPlan(ring.name, "drop", verdict="removed", allowed=allowed)
+        out[ring.name] = msgspec.structs.replace(entry, loss=(*entry.loss, loss))
+    return tuple(out.values())
 
 
 def _plan_globals(current: Generation, bundle: Bundle, allow_loss: Collection[str]) -> list[MapPlan]:

@@ -8,6 +8,7 @@ import msgspec
 
 from hitless.errors import KernelError
 from hitless.kernel.maps import Map
+from hitless.upgrade.model import LeftRing
 from hitless.upgrade.node import Node
 
 __all__ = ["HookStatus", "MapStatus", "Status", "status"]
@@ -44,6 +45,7 @@ class Status(msgspec.Struct, frozen=True):
     """What is live. ``problems`` are sentences, each with what to do; empty when all is well.
 
     ``upgrading`` is the id of the process that upgrades right now: what is between two releases is no problem then.
+    ``left`` are ring buffers of the last release that hold unread bytes; the next upgrade removes them.
     """
 
     root: str
@@ -56,6 +58,7 @@ class Status(msgspec.Struct, frozen=True):
     hooks: tuple[HookStatus, ...]
     problems: tuple[str, ...]
     upgrading: int | None = None
+    left: tuple[LeftRing, ...] = ()
     schema: int = 1
 
 
@@ -126,6 +129,7 @@ def status(node: Node) -> Status:
         hooks=tuple(hooks),
         problems=() if upgrading else tuple(problems),
         upgrading=upgrading,
+        left=state.left,
     )
 
 
