@@ -1,4 +1,4 @@
-"""How apply of this version carries what :mod:`hitless.layout.answers` says it can, and what bars it: pure, for CI to ask."""
+"""How apply carries what :mod:`hitless.layout.answers` says it can, and what bars it: pure, so that CI can ask."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hitless.layout.answers import answer
 from hitless.layout.conversion import Move, leaves
 from hitless.layout.diff import diff_map
 from hitless.layout.members import SPECIAL, lock_offset
-from hitless.layout.model import Array, MapSpec, Record, Type
+from hitless.layout.model import Array, MapSpec, Pointer, Record, Type
 from hitless.layout.rules import MapRules
 
 __all__ = ["Way", "is_global", "obstacle", "way"]
@@ -61,7 +61,18 @@ def _in_kernel(old: MapSpec, new: MapSpec, rules: MapRules) -> bool:
     if any(spec.value is None or lock_offset(spec.value) is not None for spec in (old, new)):
         return False
     diff = diff_map(old, new, rules)
+    if diff.value is None and new.value is not None and _holds_object(new.value):
+        return False  # a program may not read the whole value; a conversion leaves those bytes out
     return all(conversion is None or conversion.in_kernel for conversion in (diff.key, diff.value))
+
+
+def _holds_object(layout: Type) -> bool:
+    """Whether some bytes of it belong to the kernel: a timer, a list head, a pointer to one of its objects."""
+    if isinstance(layout, Array):
+        return _holds_object(layout.element)
+    if isinstance(layout, Record):
+        return layout.name in SPECIAL or any(_holds_object(field.type) for field in layout.fields)
+    return isinstance(layout, Pointer) and layout.kernel
 
 
 def _queue(_old: MapSpec, _new: MapSpec, _rules: MapRules, _features: Collection[str]) -> Way:
@@ -136,8 +147,6 @@ def _entries_obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None
     for spec in (old, new):
         if spec.flags & _PROGRAMS_BARRED:
             return "its flags bar programs from it (BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG), and the merge is one"
-        if spec.value is not None and (found := _kernel_object(spec.value)):
-            return f"its value holds a {found}, and converting such maps is not supported yet"
     if (words := _words_to_merge(new, rules)) > _MAX_WORDS:
         return f"its value takes {words} steps to merge, and more than {_MAX_WORDS} are not supported yet"
     return None
@@ -155,8 +164,8 @@ def _queue_obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
         return None
     for move in conversion.moves:
         if not (move.copies or _plain(move)):
-            return f"{move.path} is no aligned number of whole bytes on both sides, and only those can change in a queue"
-    steps = sum(math.prod(times.count for times in move.repeat) * max(1, move.old_size // 8) for move in conversion.moves)
+            return f"{move.path} is no aligned number of whole bytes on both sides, as what changes in a queue must be"
+    steps = sum(math.prod(r.count for r in move.repeat) * max(1, move.old_size // 8) for move in conversion.moves)
     if steps > _MAX_WORDS:
         return f"its value takes {steps} steps to convert, and more than {_MAX_WORDS} are not supported yet"
     return None
@@ -177,15 +186,3 @@ def _words_to_merge(spec: MapSpec, rules: MapRules) -> int:
     """Size of the merge program: a step for a field or 8 bytes of one; max and min try again and again."""
     fields = leaves(spec.value, rules, spec.tags) if spec.value is not None else ()
     return sum(4 if leaf.merge in ("max", "min") else max(1, leaf.size // 8) for leaf in fields)
-
-
-def _kernel_object(layout: Type) -> str | None:
-    if isinstance(layout, Array):
-        return _kernel_object(layout.element)
-    if isinstance(layout, Record):
-        if layout.name == "bpf_spin_lock":
-            return None  # a lock is free where nobody holds it, and the merge takes it
-        if layout.name in SPECIAL:  # bytes that belong to the kernel, and that a copy would not carry
-            return layout.name
-        return next((found for field in layout.fields if (found := _kernel_object(field.type))), None)
-    return None

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from hitless.errors import LayoutError
-from hitless.layout.diff import Change, MapDiff, diff_map, diff_maps
 from hitless.layout.answers import ANSWERS
+from hitless.layout.diff import Change, MapDiff, diff_map, diff_maps
 from hitless.layout.elf import MAP_TYPES
 from hitless.layout.model import Field, Float, Int, MapSpec, ObjectSpec, Opaque, Record
 from hitless.layout.rules import FieldRule, MapRules

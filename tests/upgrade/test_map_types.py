@@ -27,7 +27,7 @@ from hitless.kernel.rings import unread_bytes
 from hitless.layout.answers import ANSWERS, table
 from hitless.layout.btf import Btf
 from hitless.layout.elf import MAP_TYPES
-from hitless.layout.model import Enum
+from hitless.layout.model import Enum, Record
 from hitless.upgrade.model import LeftRing, MapPlan
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
@@ -238,7 +238,7 @@ def test_a_kill_while_elements_are_brought_back_loses_and_doubles_none(
 def test_a_queue_that_is_made_too_small_is_refused_before_anything_changes(node: hitless.Node, make: Make) -> None:
     hitless.apply(node, make("1.0", queue("QUEUE", NARROW)))
     push(held(node), *range(10))
-    with pytest.raises(hitless.LossNotAllowedError, match="has 10 entries, and release 2.0 has room for 9"):
+    with pytest.raises(hitless.LossNotAllowedError, match=r"has 10 entries, and release 2\.0 has room for 9"):
         hitless.apply(node, make("2.0", queue("QUEUE", NARROW, 9)))
     assert node.observe().version == "1.0"
     assert pop_all(held(node)) == list(range(10))
@@ -307,7 +307,11 @@ def program(node: hitless.Node, name: str) -> Program:
 
 @pytest.mark.parametrize(
     ("kind", "name", "key", "number"),
-    [("DEVMAP", "on_device", 2, LOOPBACK), ("DEVMAP_HASH", "on_device", 70, LOOPBACK), ("CPUMAP", "on_processor", 0, 192)],
+    [
+        ("DEVMAP", "on_device", 2, LOOPBACK),
+        ("DEVMAP_HASH", "on_device", 70, LOOPBACK),
+        ("CPUMAP", "on_processor", 0, 192),
+    ],
 )
 def test_an_entry_that_names_a_device_or_processor_is_carried_with_its_program(
     node: hitless.Node, make: Make, kind: str, name: str, key: int, number: int
@@ -485,7 +489,7 @@ def test_removing_a_ring_buffer_that_nobody_has_read_is_a_loss(node: hitless.Nod
     connect(lab, 5)
     (told,) = hitless.apply(node, ring("2.0", 8192)).maps
     assert (told.unread, told.loss) == (5 * RECORD, ())
-    with pytest.raises(hitless.LossNotAllowedError, match="80 bytes in the ring buffer of 1.0"):
+    with pytest.raises(hitless.LossNotAllowedError, match=r"80 bytes in the ring buffer of 1\.0"):
         hitless.apply(node, ring("3.0", 4096))
     hitless.apply(node, ring("3.0", 4096), allow_loss=["held"])
     assert status(node).left == ()
@@ -614,3 +618,43 @@ SEC(".struct_ops") struct tcp_congestion_ops held = { .name = "held" };
 def test_an_object_with_struct_ops_is_refused_by_name(make: Make) -> None:
     with pytest.raises(hitless.UnsupportedError, match="struct_ops"):
         make("1.0", STRUCT_OPS)
+
+
+# Values that hold objects of the kernel
+
+OBJECTS = {
+    "bpf_timer": ("struct bpf_timer timer;", "timer: an armed timer is not carried"),
+    "bpf_wq": ("struct bpf_wq work;", "work: queued work is not carried"),
+    "kptr": (
+        'struct task_struct __attribute__((btf_type_tag("kptr_untrusted"))) *task;',
+        "task: the kernel object that it points to is not carried",
+    ),
+}
+KERNEL_TYPES = """
+struct bpf_wq { __u64 opaque[2]; } __attribute__((aligned(8)));
+struct task_struct { int pid; } __attribute__((preserve_access_index));
+"""
+
+
+def with_object(field: str, count: str, entries: int = 64) -> str:
+    made = f"struct held {{ __u32 a; {field} {count} b; }};\n"
+    return KERNEL_TYPES + made + f"MAP(held, HASH, {entries}, __u32, struct held);\n"
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+@pytest.mark.parametrize("change", ["layout", "size"])
+def test_around_an_object_of_the_kernel_the_value_is_carried_and_the_loss_is_named(
+    node: hitless.Node, make: Make, name: str, change: str
+) -> None:
+    field, loss = OBJECTS[name]
+    hitless.apply(node, make("1.0", with_object(field, "__u32")))
+    layout = node.map("held").spec.value
+    assert isinstance(layout, Record)
+    at = next(inside.offset // 8 for inside in layout.fields if inside.name == "b")
+    held(node).update(words(1), (words(7).ljust(at, b"\0") + words(9)).ljust(layout.size, b"\0"))
+    second = make("2.0", with_object(field, "__u64") if change == "layout" else with_object(field, "__u32", 32))
+    assert planned(node, second).loss == (loss.split(": ")[1],)
+    with pytest.raises(hitless.LossNotAllowedError):
+        hitless.apply(node, second)
+    hitless.apply(node, second, allow_loss=["held"])
+    assert {key: (found["a"], found["b"]) for key, found in node.map("held").items()} == {1: (7, 9)}

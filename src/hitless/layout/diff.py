@@ -184,6 +184,7 @@ def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDif
     unknown = [change for change in inner if change.kind == "unknown"]
     converted: dict[str, Conversion | None] = {"key": None, "value": None}
     fields = _split_rules(new, rules)
+    kernel: list[Change] = []  # what a map that is not kept loses though its layout did not change
     sides = (
         ("key", old.key, new.key, old.key_size, new.key_size, _NO_KEY_TYPE),
         ("value", old.value, new.value, old.value_size, new.value_size, _NO_VALUE_TYPE),
@@ -217,11 +218,14 @@ def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDif
             changes.append(Change(side, "inferred", *guesses))
         walk = _Walk(side, before, after, fields[side], new.order == "big")
         found, conversion = walk.run()
+        kernel += [] if found else walk.kernel
         unknown += [change for change in found if change.kind == "unknown"]
         if side == "key":
             found = [_for_key(change, rules.on_collision) for change in found]
         changes += found
         converted[side] = conversion if found else None
+    if _real(changes):
+        changes += kernel
     return _judge(old, new, was, changes, bool(unknown), converted)
 
 
@@ -233,11 +237,10 @@ def _judge(
     unknown: bool,
     converted: dict[str, Conversion | None],
 ) -> MapDiff:
-    real = [c for c in changes if not (c.path == "" and c.kind == "renamed") and c.kind != "inferred"]
     verdict: Verdict
     if unknown:
         verdict = "unknown"
-    elif not real:
+    elif not _real(changes):
         # A new name alone moves the pin, not the entries: the live map can be kept.
         verdict = "identical"
     elif is_constant(new):
@@ -255,6 +258,11 @@ def _judge(
     keep = verdict in ("lossless", "lossy")
     key, value = (converted["key"], converted["value"]) if keep else (None, None)
     return MapDiff(new.name, was, verdict, tuple(changes), key, value)
+
+
+def _real(changes: Sequence[Change]) -> bool:
+    """Whether a new map has to be made: a new name or a guess at a type alone is no reason."""
+    return any(not (c.path == "" and c.kind == "renamed") and c.kind != "inferred" for c in changes)
 
 
 def _maybe(change: Change, old: MapSpec, new: MapSpec) -> bool:
@@ -449,7 +457,7 @@ class _Walk:
         self.new = new
         self.rules = rules
         self.changes: list[Change] = []
-        self.kernel: list[Change] = []
+        self.kernel: list[Change] = []  # what goes with objects of the kernel
         self.moves: list[Move] = []
         self.defaults: list[Default] = []
         self.cuts: list[Cut] = []
@@ -601,7 +609,7 @@ class _Walk:
         if old.target != new.target or old.size != new.size:
             self.refuse(path, old, new, "it points to something else")
             return
-        if "kptr" in old.target.split()[0]:
+        if old.kernel:
             self.specials = True
             loss = "the kernel object that it points to is not carried"
             self.kernel.append(Change(self.show(path), "kernel-pointer", _spell(old), _spell(new), loss))

@@ -166,7 +166,7 @@ def _with_left_rings(
     for ring in state.left:
         if ring.holders:
             continue  # it lives on until they are done with it
-        loss = f"{ring.unread} bytes in the ring buffer of {state.previous}, which nobody has read and nobody holds open"
+        loss = f"{ring.unread} bytes in the ring buffer of {state.previous}, which nobody read and nobody holds open"
         entry = out.get(ring.name)
         if entry is None:
             allowed = ring.name in allow_loss or bundle.rules.get(ring.name, MapRules()).on_loss == "discard"

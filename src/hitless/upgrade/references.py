@@ -1,4 +1,4 @@
-"""The carrier of maps whose entries refer to devices or processors, perhaps with a program: devmap, devmap_hash, cpumap.
+"""The carrier of maps whose entries refer to devices or processors and programs: devmap, devmap_hash, cpumap.
 
 User space reads the id of an entry's program and writes a descriptor of it, and no program may write such a map. So
 entries are few and change seldom: single calls, and a base of what was carried, to tell who changed an entry since.
@@ -115,7 +115,7 @@ def carry_references(passage: Passage) -> Carrier:
 def _entries(held: Map) -> dict[bytes, _Entry]:
     """What is there; an array of them has places without anything."""
     found = {}
-    for key in held.keys():
+    for key in sorted(held.keys()):
         value = held.lookup(key)
         if value is not None:
             entry = _Entry(*struct.unpack_from(f"={len(value) // 4}I", value))

@@ -1,8 +1,8 @@
 """The carrier of ring buffers, which carries nothing: records are for a reader, who alone may take them out.
 
 The new release writes a ring of its own. The old one stays: until the commit where it was, then in ``previous/`` until
-the upgrade after this one. Its readers hold it open and drain it; after the commit they are given a while for that. What
-they leave is told by the result, by ``status``, and by the plan of the upgrade that would remove it.
+the upgrade after this one. Its readers hold it open and drain it; after the commit they are given a while for that.
+What they leave is told by the result, by ``status``, and by the plan of the upgrade that would remove it.
 """
 
 from __future__ import annotations
