@@ -279,6 +279,47 @@ def test_a_bitfield_in_a_queue_cannot_change_and_the_plan_says_so(node: hitless.
     assert "aligned number" in planned(node, second).loss[0]
 
 
+# Pushes the port of each connect, so that a client knows what must be in the queue, and in which order.
+PUSHING = """
+SEC("cgroup/connect4") int count4(struct bpf_sock_addr *ctx)
+{
+    struct held pushed = {};
+    pushed.a = __builtin_bswap16(ctx->user_port);
+    bpf_map_push_elem(&held, &pushed, 0);
+    return 1;
+}
+char _license[] SEC("license") = "GPL";
+"""
+CLIENT = """
+import socket
+print("ready", flush=True)
+for port in range(1, 60001):
+    with socket.socket() as client:
+        client.connect_ex(("127.0.0.1", port))
+print("done", flush=True)
+"""
+
+
+def test_programs_that_push_all_the_while_lose_no_element_to_upgrades(
+    node: hitless.Node, lab: Lab, tmp_path: Path
+) -> None:
+    releases = {}
+    for version, fields in (("1.0", NARROW), ("2.0", WIDE)):
+        directory = write_release(tmp_path / version, version, queue("QUEUE", fields, 65536) + PUSHING)
+        releases[version] = hitless.Bundle.load(directory, {"cgroup": str(lab.cgroup)})
+    hitless.apply(node, releases["1.0"])
+    client = lab.popen([sys.executable, "-c", CLIENT], cgroup="clients", stdout=subprocess.PIPE)
+    assert client.stdout is not None
+    assert client.stdout.readline() == "ready\n"
+    upgrades = 0
+    while client.poll() is None:
+        for version in ("2.0", "1.0"):
+            hitless.apply(node, releases[version], allow_loss=["held"])
+            upgrades += 1
+    assert upgrades >= 4
+    assert sorted(pop_all(held(node))) == list(range(1, 60001))
+
+
 # Maps whose entries refer to devices or processors
 
 REDIRECTING = """

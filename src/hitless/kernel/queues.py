@@ -62,7 +62,7 @@ _KEY = bytes(4)
 _JLT, _JLT_IMM = 0xAD, 0xA5
 
 _EMPTY, _MORE, _FULL = 0, 1, 2  # what a run returns: the source is empty, elements are left, a private target is full
-_ELEMENTS_A_RUN = 256  # some 50 us, in which nothing else runs on this CPU
+_ELEMENTS_A_RUN = 64  # each is a turn of a loop that the verifier walks through
 _STEPS_A_RUN = 200_000  # what the verifier surely walks through
 
 
