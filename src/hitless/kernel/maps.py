@@ -129,7 +129,7 @@ class Map(Object):
         check(result, "BPF_MAP_DELETE_ELEM", self.info.name)
         return True
 
-    def keys(self) -> set[bytes]:
+    def all_keys(self) -> set[bytes]:
         """All keys, one by one with BPF_MAP_GET_NEXT_KEY: for maps that know no batches. Those of an array are all."""
         found: set[bytes] = set()
         position: object = ffi.NULL

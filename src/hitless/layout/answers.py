@@ -36,8 +36,8 @@ def _lost(words: str) -> Answer:
     return Answer(words, loses=True)
 
 
-def _filled_by_release(words: str, loses: bool = False) -> Answer:
-    return Answer(words, loses=loses, anew=True)
+def _filled_by_release(words: str) -> Answer:
+    return Answer(words, anew=True)
 
 
 _ENTRIES = "each entry is converted; what programs write meanwhile is merged"
@@ -49,7 +49,7 @@ _LATER = "carrying entries of a {} map to another map is not supported yet"
 ANSWERS: Mapping[str, Answer] = {
     "hash": _carried("entries", _ENTRIES),
     "array": _carried("entries", _ENTRIES),
-    "prog_array": _filled_by_release("slots that the object does not fill itself start empty", loses=True),
+    "prog_array": _filled_by_release("a slot that somebody else filled starts empty, and that must be allowed"),
     "perf_event_array": _lost("its perf events cannot be listed: readers have to open theirs in the new map"),
     "percpu_hash": _carried("entries", _ENTRIES),
     "percpu_array": _carried("entries", _ENTRIES),

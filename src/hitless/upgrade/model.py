@@ -137,11 +137,13 @@ class LiveMap(msgspec.Struct, frozen=True):
     """A pinned map: the kernel's facts, and its layouts from ``source``.
 
     ``kernel`` when the map itself carries BTF, ``record`` when only the release's record knows, ``none``.
+    ``filled`` are the slots of a program array that hold a program.
     """
 
     info: MapInfo
     spec: MapSpec
     source: str
+    filled: tuple[int, ...] = ()
 
 
 class Generation(msgspec.Struct, frozen=True):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -238,7 +239,13 @@ def _live(pinned: Map, name: str, declared: MapSpec) -> LiveMap:
         key=seen.key or declared.key,
         value=seen.value or declared.value,
     )
-    return LiveMap(pinned.info, spec, "kernel" if typed else "record" if declared.value is not None else "none")
+    source = "kernel" if typed else "record" if declared.value is not None else "none"
+    return LiveMap(pinned.info, spec, source, _filled(pinned) if seen.type == "prog_array" else ())
+
+
+def _filled(array: Map) -> tuple[int, ...]:
+    """The slots of a program array that hold a program."""
+    return tuple(sorted(int.from_bytes(key, sys.byteorder) for key in array.all_keys() if array.lookup(key) is not None))
 
 
 def _left_rings(previous: Path, current: Generation | None) -> tuple[LeftRing, ...]:

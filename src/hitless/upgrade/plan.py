@@ -116,7 +116,20 @@ def _plan_maps(
         _plan_map(diff, {spec.name: spec for spec in old}, bundle, features, allow_loss)
         for diff in diff_maps(old, new, {name: rule for name, rule in bundle.rules.items() if not is_global(name)})
     ]
-    return (*plans, *_plan_globals(current, bundle, allow_loss))
+    return (*(_with_slots(entry, current) for entry in plans), *_plan_globals(current, bundle, allow_loss))
+
+
+def _with_slots(entry: MapPlan, current: Generation) -> MapPlan:
+    """The plan of a program array with the slots that the running release's object did not fill."""
+    live = current.maps.get(entry.was or entry.name)
+    if live is None or entry.action != "discard":
+        return entry
+    own = {index for index, _ in live.spec.slots}
+    foreign = [str(index) for index in live.filled if index not in own]
+    if not foreign:
+        return entry
+    loss = f"slots that the object does not fill itself: {', '.join(foreign)}"
+    return msgspec.structs.replace(entry, loss=(*entry.loss, loss))
 
 
 def _plan_map(
@@ -139,11 +152,9 @@ def _plan_map(
         return planned("create", "empty")
     if diff.verdict == "removed":
         return planned("drop", "none", loss=("all entries: the release has no such map",))
-    found_answer = answer(bundle.maps[diff.name].type)
-    if diff.verdict == "identical" and found_answer.anew:
+    if diff.verdict == "identical" and answer(bundle.maps[diff.name].type).anew:
         # libbpf fills the slots that the object names when it loads: in a kept array that would go live at once.
-        loss = (found_answer.words,) if found_answer.loses else ()
-        return planned("discard", "from the release's object", loss=loss)
+        return planned("discard", "from the release's object")
     if diff.verdict == "identical":
         return planned("keep", "same map")
     if diff.verdict in ("lossless", "lossy"):

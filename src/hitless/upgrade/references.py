@@ -115,7 +115,7 @@ def carry_references(passage: Passage) -> Carrier:
 def _entries(held: Map) -> dict[bytes, _Entry]:
     """What is there; an array of them has places without anything."""
     found = {}
-    for key in sorted(held.keys()):
+    for key in held.all_keys():
         value = held.lookup(key)
         if value is not None:
             entry = _Entry(*struct.unpack_from(f"={len(value) // 4}I", value))
