@@ -245,7 +245,8 @@ def _live(pinned: Map, name: str, declared: MapSpec) -> LiveMap:
 
 def _filled(array: Map) -> tuple[int, ...]:
     """The slots of a program array that hold a program."""
-    return tuple(sorted(int.from_bytes(key, sys.byteorder) for key in array.all_keys() if array.lookup(key) is not None))
+    filled = (key for key in array.all_keys() if array.lookup(key) is not None)
+    return tuple(sorted(int.from_bytes(key, sys.byteorder) for key in filled))
 
 
 def _left_rings(previous: Path, current: Generation | None) -> tuple[LeftRing, ...]:
