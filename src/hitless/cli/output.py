@@ -247,7 +247,7 @@ def progress_line() -> Callable[[Progress], None]:
         line = f"{now - started:6.2f} s  {progress.step}{_detail(progress)}"
         if terminal:
             click.echo(f"\r\033[K{line}", nl=False, err=True)
-            if progress.step == "clean-up":
+            if progress.step in ("clean-up", "drain"):  # nothing may follow
                 click.echo("\r\033[K", nl=False, err=True)
         elif progress.map is None or now - told > _SELDOM:
             told = now

@@ -1,10 +1,11 @@
 """The carrier of queues and stacks. They can only be popped, so nothing is copied: it moves, after the cutover.
 
 Old programs may push and pop until the barrier, then all elements move in a few runs of small programs. What the new
-release pushed until then is held aside, so that it comes behind the old elements: a queue by way of one further queue,
-a stack, which turns the order round with each move, by way of two. Which move is on is in a pinned journal, and each
-can be repeated. An upgrade that is taken back finds elements in up to four maps; where the moves had come to says in
-which order they belong.
+release pushed until then is held aside, so that it comes behind the old elements. These go over a further map: it is
+ours alone, so that an element which leaves the old one, where user space may pop still, surely has a place; and a
+stack, which turns the order round with each move, must be turned twice. Which move is on is in a pinned journal, and
+each can be repeated. An upgrade that is taken back finds elements in up to four maps; where the moves had come to says
+in which order they belong.
 """
 
 from __future__ import annotations
@@ -70,23 +71,20 @@ class _Way:
         self._size = max(passage.source.info.value_size, size)
         if passage.fresh:
             passage.pin.mkdir()
-        asides = []
-        for aside in ("held", "turned"):
-            path = passage.pin / aside
-            if passage.fresh:
-                create_beside(passage.new.type, f"{aside}_{self.name}", size, room).pin(path)
-            asides.append(Map.open(path))
-        self._held, self._over = asides
+        for aside in ("held", "over") if passage.fresh else ():
+            create_beside(passage.new.type, f"{aside}_{self.name}", size, room).pin(passage.pin / aside)
+        self._held, self._over = Map.open(passage.pin / "held"), Map.open(passage.pin / "over")
         self._journal = Journal.at(passage.pin / "journal", self.name, self._there, self._size, passage.fresh)
         # Loaded before a hook changes: if the kernel refuses one, it does so in time.
         self._moving = _Moving(self.name, self._moves(), self._journal)
 
     def _moves(self) -> list[_Moves]:
-        hold = _Moves(self._target, self._held, live=True)
-        if self._stack:
-            turned = _Moves(self._source, self._over, self._there, counts=True)
-            return [hold, turned, _Moves(self._over, self._target), _Moves(self._held, self._target)]
-        return [hold, _Moves(self._source, self._target, self._there, counts=True), _Moves(self._held, self._target)]
+        return [
+            _Moves(self._target, self._held, live=True),
+            _Moves(self._source, self._over, self._there, live=True, counts=True),
+            _Moves(self._over, self._target),
+            _Moves(self._held, self._target),
+        ]
 
     def copy(self, progress: Callable[[int], None]) -> None:
         """See :class:`Carrier`; only looks whether all will fit, since the old release has its elements until then."""
@@ -130,22 +128,22 @@ class _Way:
 
     def _moves_back(self, aside: Map) -> list[_Moves]:
         """What brings all back in order, oldest first, from where the moves there had come to."""
+        over = _Moves(self._over, self._source, self._back)
         held = _Moves(self._held, self._source, self._back)
         step = self._journal.step
         if self._stack:
             # A move turns the order round, so what has been moved an odd number of times goes over `held` or `over`.
             if step == 1:
-                over = _Moves(self._over, self._source, self._back)
                 return [over, held, _Moves(self._target, self._held), held]
             if step == 2:
-                return [_Moves(self._target, self._over), _Moves(self._over, self._source, self._back), held]
+                return [_Moves(self._target, self._over), over, held]
             return [_Moves(self._target, self._held), held]
         new = _Moves(self._target, self._source, self._back)
         if step == 0:  # what the old map holds is older than what the new release pushed
             return [held, new]
         behind = _Moves(self._source, aside, live=True)
         again = _Moves(aside, self._source)
-        return [behind, new, again, held] if step == 1 else [behind, new, held, again]
+        return [behind, over, again, held, new] if step == 1 else [behind, new, over, held, again]
 
 
 class _WayBack:
