@@ -13,6 +13,7 @@ import msgspec
 from hitless.carry import SectionWay, converts, losses, obstacle, refusals, section_way
 from hitless.errors import BundleError
 from hitless.groups import group_of, torn
+from hitless.layout.answers import answer
 from hitless.layout.diff import Change, MapDiff, diff_maps, is_constant
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
@@ -177,6 +178,9 @@ def _judge(
             lost, whole, note = (f"all entries: {missing}", *lost), True, None
     elif diff.verdict == "removed" and not constant:
         lost = tuple(change.loss for change in diff.changes if change.loss)
+    elif diff.verdict == "not-carried" and not any(change.loss for change in diff.changes):
+        whole = False
+        note = "; ".join(change.reason for change in diff.changes if change.reason)
     elif whole and not constant:
         reasons = dict.fromkeys(change.reason for change in diff.changes if change.reason)
         lost = tuple(f"all entries: {reason}" for reason in reasons) or (f"all entries: {diff.verdict}",)
@@ -184,9 +188,7 @@ def _judge(
 
 
 def _not_kept(spec: MapSpec) -> str | None:
-    if spec.type == "prog_array":
-        return "slots that the new object does not fill itself start empty"
-    return None
+    return answer(spec.type).words if answer(spec.type).anew else None
 
 
 def _phrases(changes: tuple[Change, ...]) -> Iterator[str]:

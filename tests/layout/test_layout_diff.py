@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from hitless.errors import LayoutError
+from hitless.layout.answers import ANSWERS
 from hitless.layout.diff import Change, MapDiff, diff_map, diff_maps
 from hitless.layout.elf import MAP_TYPES
 from hitless.layout.model import Field, Float, Int, MapSpec, ObjectSpec, Opaque, Record
@@ -375,7 +376,7 @@ def test_a_map_without_types_is_unknown_even_if_the_sizes_agree(read: Read, a_ma
     assert "the value's type is not known on the new side" in str(diff_map(typed, blind.maps[0]).changes)
 
 
-@pytest.mark.parametrize("kind", [3, 4, 27], ids=["prog_array", "perf_event_array", "ringbuf"])
+@pytest.mark.parametrize("kind", [3, 4, 17], ids=["prog_array", "perf_event_array", "xskmap"])
 def test_a_map_whose_values_have_no_type_is_identical_by_its_sizes(a_map: MakeMap, kind: int) -> None:
     spec = MapSpec("m", MAP_TYPES[kind], 4, 4, 8)
     assert diff_map(spec, spec).verdict == "identical"
@@ -383,11 +384,39 @@ def test_a_map_whose_values_have_no_type_is_identical_by_its_sizes(a_map: MakeMa
     assert diff.verdict == "not-carried"
 
 
-def test_a_ring_buffer_that_is_resized_is_not_carried_and_says_why() -> None:
-    old, new = MapSpec("r", "ringbuf", 0, 0, 4096), MapSpec("r", "ringbuf", 0, 0, 8192)
+def test_a_perf_event_array_that_is_resized_is_not_carried_and_says_why() -> None:
+    old, new = MapSpec("r", "perf_event_array", 4, 4, 4), MapSpec("r", "perf_event_array", 4, 4, 8)
     diff = diff_map(old, new)
     assert diff.verdict == "not-carried"
-    assert diff.changes[-1].reason == "the contents of a ringbuf map cannot be listed"
+    assert diff.changes[-1].loss == "all entries"
+    assert diff.changes[-1].reason == ANSWERS["perf_event_array"].words
+
+
+def test_a_ring_buffer_that_is_resized_loses_nothing_in_either_direction() -> None:
+    small, large = MapSpec("r", "ringbuf", 0, 0, 4096), MapSpec("r", "ringbuf", 0, 0, 8192)
+    assert [diff_map(small, large).verdict, diff_map(large, small).verdict] == ["lossless", "lossless"]
+    assert only(diff_map(large, small), "max-entries").hint is None
+
+
+def test_a_map_that_the_release_fills_is_not_carried_and_loses_nothing() -> None:
+    old, new = MapSpec("j", "insn_array", 4, 4, 4), MapSpec("j", "insn_array", 4, 4, 8)
+    diff = diff_map(old, new)
+    assert (diff.verdict, [change.loss for change in diff.changes]) == ("not-carried", [None, None])
+
+
+def test_the_value_of_a_device_map_is_the_kernels_whatever_type_it_was_given(a_map: MakeMap) -> None:
+    old = msgspec.structs.replace(a_map("struct value { __u32 x; };"), type="devmap")
+    new = MapSpec("m", "devmap", 4, 8, 64)
+    assert diff_map(msgspec.structs.replace(old, key=None), new).verdict == "lossless"
+    assert "no place" in str(diff_map(new, msgspec.structs.replace(old, key=None)).changes)
+
+
+def test_a_type_that_came_after_this_version_is_not_carried() -> None:
+    number = Int("__u32", 4, signed=False)
+    old = MapSpec("x", "type99", 4, 4, 4, key=number, value=number)
+    diff = diff_map(old, msgspec.structs.replace(old, max_entries=8))
+    assert diff.verdict == "not-carried"
+    assert diff.changes[-1].reason == "maps of type type99 are not known to this version"
 
 
 def test_a_percpu_map_is_converted_as_any_other(a_map: MakeMap) -> None:

@@ -219,18 +219,6 @@ def test_maps_of_every_type_are_kept_while_their_definition_stays(node: hitless.
     assert actions(result.maps) == {**wanted, "plain": "convert"}
 
 
-def test_a_map_that_cannot_be_carried_yet_is_named_with_the_reason(
-    node: hitless.Node, lab: Lab, tmp_path: Path
-) -> None:
-    old = write_release(tmp_path / "1", "1", KEPT % "__u32")
-    changed = KEPT.replace("RINGBUF); __uint(max_entries, 4096)", "RINGBUF); __uint(max_entries, 8192)")
-    new = hitless.Bundle.load(write_release(tmp_path / "2", "2", changed % "__u32"), {"cgroup": str(lab.cgroup)})
-    hitless.apply(node, hitless.Bundle.load(old, {"cgroup": str(lab.cgroup)}))
-    with pytest.raises(hitless.LossNotAllowedError, match=r"ring loses: all entries: .*ringbuf"):
-        hitless.apply(node, new)
-    assert actions(hitless.apply(node, new, allow_loss=["ring"]).maps)["ring"] == "discard"
-
-
 def test_unload_leaves_nothing(node: hitless.Node, release: Release) -> None:
     hitless.apply(node, release(1))
     hitless.apply(node, release(2))

@@ -193,6 +193,7 @@ def show_result(result: Result) -> None:
     for entry in result.maps:
         if entry.action == "convert":
             lost = f", {entry.lost} values did not fit" if entry.lost else ""
+            lost += f", {entry.unread} bytes left unread in the old one" if entry.unread else ""
             click.echo(
                 f"  {entry.name}: {entry.copied} entries copied, {entry.caught_up} caught up "
                 f"in {entry.rounds} rounds{lost}, {entry.seconds * 1000:.1f} ms"
@@ -224,6 +225,9 @@ def show_status(status: Status) -> None:
         hooks = [(h.link, h.attach_type, h.program or "?", str(h.program_id or "-"), h.target) for h in status.hooks]
         _table("hooks", ("link", "attach type", "program", "id", "target"), hooks)
         _show_holders(status.holders)
+    for ring in status.left:
+        who = f"process {', '.join(map(str, ring.holders))}" if ring.holders else "nobody"
+        click.echo(f"ring buffer {ring.name} of {status.previous} holds {ring.unread} unread bytes; {who} has it open")
     for problem in status.problems:
         click.secho(f"problem: {problem}", fg="red")
     if status.upgrading is not None:
@@ -276,7 +280,7 @@ def progress_line() -> Callable[[Progress], None]:
         line = f"{now - started:6.2f} s  {progress.step}{_detail(progress)}"
         if terminal:
             click.echo(f"\r\033[K{line}", nl=False, err=True)
-            if progress.step == "clean-up":
+            if progress.step in ("clean-up", "drain"):  # nothing may follow
                 click.echo("\r\033[K", nl=False, err=True)
         elif progress.map is None or now - told > _SELDOM:
             told = now

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from hitless.errors import KernelError, NodeError
 from hitless.kernel.libbpf import Object, check, ffi, lib, options, pinned_kind
 from hitless.layout.btf import Btf
+from hitless.layout.elf import MAP_TYPES
 from hitless.layout.model import MapSpec
 
 __all__ = ["ANY", "EXIST", "F_LOCK", "NOEXIST", "Map", "MapInfo", "Rows", "create", "is_alive", "possible_cpus"]
@@ -63,12 +64,11 @@ class Map(Object):
         raw = ffi.new("struct bpf_map_info *")
         length = ffi.new("__u32 *", ffi.sizeof("struct bpf_map_info"))
         check(lib().bpf_obj_get_info_by_fd(fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", f"map descriptor {fd}")
-        kind = lib().libbpf_bpf_map_type_str(raw.type)
         #: BPF_F_LOCK where the values hold a bpf_spin_lock that guards them, to be passed when they are read or set.
         self.lock_flag = 0
         self.info = MapInfo(
             id=raw.id,
-            type=ffi.string(kind).decode() if kind else f"type{raw.type}",
+            type=MAP_TYPES[raw.type] if raw.type < len(MAP_TYPES) else f"type{raw.type}",
             name=ffi.string(raw.name).decode(),
             key_size=raw.key_size,
             value_size=raw.value_size,
@@ -128,6 +128,19 @@ class Map(Object):
             return False
         check(result, "BPF_MAP_DELETE_ELEM", self.info.name)
         return True
+
+    def all_keys(self) -> set[bytes]:
+        """All keys, one by one with BPF_MAP_GET_NEXT_KEY: for maps that know no batches. Those of an array are all."""
+        found: set[bytes] = set()
+        position: object = ffi.NULL
+        while True:
+            key = bytearray(self.info.key_size)
+            result = lib().bpf_map_get_next_key(self.fd, position, ffi.from_buffer(key))
+            if result < 0 and ffi.errno == errno.ENOENT:
+                return found
+            check(result, "BPF_MAP_GET_NEXT_KEY", self.info.name)
+            found.add(bytes(key))
+            position = ffi.from_buffer(key)
 
     def batches(self) -> Iterator[tuple[Rows, Rows]]:
         """Keys and values of all entries, some thousand at a time, by BPF_MAP_LOOKUP_BATCH.

@@ -13,7 +13,7 @@ import msgspec
 
 from hitless.errors import LayoutError
 from hitless.layout.members import SPECIAL, is_bytes, join, members
-from hitless.layout.model import Array, Enum, Int, Record, Type
+from hitless.layout.model import Array, Enum, Int, Pointer, Record, Type
 from hitless.layout.rules import MapRules, Merge, parse_tags
 
 __all__ = [
@@ -281,7 +281,7 @@ def leaves(
     A policy on a struct or array holds for all that is inside, unless that says otherwise; a rule wins over a tag.
     ``tags`` are those of the map itself, whose policy holds for the whole value. A value that is one number has the
     path ``value``.
-    Padding and what the kernel owns (locks, timers) is no leaf. Arrays are unrolled, save arrays of bytes.
+    Padding and what the kernel owns (locks, timers, kptrs) is no leaf. Arrays are unrolled, save arrays of bytes.
 
     Raises :class:`LayoutError` for a policy that the type cannot have: a sum of something that is no number.
     """
@@ -313,6 +313,8 @@ def _collect(
                 out.append(_leaf(at, offset + member.offset, member.type, own))
             else:
                 _collect(member.type, at, offset + member.offset, merge, member.tags, rules, out)
+        return
+    if isinstance(made, Pointer) and made.kernel:
         return
     if made.size:
         out.append(_leaf(path, offset, made, merge or "keep"))

@@ -33,6 +33,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from hitless.errors import LayoutError
+from hitless.layout.answers import answer
 from hitless.layout.codec import encode
 from hitless.layout.conversion import Conversion, Cut, Default, Move, Repeat
 from hitless.layout.members import SPECIAL, Member, inside, is_bytes, is_text, join, members, singles
@@ -40,30 +41,27 @@ from hitless.layout.model import Array, Enum, Field, Float, Int, MapSpec, Opaque
 from hitless.layout.rules import MapRules, OnCollision, bind_old, parse_tags
 
 __all__ = [
-    "CONVERTIBLE", "Change", "MapDiff", "Verdict", "diff_map", "diff_maps", "diff_members", "draft", "is_constant",
-    "match_names", "section_of",
+    "Change", "MapDiff", "Verdict", "diff_map", "diff_maps", "diff_members", "draft", "is_constant", "match_names",
+    "section_of",
 ]  # fmt: skip
 
 Verdict = Literal[
     "identical", "lossless", "lossy", "needs-converter", "not-carried", "unknown", "added", "removed"
 ]  # fmt: skip
 
-#: Types of maps whose entries this release can carry from one map to another.
-CONVERTIBLE = (
-    "hash", "lru_hash", "array", "percpu_hash", "lru_percpu_hash", "percpu_array", "lpm_trie",
-)  # fmt: skip
-
+# Values that are the kernel's own, whatever type somebody wrote down for them: only sizes count there.
+_KERNEL_VALUE = ("devmap", "devmap_hash", "cpumap")
 # Maps without entries that have a meaning of their own, or whose values are not bytes: only sizes count there.
 _NO_KEY_TYPE = (
     "array", "percpu_array", "prog_array", "perf_event_array", "stack_trace", "cgroup_array", "array_of_maps", "devmap",
     "sockmap", "cpumap", "xskmap", "reuseport_sockarray", "queue", "stack", "ringbuf", "user_ringbuf", "bloom_filter",
-    "arena",
+    "arena", "insn_array",
 )  # fmt: skip
 _NO_VALUE_TYPE = (
     "prog_array", "perf_event_array", "stack_trace", "cgroup_array", "array_of_maps", "hash_of_maps", "sockmap",
-    "sockhash", "xskmap", "reuseport_sockarray", "ringbuf", "user_ringbuf", "arena",
+    "sockhash", "xskmap", "reuseport_sockarray", "ringbuf", "user_ringbuf", "arena", "insn_array",
+    *_KERNEL_VALUE,
 )  # fmt: skip
-_NOT_LISTED = ("ringbuf", "user_ringbuf", "stack_trace", "bloom_filter", "queue", "stack", "perf_event_array", "arena")
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -217,6 +215,7 @@ def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDif
     converted: dict[str, Conversion | None] = {"key": None, "value": None}
     key_change: Literal["plain", "folds", "converter"] = "plain"
     fields = _split_rules(new, rules)
+    kernel: list[Change] = []  # what a map that is not kept loses though its layout did not change
     sides = (
         ("key", old.key, new.key, old.key_size, new.key_size, _NO_KEY_TYPE),
         ("value", old.value, new.value, old.value_size, new.value_size, _NO_VALUE_TYPE),
@@ -225,9 +224,10 @@ def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDif
         # The key of an array is its index, always u32, whether or not somebody wrote its type down.
         index = side == "key" and "array" in old.type and "array" in new.type and old_size == new_size == 4
         free = old.type in untyped and new.type in untyped and (index or before is None or after is None)
+        free |= side == "value" and old.type in _KERNEL_VALUE and new.type in _KERNEL_VALUE
         if free:
             if old_size != new_size:
-                changes.append(Change(side, "resized", f"{old_size} bytes", f"{new_size} bytes"))
+                changes.append(_resized(side, old, old_size, new_size))
             continue
         if before is None or after is None:
             which = "either side" if before is after else "the old side" if before is None else "the new side"
@@ -249,6 +249,7 @@ def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDif
             changes.append(Change(side, "inferred", *guesses))
         walk = _Walk(side, before, after, fields[side], new.order == "big")
         found, conversion = walk.run()
+        kernel += [] if found else walk.kernel
         unknown += [change for change in found if change.kind == "unknown"]
         if side == "key":
             found = [_for_key(change, rules.on_collision) for change in found]
@@ -258,6 +259,8 @@ def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDif
                 key_change = "folds"
         changes += found
         converted[side] = conversion if found else None
+    if _real(changes):
+        changes += kernel
     judged = _judge(old, new, was, changes, bool(unknown), converted)
     return msgspec.structs.replace(judged, key_change=key_change)
 
@@ -270,17 +273,16 @@ def _judge(
     unknown: bool,
     converted: dict[str, Conversion | None],
 ) -> MapDiff:
-    real = [c for c in changes if not (c.path == "" and c.kind == "renamed") and c.kind != "inferred"]
     verdict: Verdict
     if unknown:
         verdict = "unknown"
-    elif not real:
+    elif not _real(changes):
         # A new name alone moves the pin, not the entries: the live map can be kept.
         verdict = "identical"
     elif is_constant(new):
         plain = tuple(msgspec.structs.replace(c, loss=None, reason=None) for c in changes)
         return MapDiff(new.name, was, "lossless", plain)
-    elif old.type not in CONVERTIBLE or new.type not in CONVERTIBLE:
+    elif not (answer(old.type).kind and answer(new.type).kind):
         changes.append(_not_carried(old, new))
         verdict = "not-carried"
     elif any(change.reason for change in changes):
@@ -294,18 +296,27 @@ def _judge(
     return MapDiff(new.name, was, verdict, tuple(changes), key, value)
 
 
+def _real(changes: Sequence[Change]) -> bool:
+    """Whether a new map has to be made: a new name or a guess at a type alone is no reason."""
+    return any(not (c.path == "" and c.kind == "renamed") and c.kind != "inferred" for c in changes)
+
+
 def _maybe(change: Change, old: MapSpec, new: MapSpec) -> bool:
     # A smaller hash loses nothing unless it is too full, which only the live map can tell. An array is always full.
     return change.kind == "max-entries" and "array" not in (old.type, new.type)
 
 
 def _not_carried(old: MapSpec, new: MapSpec) -> Change:
-    kind = old.type if old.type not in CONVERTIBLE else new.type
-    if kind in _NOT_LISTED:
-        why = f"the contents of a {kind} map cannot be listed"
-    else:
-        why = f"carrying entries of a {kind} map to another map is not supported yet"
-    return Change("", "not-carried", old.type, new.type, loss="all entries", reason=why)
+    found = answer(new.type if answer(old.type).kind else old.type)
+    loss = "all entries" if found.loses or old.type != new.type else None
+    return Change("", "not-carried", old.type, new.type, loss=loss, reason=found.words)
+
+
+def _resized(side: str, old: MapSpec, old_size: int, new_size: int) -> Change:
+    loss = None
+    if side == "value" and old.type in _KERNEL_VALUE and new_size < old_size:
+        loss = "the programs of its entries have no place"
+    return Change(side, "resized", f"{old_size} bytes", f"{new_size} bytes", loss)
 
 
 def _definition(old: MapSpec, new: MapSpec) -> list[Change]:
@@ -330,6 +341,10 @@ def _definition(old: MapSpec, new: MapSpec) -> list[Change]:
                 loss = f"elements {new.max_entries} and above are dropped"
             elif new.type == "lru_hash":
                 loss = f"of more than {new.max_entries} entries, the least recently used are evicted"
+            elif new.type in ("devmap", "cpumap"):
+                hint = f"refused when there is an entry at {new.max_entries} or above"
+            elif new.type == "ringbuf":
+                hint = None  # bytes, and what is in the old one stays there
             else:
                 hint = f"refused when there are more than {new.max_entries} entries"
         out.append(Change("", "max-entries", str(old.max_entries), str(new.max_entries), loss, hint=hint))
@@ -486,7 +501,7 @@ class _Walk:
         self.new = new
         self.rules = rules
         self.changes: list[Change] = []
-        self.kernel: list[Change] = []
+        self.kernel: list[Change] = []  # what goes with objects of the kernel
         self.moves: list[Move] = []
         self.defaults: list[Default] = []
         self.cuts: list[Cut] = []
@@ -641,7 +656,7 @@ class _Walk:
         if old.target != new.target or old.size != new.size:
             self.refuse(path, old, new, "it points to something else")
             return
-        if "kptr" in old.target.split()[0]:
+        if old.kernel:
             self.specials = True
             loss = "the kernel object that it points to is not carried"
             self.kernel.append(Change(self.show(path), "kernel-pointer", _spell(old), _spell(new), loss))

@@ -69,6 +69,11 @@ class Pointer(msgspec.Struct, frozen=True, tag="pointer"):
         """C spelling, e.g. ``struct sock *``."""
         return f"{self.target} *"
 
+    @property
+    def kernel(self) -> bool:
+        """Whether it holds an object of the kernel (a kptr), and is the kernel's to read and write."""
+        return "kptr" in self.target.split()[0]
+
 
 class Array(msgspec.Struct, frozen=True, tag="array"):
     """``count`` elements one after the other; a flexible array has ``count`` 0."""

@@ -27,8 +27,8 @@ class Tally:
     """Counts of one map's journey, filled while it goes on; what did not fit is in ``lost``, by field path.
 
     ``seconds`` are those of all work on it, ``last_round`` those of the latest pass over what differs;
-    ``differing`` is about how many entries differed when that was last looked at.
-    ``left_behind`` says, on the way back, why what the new release wrote in this map did not come along.
+    ``differing`` is about how many entries differed when that was last looked at. ``unread`` bytes are left in an old
+    ring buffer. ``left_behind`` says, on the way back, why what the new release wrote in this map did not come along.
     """
 
     def __init__(self) -> None:
@@ -39,6 +39,7 @@ class Tally:
         self.seconds = 0.0
         self.last_round = 0.0
         self.differing = 0
+        self.unread = 0
         self.lost: dict[str, int] = {}
         self.left_behind: str | None = None
 

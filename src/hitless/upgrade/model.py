@@ -20,6 +20,7 @@ __all__ = [
     "Generation",
     "Hook",
     "HookPlan",
+    "LeftRing",
     "LiveMap",
     "MapPlan",
     "MapResult",
@@ -151,11 +152,13 @@ class LiveMap(msgspec.Struct, frozen=True):
     """A pinned map: the kernel's facts, and its layouts from ``source``.
 
     ``kernel`` when the map itself carries BTF, ``record`` when only the release's record knows, ``none``.
+    ``filled`` are the slots of a program array that hold a program.
     """
 
     info: MapInfo
     spec: MapSpec
     source: str
+    filled: tuple[int, ...] = ()
 
 
 class Generation(msgspec.Struct, frozen=True):
@@ -166,11 +169,19 @@ class Generation(msgspec.Struct, frozen=True):
     programs: dict[str, ProgramInfo]
 
 
+class LeftRing(msgspec.Struct, frozen=True):
+    """A ring buffer of the last generation that holds ``unread`` bytes; ``holders`` are processes that have it open."""
+
+    name: str
+    unread: int
+    holders: tuple[int, ...]
+
+
 class NodeState(msgspec.Struct, frozen=True):
     """What was seen under a pin root at one time.
 
     ``unfinished`` is the record of an upgrade that began and did not end; ``litter`` is true when ``next/`` is
-    there without a readable beginning of one.
+    there without a readable beginning of one. ``left`` are ring buffers of the last generation that are not empty.
     """
 
     root: str
@@ -179,6 +190,7 @@ class NodeState(msgspec.Struct, frozen=True):
     unfinished: Record | None = None
     litter: bool = False
     previous: str | None = None
+    left: tuple[LeftRing, ...] = ()
 
     @property
     def version(self) -> str | None:
@@ -209,7 +221,7 @@ class Progress(msgspec.Struct, frozen=True):
 class MapResult(MapPlan, frozen=True):
     """What became of one map. ``entries`` were in the old map, ``copied`` by the first pass, ``caught_up`` merged
     in ``rounds`` later ones; ``lost`` counts conversions of values that did not fit the new layout, ``lost_fields``
-    by path.
+    by path. ``unread`` are the bytes that the readers of an old ring buffer had not taken when apply was done.
     """
 
     entries: int = 0
@@ -218,6 +230,7 @@ class MapResult(MapPlan, frozen=True):
     caught_up: int = 0
     lost: int = 0
     lost_fields: Mapping[str, int] = {}
+    unread: int = 0
     seconds: float = 0.0
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,9 +30,10 @@ from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
 from hitless.kernel.processes import command, lock_holder
 from hitless.kernel.programs import Program
+from hitless.kernel.rings import holders, unread_bytes
 from hitless.layout.model import MapSpec
 from hitless.upgrade.handle import Access, MapHandle
-from hitless.upgrade.model import Generation, LiveMap, NodeState
+from hitless.upgrade.model import Generation, LeftRing, LiveMap, NodeState
 from hitless.upgrade.record import map_pin, read_record
 
 __all__ = ["Node"]
@@ -117,6 +119,7 @@ class Node:
             unfinished=unfinished,
             litter=self.next.exists() and unfinished is None,
             previous=read_record(previous).version if previous.exists() else None,
+            left=_left_rings(self.previous, current) if previous.exists() else (),
         )
 
     def map(self, name: str) -> MapHandle:
@@ -233,7 +236,28 @@ def _live(pinned: Map, name: str, declared: MapSpec) -> LiveMap:
         key=seen.key or declared.key,
         value=seen.value or declared.value,
     )
-    return LiveMap(pinned.info, spec, "kernel" if typed else "record" if declared.value is not None else "none")
+    source = "kernel" if typed else "record" if declared.value is not None else "none"
+    return LiveMap(pinned.info, spec, source, _filled(pinned) if seen.type == "prog_array" else ())
+
+
+def _filled(array: Map) -> tuple[int, ...]:
+    """The slots of a program array that hold a program."""
+    filled = (key for key in array.all_keys() if array.lookup(key) is not None)
+    return tuple(sorted(int.from_bytes(key, sys.byteorder) for key in filled))
+
+
+def _left_rings(previous: Path, current: Generation | None) -> tuple[LeftRing, ...]:
+    """Ring buffers of the last generation that the running one does not have, and that were not read to the end."""
+    kept = {live.info.id for live in current.maps.values()} if current is not None else set()
+    left = []
+    for name, declared in read_record(previous / "record").maps.items():
+        path = previous / "maps" / name
+        if declared.type == "ringbuf" and path.exists():
+            with Map.open(path) as ring:
+                if ring.info.id not in kept and (unread := unread_bytes(ring)):
+                    others = tuple(pid for pid in holders(ring.info.id) if pid != os.getpid())
+                    left.append(LeftRing(name, unread, others))
+    return tuple(left)
 
 
 def _inode(path: Path) -> int | None:

@@ -15,11 +15,12 @@ from hitless.bundle import Attach, Bundle, unite_maps
 from hitless.carry import converts, is_global, losses, refusals, section_way, translated, way
 from hitless.errors import BundleError, UnsupportedError
 from hitless.groups import group_of, torn
+from hitless.layout.answers import answer
 from hitless.layout.diff import MapDiff, diff_maps, is_constant
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
 from hitless.layout.variables import SectionDiff, diff_sections
-from hitless.upgrade.model import Generation, HookPlan, MapPlan, NodeState, Plan
+from hitless.upgrade.model import Generation, HookPlan, LeftRing, MapPlan, NodeState, Plan
 
 __all__ = ["make_plan"]
 
@@ -59,8 +60,8 @@ def make_plan(
                 bundle=bundle.name,
             )
         # In a start or restart nothing can be lost, and the same command must do on every node, and twice.
-        _check_names(current, bundle, allow_loss)
-        maps = _plan_maps(current, bundle, features, allow_loss)
+        _check_names(current, bundle, allow_loss, state.left)
+        maps = _with_left_rings(_plan_maps(current, bundle, features, allow_loss), state, bundle, allow_loss)
         hooks = _plan_hooks(state, current, bundle, cgroups, restart=False)
     return Plan(
         root=state.root,
@@ -86,8 +87,10 @@ def _check_order(bundle: Bundle) -> None:
             )
 
 
-def _check_names(current: Generation, bundle: Bundle, allow_loss: Collection[str]) -> None:
-    live = set(unite_maps(current.record.objects))
+def _check_names(
+    current: Generation, bundle: Bundle, allow_loss: Collection[str], left: Collection[LeftRing]
+) -> None:
+    live = set(unite_maps(current.record.objects)) | {ring.name for ring in left}
     for name in allow_loss:
         if name not in live and name not in bundle.maps:
             known = ", ".join(sorted(live | set(bundle.maps)))
@@ -111,6 +114,7 @@ def _plan_maps(
         else _plan_map(diff, old, bundle, features, allow_loss)
         for diff in diff_maps(list(old.values()), list(new.values()), bundle.rules)
     ]
+    plans = [_with_slots(entry, current) for entry in plans]
     return _whole_groups(_without_unpinned(plans, current, bundle, allow_loss), current, bundle)
 
 
@@ -193,6 +197,19 @@ def _is_allowed(name: str, was: str | None, bundle: Bundle, allow_loss: Collecti
     return rules.on_loss == "discard" or name in allow_loss or was in allow_loss
 
 
+def _with_slots(entry: MapPlan, current: Generation) -> MapPlan:
+    """The plan of a program array with the slots that the running release's object did not fill."""
+    live = current.maps.get(entry.was or entry.name)
+    if live is None or entry.action != "discard":
+        return entry
+    own = {index for index, _ in live.spec.slots}
+    foreign = [str(index) for index in live.filled if index not in own]
+    if not foreign:
+        return entry
+    loss = f"slots that the object does not fill itself: {', '.join(foreign)}"
+    return msgspec.structs.replace(entry, loss=(*entry.loss, loss))
+
+
 def _plan_map(
     diff: MapDiff,
     old: Mapping[str, MapSpec],
@@ -215,9 +232,9 @@ def _plan_map(
         return planned("create", "from the release's object" if is_global(diff.name) else "empty")
     if diff.verdict == "removed":
         return planned("drop", "none", loss=("all entries: the release has no such map",))
-    if diff.verdict == "identical" and bundle.maps[diff.name].type == "prog_array":
+    if diff.verdict == "identical" and answer(bundle.maps[diff.name].type).anew:
         # libbpf fills the slots that the object names when it loads: in a kept array that would go live at once.
-        return planned("discard", "from the release's object", loss=("slots that the object does not fill itself",))
+        return planned("discard", "from the release's object")
     if diff.verdict == "identical":
         return planned("keep", "same map")
     if refused := refusals(diff, bundle.maps[diff.name], rules):
@@ -230,8 +247,27 @@ def _plan_map(
         found = translated(found, diff, rules)
         made = planned("convert", found.method, found.exactness, lost, found.kind)
         return msgspec.structs.replace(made, converter=rules.convert if converts(diff, rules) else None)
+    if diff.verdict == "not-carried" and not lost:
+        return planned("discard", "from the release's object")
     reasons = tuple(f"all entries: {change.reason}" for change in diff.changes if change.reason)
     return planned("discard", "empty", loss=reasons or (f"all entries: {diff.verdict}",))
+
+
+def _with_left_rings(
+    plans: tuple[MapPlan, ...], state: NodeState, bundle: Bundle, allow_loss: Collection[str]
+) -> tuple[MapPlan, ...]:
+    """The plans with what the generation that an upgrade removes, the one before the running, still holds unread."""
+    out = {entry.name: entry for entry in plans}
+    for ring in state.left:
+        if ring.holders:
+            continue  # it lives on until they are done with it
+        loss = f"{ring.unread} bytes in the ring buffer of {state.previous}, which nobody read and nobody holds open"
+        entry = out.get(ring.name)
+        if entry is None:
+            allowed = ring.name in allow_loss or bundle.rules.get(ring.name, MapRules()).on_loss == "discard"
+            entry = MapPlan(ring.name, "drop", verdict="removed", allowed=allowed)
+        out[ring.name] = msgspec.structs.replace(entry, loss=(*entry.loss, loss))
+    return tuple(out.values())
 
 
 def _hook(

@@ -9,6 +9,7 @@ import msgspec
 from hitless.errors import KernelError
 from hitless.kernel.maps import Map
 from hitless.upgrade.holders import Holders, find_holders
+from hitless.upgrade.model import LeftRing
 from hitless.upgrade.node import Node
 from hitless.upgrade.record import map_pin
 
@@ -47,6 +48,7 @@ class Status(msgspec.Struct, frozen=True):
 
     ``upgrading`` is the id of the process that upgrades right now: what is between two releases is no problem then.
     ``holders`` are the processes that hold the maps, and those that still hold maps which an upgrade has replaced.
+    ``left`` are ring buffers of the last release that hold unread bytes; the next upgrade removes them.
     """
 
     root: str
@@ -60,6 +62,7 @@ class Status(msgspec.Struct, frozen=True):
     problems: tuple[str, ...]
     upgrading: int | None = None
     holders: Holders = Holders()
+    left: tuple[LeftRing, ...] = ()
     schema: int = 1
 
 
@@ -131,6 +134,7 @@ def status(node: Node) -> Status:
         problems=() if upgrading else tuple(problems),
         upgrading=upgrading,
         holders=find_holders(node, state.current),
+        left=state.left,
     )
 
 

@@ -23,6 +23,7 @@ from hitless.kernel.features import features
 from hitless.kernel.links import Link, cgroup_id
 from hitless.kernel.maps import Map, is_alive
 from hitless.kernel.programs import Program, load_object
+from hitless.kernel.queues import count_elements
 from hitless.layout.diff import diff_map
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
@@ -48,6 +49,7 @@ from hitless.upgrade.node import Node
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.plan import make_plan
 from hitless.upgrade.record import create_record, map_pin, pin_name, read_record, write_record
+from hitless.upgrade.ring import drain
 from hitless.upgrade.section import carry_section
 
 # Seconds that the barrier takes at most: 8 to 16 ms were measured.
@@ -146,10 +148,11 @@ def _refuse_overfull(node: Node, state: NodeState, bundle: Bundle, decided: Plan
         if entry.action != "convert" or state.current is None or is_global(entry.name):
             continue
         was, room = entry.was or entry.name, bundle.maps[entry.name].max_entries
-        if room >= state.current.maps[was].info.max_entries or "hash" not in bundle.maps[entry.name].type:
+        listed = entry.kind.startswith("entries") and "hash" in bundle.maps[entry.name].type
+        if room >= state.current.maps[was].info.max_entries or not (listed or entry.kind == "queue"):
             continue
         with Map.open(node.current / "maps" / was) as live:
-            entries = sum(len(keys) for keys, _ in live.batches())
+            entries = sum(len(keys) for keys, _ in live.batches()) if listed else count_elements(live)
         if entries > room and "lru" not in bundle.maps[entry.name].type:
             raise LossNotAllowedError(
                 f"map {was} has {entries} entries, and release {bundle.version} has room for {room} "
@@ -332,6 +335,7 @@ class _Upgrade:
             raise
         with self._step("clean-up"):
             _finish(node)
+        self._drain()
         switched = sum(hook.action in ("attach", "update") for hook in self._plan.hooks)
         return self._result(Cutover(switched, gap, stale if self._current else 0.0))
 
@@ -465,6 +469,15 @@ class _Upgrade:
             carrier.catch_up(last)
             carrier.tally.seconds += time.perf_counter() - started
 
+    def _drain(self) -> None:
+        """Give the readers of old ring buffers a while to take what is left."""
+        rings = [entry for entry in self._plan.maps if entry.kind == "ring"]
+        if rings:
+            with self._step("drain"):
+                for entry in rings:
+                    path = self._node.previous / "maps" / (entry.was or entry.name)
+                    self._carried[entry.name].tally.unread = drain(path)
+
     def _verify_pins(self) -> None:
         """The maps under both generations' paths are still those that were seen and made, not somebody else's."""
         seen = self._current.maps if self._current is not None else {}
@@ -593,6 +606,7 @@ class _Upgrade:
                     caught_up=tally.caught_up,
                     lost=sum(tally.lost.values()),
                     lost_fields=tally.lost,
+                    unread=tally.unread,
                     seconds=tally.seconds,
                 )
             )
