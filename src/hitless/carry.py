@@ -124,7 +124,7 @@ def refusals(diff: MapDiff, new: MapSpec, rules: MapRules) -> tuple[str, ...]:
         return (f"keys of a {new.type} map of which two may become one are not supported yet",)
     if not converts(diff, rules):
         return ()
-    if answer(new.type).kind not in (None, "entries"):
+    if answer(new.type).kind not in ("", "entries"):
         return (f"converters for maps of type {new.type} are not supported yet",)
     module, _, name = (rules.convert or "").partition(":")
     missing = f"; {module}.py has no function {name}_key, which would convert the key"
