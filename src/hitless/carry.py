@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Container
 
 import msgspec
 
@@ -13,7 +13,14 @@ from hitless.layout.members import SPECIAL, lock_offset
 from hitless.layout.model import Array, MapSpec, Record, Type
 from hitless.layout.rules import MapRules
 
-__all__ = ["KINDS", "Way", "converts", "is_global", "losses", "obstacle", "refusals", "translated", "way"]
+__all__ = [
+    "CGROUP_STORAGE", "KINDS", "VISITED", "Way", "converts", "is_global", "losses", "obstacle", "refusals",
+    "translated", "visiting", "way",
+]  # fmt: skip
+
+#: Storage that the kernel gives a program when it is attached to a cgroup, and that an update of the link leaves to its
+#: successor as it is, whatever map and layout that one has: too small, it is overrun; absent, its use is a crash.
+CGROUP_STORAGE = ("cgroup_storage", "percpu_cgroup_storage")
 
 _PROGRAMS_BARRED = 1 << 7 | 1 << 8  # BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG
 # Types of which one can become the other: (old, new).
@@ -25,6 +32,12 @@ _ITERATED = ("hash", "lru_hash")
 _FOLDING = ("hash", "lru_hash")  # types of maps of which several entries may become one
 _ITERATE_HASH = "iter/bpf_map_elem"  # the feature's name in kernel/features.py, which this pure module cannot import
 _MAX_REACH = 32_000  # bytes: an instruction reaches 32767 from a pointer
+_MAX_SOCKET_KEY = 400  # bytes: it has to go on a program's stack
+_MAX_STORAGE = 8192  # bytes of a value of local storage: an iterator puts out two of them at a time, in 32 KB
+_SEEN = {
+    "task_storage": "; only tasks of this process's PID namespace are seen",
+    "cgrp_storage": "; only cgroups of this process's cgroup namespace are seen",
+}
 _MAX_WORDS = 2000  # what surely fits one merge program: its jumps reach 32767 instructions
 
 
@@ -50,18 +63,34 @@ KINDS: dict[str, str] = {
     "lru_percpu_hash": "entries",
     "percpu_array": "entries",
     "lpm_trie": "entries",
+    "sk_storage": "storage",
+    "task_storage": "storage",
+    "cgrp_storage": "storage",
+    "sockmap": "sockets",
+    "sockhash": "sockets",
 }
 
 
-def way(old: MapSpec, new: MapSpec, rules: MapRules, features: Collection[str]) -> Way | str:
+#: Kinds whose contents only a program can visit, so that the kernel must have an iterator over them.
+VISITED = ("storage", "sockets")
+
+
+def visiting(kind: str) -> str:
+    """Name of the feature that maps of type ``kind`` need, if they are of a kind that has to be visited."""
+    return f"visit/{kind}"
+
+
+def way(old: MapSpec, new: MapSpec, rules: MapRules, features: Container[str]) -> Way | str:
     """How ``old`` becomes ``new`` on a kernel with ``features``, or why this version cannot."""
     found = obstacle(old, new, rules)
     if found is not None:
         return found
+    if KINDS[new.type] in VISITED and visiting(new.type) not in features:
+        return f"this kernel, or this process's rights, let no program visit what a {new.type} map holds"
     return _WAYS[KINDS[new.type]](old, new, rules, features)
 
 
-def _entries(old: MapSpec, new: MapSpec, rules: MapRules, features: Collection[str]) -> Way:
+def _entries(old: MapSpec, new: MapSpec, rules: MapRules, features: Container[str]) -> Way:
     exactness = _exactness(new, rules)
     if _ITERATE_HASH in features and old.type in _ITERATED and new.type in _ITERATED and _in_kernel(old, new, rules):
         return Way("entries-in-kernel", "copy and merge in the kernel", exactness)
@@ -75,8 +104,22 @@ def _in_kernel(old: MapSpec, new: MapSpec, rules: MapRules) -> bool:
     return all(conversion is None or conversion.in_kernel for conversion in (diff.key, diff.value))
 
 
-_WAYS: dict[str, Callable[[MapSpec, MapSpec, MapRules, Collection[str]], Way]] = {
+def _storage(_old: MapSpec, new: MapSpec, rules: MapRules, _features: Container[str]) -> Way:
+    return Way("storage", "merge in the kernel, owner by owner", _exactness(new, rules) + _SEEN.get(new.type, ""))
+
+
+def _sockets(_old: MapSpec, _new: MapSpec, _rules: MapRules, _features: Container[str]) -> Way:
+    exactness = (
+        "exact; a socket keeps the programs that it was added under, and one that has some is refused once the new map "
+        "has some too: it stays in the old map until it closes"
+    )
+    return Way("sockets", "added to the new map, and kept in the old one", exactness)
+
+
+_WAYS: dict[str, Callable[[MapSpec, MapSpec, MapRules, Container[str]], Way]] = {
     "entries": _entries,
+    "storage": _storage,
+    "sockets": _sockets,
 }
 
 
@@ -172,11 +215,18 @@ def obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
     reach = 2 * new.key_size + 2 * new.value_size + old.key_size
     if reach > _MAX_REACH:
         return f"its keys and values take {reach} bytes in a merge, and more than {_MAX_REACH} are not supported yet"
+    if KINDS[new.type] == "sockets":
+        size = max(old.key_size, new.key_size)
+        if size > _MAX_SOCKET_KEY:
+            return f"its key has {size} bytes, and more than {_MAX_SOCKET_KEY} in a sockhash are not supported yet"
+        return None
     for spec in (old, new):
         if spec.flags & _PROGRAMS_BARRED:
             return "its flags bar programs from it (BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG), and the merge is one"
         if spec.value is not None and (found := _kernel_object(spec.value)):
             return f"its value holds a {found}, and converting such maps is not supported yet"
+    if KINDS[new.type] == "storage" and (size := max(old.value_size, new.value_size)) > _MAX_STORAGE:
+        return f"its value has {size} bytes, and more than {_MAX_STORAGE} in local storage are not supported yet"
     if (words := _words_to_merge(new, rules)) > _MAX_WORDS:
         return f"its value takes {words} steps to merge, and more than {_MAX_WORDS} are not supported yet"
     return None

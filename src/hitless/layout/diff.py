@@ -47,7 +47,8 @@ Verdict = Literal[
 
 #: Types of maps whose entries this release can carry from one map to another.
 CONVERTIBLE = (
-    "hash", "lru_hash", "array", "percpu_hash", "lru_percpu_hash", "percpu_array", "lpm_trie",
+    "hash", "lru_hash", "array", "percpu_hash", "lru_percpu_hash", "percpu_array", "lpm_trie", "sk_storage",
+    "task_storage", "cgrp_storage", "sockmap", "sockhash",
 )  # fmt: skip
 
 # Maps without entries that have a meaning of their own, or whose values are not bytes: only sizes count there.
@@ -278,6 +279,10 @@ def _not_carried(old: MapSpec, new: MapSpec) -> Change:
     kind = old.type if old.type not in CONVERTIBLE else new.type
     if kind in _NOT_LISTED:
         why = f"the contents of a {kind} map cannot be listed"
+    elif kind == "inode_storage":
+        why = "the inodes that have a value in an inode_storage map cannot be listed"
+    elif kind in ("cgroup_storage", "percpu_cgroup_storage"):
+        why = "a program that is updated in place keeps the storage of the old map"
     else:
         why = f"carrying entries of a {kind} map to another map is not supported yet"
     return Change("", "not-carried", old.type, new.type, loss="all entries", reason=why)

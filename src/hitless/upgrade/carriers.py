@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from hitless.upgrade.carrier import Carrier, Passage
 from hitless.upgrade.copy import carry_entries, carry_in_kernel
 from hitless.upgrade.mirror import carry_mirrored
+from hitless.upgrade.sockets import carry_sockets
+from hitless.upgrade.storage import carry_storage
 
 __all__ = ["CARRIERS"]
 
@@ -14,4 +16,6 @@ CARRIERS: Mapping[str, Callable[[Passage], Carrier]] = {
     "entries": carry_entries,
     "entries-in-kernel": carry_in_kernel,
     "mirrored": carry_mirrored,
+    "storage": carry_storage,
+    "sockets": carry_sockets,
 }
