@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import msgspec
 
@@ -17,8 +17,13 @@ from hitless.layout.rules import FieldRule, MapRules
 from hitless.layout.variables import Pair, Part, SectionDiff, make_part
 
 __all__ = [
-    "SectionWay", "Way", "converts", "is_global", "losses", "obstacle", "refusals", "section_way", "translated", "way",
+    "CGROUP_STORAGE", "VISITED", "SectionWay", "Way", "converts", "is_global", "losses", "obstacle", "refusals",
+    "section_way", "translated", "visiting", "way",
 ]  # fmt: skip
+
+#: Storage that the kernel gives a program when it is attached to a cgroup, and that an update of the link leaves to its
+#: successor as it is, whatever map and layout that one has: too small, it is overrun; absent, its use is a crash.
+CGROUP_STORAGE = ("cgroup_storage", "percpu_cgroup_storage")
 
 _PROGRAMS_BARRED = 1 << 7 | 1 << 8  # BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG
 # Types of which one can become the other: (old, new).
@@ -30,6 +35,12 @@ _ITERATED = ("hash", "lru_hash")
 _FOLDING = ("hash", "lru_hash")  # types of maps of which several entries may become one
 _ITERATE_HASH = "iter/bpf_map_elem"  # the feature's name in kernel/features.py, which this pure module cannot import
 _MAX_REACH = 32_000  # bytes: an instruction reaches 32767 from a pointer
+_MAX_SOCKET_KEY = 400  # bytes: it has to go on a program's stack
+_MAX_STORAGE = 8192  # bytes of a value of local storage: an iterator puts out two of them at a time, in 32 KB
+_SEEN = {
+    "task_storage": "; only tasks of this process's PID namespace are seen",
+    "cgrp_storage": "; only cgroups of this process's cgroup namespace are seen",
+}
 _MAX_WORDS = 2000  # what surely fits one merge program: its jumps reach 32767 instructions
 
 
@@ -46,15 +57,26 @@ class Way(msgspec.Struct, frozen=True):
     exactness: str = "exact"
 
 
-def way(old: MapSpec, new: MapSpec, rules: MapRules, features: Collection[str]) -> Way | str:
+#: Kinds whose contents only a program can visit, so that the kernel must have an iterator over them.
+VISITED = ("storage", "sockets")
+
+
+def visiting(kind: str) -> str:
+    """Name of the feature that maps of type ``kind`` need, if they are of a kind that has to be visited."""
+    return f"visit/{kind}"
+
+
+def way(old: MapSpec, new: MapSpec, rules: MapRules, features: Container[str]) -> Way | str:
     """How ``old`` becomes ``new`` on a kernel with ``features``, or why this version cannot."""
     found = obstacle(old, new, rules)
     if found is not None:
         return found
+    if answer(new.type).kind in VISITED and visiting(new.type) not in features:
+        return f"this kernel, or this process's rights, let no program visit what a {new.type} map holds"
     return _WAYS[answer(new.type).kind](old, new, rules, features)
 
 
-def _entries(old: MapSpec, new: MapSpec, rules: MapRules, features: Collection[str]) -> Way:
+def _entries(old: MapSpec, new: MapSpec, rules: MapRules, features: Container[str]) -> Way:
     exactness = _exactness(new, rules)
     if _ITERATE_HASH in features and old.type in _ITERATED and new.type in _ITERATED and _in_kernel(old, new, rules):
         return Way("entries-in-kernel", "copy and merge in the kernel", exactness)
@@ -79,7 +101,7 @@ def _holds_object(layout: Type) -> bool:
     return isinstance(layout, Pointer) and layout.kernel
 
 
-def _queue(_old: MapSpec, _new: MapSpec, _rules: MapRules, _features: Collection[str]) -> Way:
+def _queue(_old: MapSpec, _new: MapSpec, _rules: MapRules, _features: Container[str]) -> Way:
     return Way(
         "queue",
         "moved in the kernel after the cutover",
@@ -88,7 +110,7 @@ def _queue(_old: MapSpec, _new: MapSpec, _rules: MapRules, _features: Collection
     )
 
 
-def _ring(_old: MapSpec, _new: MapSpec, _rules: MapRules, _features: Collection[str]) -> Way:
+def _ring(_old: MapSpec, _new: MapSpec, _rules: MapRules, _features: Container[str]) -> Way:
     return Way(
         "ring",
         "its readers drain the old one",
@@ -96,7 +118,7 @@ def _ring(_old: MapSpec, _new: MapSpec, _rules: MapRules, _features: Collection[
     )
 
 
-def _references(_old: MapSpec, _new: MapSpec, _rules: MapRules, _features: Collection[str]) -> Way:
+def _references(_old: MapSpec, _new: MapSpec, _rules: MapRules, _features: Container[str]) -> Way:
     return Way(
         "references",
         "single calls",
@@ -105,11 +127,25 @@ def _references(_old: MapSpec, _new: MapSpec, _rules: MapRules, _features: Colle
     )
 
 
-_WAYS: dict[str, Callable[[MapSpec, MapSpec, MapRules, Collection[str]], Way]] = {
+def _storage(_old: MapSpec, new: MapSpec, rules: MapRules, _features: Container[str]) -> Way:
+    return Way("storage", "merge in the kernel, owner by owner", _exactness(new, rules) + _SEEN.get(new.type, ""))
+
+
+def _sockets(_old: MapSpec, _new: MapSpec, _rules: MapRules, _features: Container[str]) -> Way:
+    exactness = (
+        "exact; a socket keeps the programs that it was added under, and one that has some is refused once the new map "
+        "has some too: it stays in the old map until it closes"
+    )
+    return Way("sockets", "added to the new map, and kept in the old one", exactness)
+
+
+_WAYS: dict[str, Callable[[MapSpec, MapSpec, MapRules, Container[str]], Way]] = {
     "entries": _entries,
     "queue": _queue,
     "ring": _ring,
     "references": _references,
+    "storage": _storage,
+    "sockets": _sockets,
 }
 
 
@@ -201,8 +237,10 @@ def obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
     if old.type != new.type and (old.type, new.type) not in _ALIKE:
         return f"from a map of type {old.type} to {new.type} is not supported yet"
     kind = answer(new.type).kind
-    if kind == "entries":
+    if kind in ("entries", "storage"):
         return _entries_obstacle(old, new, rules)
+    if kind == "sockets" and (size := max(old.key_size, new.key_size)) > _MAX_SOCKET_KEY:
+        return f"its key has {size} bytes, and more than {_MAX_SOCKET_KEY} in a sockhash are not supported yet"
     if kind == "queue":
         return _queue_obstacle(old, new, rules)
     if kind == "references" and diff_map(old, new, rules).key is not None:
@@ -217,6 +255,8 @@ def _entries_obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None
     for spec in (old, new):
         if spec.flags & _PROGRAMS_BARRED:
             return "its flags bar programs from it (BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG), and the merge is one"
+    if answer(new.type).kind == "storage" and (size := max(old.value_size, new.value_size)) > _MAX_STORAGE:
+        return f"its value has {size} bytes, and more than {_MAX_STORAGE} in local storage are not supported yet"
     if (words := _words_to_merge(new, rules)) > _MAX_WORDS:
         return f"its value takes {words} steps to merge, and more than {_MAX_WORDS} are not supported yet"
     return None

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Container
 
+from hitless.carry import VISITED, visiting
 from hitless.errors import KernelError, UnsupportedError
 from hitless.kernel.codegen import EXIT, MOV_IMM, R0, Assembler
 from hitless.kernel.iterators import Iterator
 from hitless.kernel.maps import create
+from hitless.kernel.sockets import probe_sockets
+from hitless.kernel.storage import probe_storage
+from hitless.layout.answers import ANSWERS, answer
 
 __all__ = ["ITERATE_HASH", "features"]
 
@@ -17,10 +22,19 @@ ITERATE_HASH = "iter/bpf_map_elem"
 _HASH = 1  # BPF_MAP_TYPE_HASH
 
 
+def features() -> Container[str]:
+    """The names of all features that this kernel has and this process may use; each is tried when first asked for."""
+    return _Features()
+
+
+class _Features(Container[str]):
+    def __contains__(self, name: object) -> bool:
+        return _has(str(name))
+
+
 @functools.cache
-def features() -> frozenset[str]:
-    """The names of all features that this kernel has and this process may use."""
-    return frozenset(name for name, works in _PROBES.items() if works())
+def _has(name: str) -> bool:
+    return name in _PROBES and _PROBES[name]()
 
 
 def _iterates_hash() -> bool:
@@ -41,4 +55,17 @@ def _iterates_hash() -> bool:
     return True
 
 
-_PROBES = {ITERATE_HASH: _iterates_hash}
+def _visits(kind: str) -> bool:
+    try:
+        if answer(kind).kind == "sockets":
+            probe_sockets()
+        else:
+            probe_storage(kind)
+    except (KernelError, UnsupportedError):
+        return False
+    return True
+
+
+_PROBES = {ITERATE_HASH: _iterates_hash} | {
+    visiting(kind): functools.partial(_visits, kind) for kind, found in ANSWERS.items() if found.kind in VISITED
+}

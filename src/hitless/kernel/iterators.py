@@ -18,6 +18,8 @@ __all__ = ["Iterator"]
 
 _PROG_TYPE_TRACING = 26
 _TRACE_ITER = 28  # BPF_TRACE_ITER
+_OF_NO_MAP = ("task", "cgroup")
+_PARENTS_FIRST = 2  # BPF_CGROUP_ITER_DESCENDANTS_PRE
 
 
 class Iterator:
@@ -27,6 +29,7 @@ class Iterator:
         self._target = target
         self._program = program
         self._pass = -1
+        self._what = ""
 
     @classmethod
     def load(cls, target: str, code: bytes, name: str) -> Iterator:
@@ -46,12 +49,18 @@ class Iterator:
         return cls(target, load_code(_PROG_TYPE_TRACING, name, code, what, **opts))
 
     def open(self, over: Map) -> None:
-        """Begin a pass over ``over``; one that had begun ends here. Raises KernelError (EINVAL: not a map for it)."""
+        """Begin a pass over ``over``; one that had begun ends here. Raises KernelError (EINVAL: not a map for it).
+
+        A target that is no part of a map (``task``, ``cgroup``) is passed over wholly, whatever ``over`` is.
+        """
         self._end()
         info = ffi.new("union bpf_iter_link_info *")
-        info.map.map_fd = over.fd
+        if self._target not in _OF_NO_MAP:
+            info.map.map_fd = over.fd
+        elif self._target == "cgroup":
+            info.cgroup.order = _PARENTS_FIRST  # from the root, since no cgroup is named
         opts = options("bpf_link_create_opts", iter_info=info, iter_info_len=ffi.sizeof("union bpf_iter_link_info"))
-        what = f"an iterator over {self._target} of map {over.info.name}"
+        what = self._what = f"an iterator over {self._target} of map {over.info.name}"
         link = check(lib().bpf_link_create(self._program.fd, 0, _TRACE_ITER, opts), "BPF_LINK_CREATE", what)
         try:
             self._pass = check(lib().bpf_iter_create(link), "BPF_ITER_CREATE", what)
@@ -59,12 +68,19 @@ class Iterator:
             os.close(link)  # the pass holds what it needs
 
     def read(self, size: int) -> bytes:
-        """Let the program run until it has written ``size`` bytes or less; nothing is the end of the pass."""
+        """Let the program run until it has written ``size`` bytes or less; nothing is the end of the pass.
+
+        Raises KernelError: E2BIG if one run writes more than the kernel's buffer holds, EOPNOTSUPP for more than one
+        read of a pass over cgroups.
+        """
         while True:
             try:
                 return os.read(self._pass, size)
             except BlockingIOError:  # a million objects without a byte written: the kernel takes a breath
                 continue
+            except OSError as error:
+                check(-(error.errno or 0), "reading", self._what)
+                raise
 
     def run(self, over: Map) -> bytes:
         """A whole pass; returns all that the program wrote."""
@@ -79,6 +95,9 @@ class Iterator:
         """End the pass and give the program back."""
         self._end()
         self._program.close()
+
+    def __del__(self) -> None:
+        self.close()
 
     def _end(self) -> None:
         if self._pass >= 0:

@@ -27,7 +27,9 @@ ffi.cdef(
         __u32 inner_map_fd; __u32 map_flags; __u64 map_extra; __u32 numa_node; __u32 map_ifindex;
     };
     struct bpf_link_update_opts { size_t sz; __u32 flags; __u32 old_prog_fd; };
-    union bpf_iter_link_info { struct { __u32 map_fd; } map; };
+    union bpf_iter_link_info {
+        struct { __u32 map_fd; } map; struct { __u32 order; __u32 cgroup_fd; __u64 cgroup_id; } cgroup;
+    };
     struct bpf_link_create_opts {
         size_t sz; __u32 flags; union bpf_iter_link_info *iter_info; __u32 iter_info_len; __u32 target_btf_id;
     };
@@ -72,6 +74,7 @@ ffi.cdef(
                              const struct bpf_map_batch_opts *opts);
     int bpf_map_delete_batch(int fd, const void *keys, __u32 *count, const struct bpf_map_batch_opts *opts);
     int bpf_map_get_fd_by_id(__u32 id);
+    int bpf_btf_load(const void *btf_data, size_t btf_size, const void *opts);
     int bpf_obj_pin(int fd, const char *pathname);
     int bpf_obj_get(const char *pathname);
     int bpf_obj_get_info_by_fd(int fd, void *info, __u32 *info_len);

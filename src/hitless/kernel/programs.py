@@ -43,6 +43,18 @@ class Program(Object):
             tag=bytes(raw.tag).hex(),
         )
 
+    @property
+    def map_ids(self) -> frozenset[int]:
+        """The kernel's ids of the maps that the program uses."""
+        raw = ffi.new("struct bpf_prog_info *")
+        length = ffi.new("__u32 *", ffi.sizeof("struct bpf_prog_info"))
+        check(lib().bpf_obj_get_info_by_fd(self.fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", self.info.name)
+        ids = ffi.new("__u32[]", raw.nr_map_ids)
+        again = ffi.new("struct bpf_prog_info *")
+        again.nr_map_ids, again.map_ids = len(ids), int(ffi.cast("uintptr_t", ids))
+        check(lib().bpf_obj_get_info_by_fd(self.fd, again, length), "BPF_OBJ_GET_INFO_BY_FD", self.info.name)
+        return frozenset(ids)
+
     @classmethod
     def open(cls, path: Path) -> Program:
         """Open the program pinned at ``path``. Raises NodeError if something else is pinned there, KernelError."""

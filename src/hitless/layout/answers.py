@@ -43,6 +43,9 @@ def _filled_by_release(words: str) -> Answer:
 _ENTRIES = "each entry is converted; what programs write meanwhile is merged"
 _ORDER = "its elements are moved in one go after the cutover, in their order"
 _REFERENCES = "its entries are written anew, with the programs that they name"
+_SOCKETS = "its sockets are added to the new map, and stay connected and in the old one"
+_STORAGE = "each owner's value is converted; what programs write meanwhile is merged"
+_ATTACHED = "a program that is updated in place keeps the storage of the old map"
 _LATER = "carrying entries of a {} map to another map is not supported yet"
 
 #: The answer for every type of map that a kernel is known to have.
@@ -61,26 +64,26 @@ ANSWERS: Mapping[str, Answer] = {
     "array_of_maps": _lost(_LATER.format("array_of_maps")),
     "hash_of_maps": _lost(_LATER.format("hash_of_maps")),
     "devmap": _carried("references", _REFERENCES),
-    "sockmap": _lost(_LATER.format("sockmap")),
+    "sockmap": _carried("sockets", _SOCKETS),
     "cpumap": _carried("references", _REFERENCES),
     "xskmap": _lost("its AF_XDP sockets cannot be read back: the processes that own them have to put them in again"),
-    "sockhash": _lost(_LATER.format("sockhash")),
-    "cgroup_storage": _lost(_LATER.format("cgroup_storage")),
+    "sockhash": _carried("sockets", _SOCKETS),
+    "cgroup_storage": _lost(_ATTACHED),
     "reuseport_sockarray": _lost(
         "a socket can be in one such map only, and is put there by its owner, who has to do so again"
     ),
-    "percpu_cgroup_storage": _lost(_LATER.format("percpu_cgroup_storage")),
+    "percpu_cgroup_storage": _lost(_ATTACHED),
     "queue": _carried("queue", _ORDER),
     "stack": _carried("queue", _ORDER),
-    "sk_storage": _lost(_LATER.format("sk_storage")),
+    "sk_storage": _carried("storage", _STORAGE),
     "devmap_hash": _carried("references", _REFERENCES),
     "struct_ops": _filled_by_release("objects with struct_ops are refused when they are read"),
     "ringbuf": _carried("ring", "its readers drain the old one, which stays beside the new one in previous/"),
-    "inode_storage": _lost(_LATER.format("inode_storage")),
-    "task_storage": _lost(_LATER.format("task_storage")),
+    "inode_storage": _lost("the inodes that have a value in it cannot be listed"),
+    "task_storage": _carried("storage", _STORAGE),
     "bloom_filter": _lost("what was put into it cannot be listed: who did has to do so again"),
     "user_ringbuf": _lost("what no program has drained stays behind: its writers have to open the new map"),
-    "cgrp_storage": _lost(_LATER.format("cgrp_storage")),
+    "cgrp_storage": _carried("storage", _STORAGE),
     "arena": _lost("its memory holds pointers into itself"),
     "insn_array": _filled_by_release("it holds places in the release's own programs"),
 }

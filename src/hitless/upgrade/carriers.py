@@ -10,6 +10,8 @@ from hitless.upgrade.mirror import carry_mirrored
 from hitless.upgrade.queue import carry_queue
 from hitless.upgrade.references import carry_references
 from hitless.upgrade.ring import carry_ring
+from hitless.upgrade.sockets import carry_sockets
+from hitless.upgrade.storage import carry_storage
 
 __all__ = ["CARRIERS"]
 
@@ -20,4 +22,6 @@ CARRIERS: Mapping[str, Callable[[Passage], Carrier]] = {
     "queue": carry_queue,
     "references": carry_references,
     "ring": carry_ring,
+    "storage": carry_storage,
+    "sockets": carry_sockets,
 }

@@ -7,12 +7,21 @@ A plan is made from what is live and what the release declares. A person can rea
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 
 import msgspec
 
 from hitless.bundle import Attach, Bundle, unite_maps
-from hitless.carry import converts, is_global, losses, refusals, section_way, translated, way
+from hitless.carry import (
+    CGROUP_STORAGE,
+    converts,
+    is_global,
+    losses,
+    refusals,
+    section_way,
+    translated,
+    way,
+)
 from hitless.errors import BundleError, UnsupportedError
 from hitless.groups import group_of, torn
 from hitless.layout.answers import answer
@@ -30,7 +39,7 @@ def make_plan(
     state: NodeState,
     bundle: Bundle,
     cgroups: Mapping[str, int],
-    features: Collection[str],
+    features: Container[str],
     allow_loss: Collection[str] = (),
 ) -> Plan:
     """Decide what becomes of each map and hook when ``bundle`` is applied to what ``state`` shows.
@@ -63,6 +72,7 @@ def make_plan(
         _check_names(current, bundle, allow_loss, state.left)
         maps = _with_left_rings(_plan_maps(current, bundle, features, allow_loss), state, bundle, allow_loss)
         hooks = _plan_hooks(state, current, bundle, cgroups, restart=False)
+        _check_cgroup_storage(maps, hooks, bundle)
     return Plan(
         root=state.root,
         name=bundle.name,
@@ -87,6 +97,21 @@ def _check_order(bundle: Bundle) -> None:
             )
 
 
+def _check_cgroup_storage(maps: tuple[MapPlan, ...], hooks: tuple[HookPlan, ...], bundle: Bundle) -> None:
+    for entry in maps:
+        if entry.action == "discard" and bundle.maps[entry.name].type in CGROUP_STORAGE:
+            updated = next((hook.link for hook in hooks if hook.action == "update"), None)
+            if updated is not None:
+                raise UnsupportedError(
+                    f"map {entry.name} of type {bundle.maps[entry.name].type} changed, and link {updated} is updated "
+                    "in place: the kernel would let the new program write into the old map's storage, whatever its "
+                    "size; leave the map as it is, use cgrp_storage, or give every hook a link name of its own",
+                    feature="changed cgroup storage",
+                    map=entry.name,
+                    link=updated,
+                )
+
+
 def _check_names(
     current: Generation, bundle: Bundle, allow_loss: Collection[str], left: Collection[LeftRing]
 ) -> None:
@@ -103,7 +128,7 @@ def _created(name: str) -> MapPlan:
 
 
 def _plan_maps(
-    current: Generation, bundle: Bundle, features: Collection[str], allow_loss: Collection[str]
+    current: Generation, bundle: Bundle, features: Container[str], allow_loss: Collection[str]
 ) -> tuple[MapPlan, ...]:
     old = {name: live.spec for name, live in current.maps.items()}
     new = {name: msgspec.structs.replace(spec, name=name) for name, spec in bundle.maps.items()}
@@ -214,7 +239,7 @@ def _plan_map(
     diff: MapDiff,
     old: Mapping[str, MapSpec],
     bundle: Bundle,
-    features: Collection[str],
+    features: Container[str],
     allow_loss: Collection[str],
 ) -> MapPlan:
     rules = bundle.rules.get(diff.name, MapRules())

@@ -15,8 +15,15 @@ from pathlib import Path
 import msgspec
 
 from hitless.bundle import Bundle, unite_maps
-from hitless.carry import is_global, section_way
-from hitless.errors import BusyError, InterruptedUpgradeError, LossNotAllowedError, NodeError, VerifyError
+from hitless.carry import CGROUP_STORAGE, is_global, section_way
+from hitless.errors import (
+    BusyError,
+    InterruptedUpgradeError,
+    LossNotAllowedError,
+    NodeError,
+    UnsupportedError,
+    VerifyError,
+)
 from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.bpffs import exchange, remove_tree, require_bpffs
 from hitless.kernel.features import features
@@ -24,6 +31,7 @@ from hitless.kernel.links import Link, cgroup_id
 from hitless.kernel.maps import Map, is_alive
 from hitless.kernel.programs import Program, load_object
 from hitless.kernel.queues import count_elements
+from hitless.kernel.sockets import list_sockets
 from hitless.layout.diff import diff_map
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
@@ -149,10 +157,10 @@ def _refuse_overfull(node: Node, state: NodeState, bundle: Bundle, decided: Plan
             continue
         was, room = entry.was or entry.name, bundle.maps[entry.name].max_entries
         listed = entry.kind.startswith("entries") and "hash" in bundle.maps[entry.name].type
-        if room >= state.current.maps[was].info.max_entries or not (listed or entry.kind == "queue"):
+        if room >= state.current.maps[was].info.max_entries or not (listed or entry.kind in ("queue", "sockets")):
             continue
         with Map.open(node.current / "maps" / was) as live:
-            entries = sum(len(keys) for keys, _ in live.batches()) if listed else count_elements(live)
+            entries = _count(live, entry.kind)
         if entries > room and "lru" not in bundle.maps[entry.name].type:
             raise LossNotAllowedError(
                 f"map {was} has {entries} entries, and release {bundle.version} has room for {room} "
@@ -161,6 +169,14 @@ def _refuse_overfull(node: Node, state: NodeState, bundle: Bundle, decided: Plan
                 entries=entries,
                 room=room,
             )
+
+
+def _count(live: Map, kind: str) -> int:
+    if kind == "queue":
+        return count_elements(live)
+    if kind == "sockets":
+        return len(list_sockets(live))
+    return sum(len(keys) for keys, _ in live.batches())
 
 
 def _refuse_loss(decided: Plan) -> None:
@@ -374,6 +390,7 @@ class _Upgrade:
             loaded = load_object(item.data, item.spec.name, self._maps, sections)
             self._maps = {**loaded.maps, **self._maps}
             self._programs.update(loaded.programs)
+        self._refuse_foreign_storage()
         for name, held in self._maps.items():
             held.pin(map_pin(node.next, name))
         for name, program in self._programs.items():
@@ -391,6 +408,24 @@ class _Upgrade:
             if name not in kept
         ]
         return (*(entry for entry in record.replaced if is_alive(entry.id)), *now)
+
+    def _refuse_foreign_storage(self) -> None:
+        """A link updated in place keeps the cgroup storage of the program that it was made with."""
+        live = self._current.maps.values() if self._current else ()
+        infos = [held.info for held in (*self._maps.values(), *live)]
+        storage = {info.id for info in infos if info.type in CGROUP_STORAGE}
+        for hook in self._plan.hooks if storage else ():
+            if hook.action == "update" and hook.expected is not None:
+                with Program.by_id(hook.expected) as old:
+                    foreign = self._programs[hook.program].map_ids & storage - old.map_ids
+                if foreign:
+                    raise UnsupportedError(
+                        f"program {hook.program} uses cgroup storage that the program on link {hook.link} does not "
+                        "use, and the kernel gives it only to programs that are newly attached; use cgrp_storage, or "
+                        "give the hook a link name of its own",
+                        feature="added cgroup storage",
+                        link=hook.link,
+                    )
 
     def _carry(self, specs: Mapping[str, MapSpec], rules: Mapping[str, MapRules], fresh: bool) -> None:
         """Prepare the maps to be converted; ``fresh`` is false if another process had filled what they keep."""
