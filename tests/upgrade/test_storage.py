@@ -47,10 +47,14 @@ static __always_inline void count(struct tally *found)
 SEC("cgroup/connect4") int count4(struct bpf_sock_addr *ctx)
 {
     struct task_struct *task = (void *)bpf_get_current_task_btf();
+    struct tally *of_group;
     if (ctx->sk)
         count(bpf_sk_storage_get(&of_sk, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE));
     count(bpf_task_storage_get(&of_task, task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE));
-    count(bpf_cgrp_storage_get_(&of_cgrp, task->cgroups->dfl_cgrp, 0, BPF_LOCAL_STORAGE_GET_F_CREATE));
+    of_group = bpf_cgrp_storage_get_(&of_cgrp, task->cgroups->dfl_cgrp, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+    if (!of_group) // of two CPUs that make it at once, the kernel gives one nothing
+        of_group = bpf_cgrp_storage_get_(&of_cgrp, task->cgroups->dfl_cgrp, 0, 0);
+    count(of_group);
     return 1;
 }
 char _license[] SEC("license") = "Dual BSD/GPL";
@@ -313,7 +317,7 @@ def test_counts_stay_exact_whenever_the_upgrader_is_killed(
     assert killed > 2
 
 
-def test_a_value_that_does_not_fit_stops_the_upgrade_before_anything_is_switched(
+def test_a_value_that_does_not_fit_is_counted_and_never_wrapped(
     node: hitless.Node, bundles: dict[int, hitless.Bundle], lab: Lab
 ) -> None:
     hitless.apply(node, bundles[2])

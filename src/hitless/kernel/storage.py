@@ -82,6 +82,7 @@ _CREATE = 1  # BPF_LOCAL_STORAGE_GET_F_CREATE
 _SLOTS = 4096
 _HASH, _ARRAY = 1, 2
 _NO_PREALLOC = 1  # BPF_F_NO_PREALLOC
+_TRIES = 100  # the kernel makes no storage while another task on the same CPU is in the midst of making some
 _DONE = 255  # mode of a record that was settled
 
 # A value of a base: the owner's number, whether an old value is held, the old value.
@@ -160,9 +161,16 @@ class Teller:
         Raises KernelError (ENOMEM if the kernel makes no storage for the base of an owner).
         """
         size = 16 + padded(self._sizes[0]) + padded(self._sizes[1])
-        told = bytearray()
-        while not self._pass(over, len(told) // size, told):
-            pass
+        for _ in range(_TRIES):
+            told, failed, ended = bytearray(), 0, False
+            while not ended:
+                more, ended = self._pass(over, len(told) // size, told)
+                failed += more
+            if not failed:
+                break
+        else:
+            what = f"storage of map {self._name} for {failed} owners, which the merge needs (sockets: see optmem_max)"
+            check(-errno.ENOMEM, "making", what)
         rows = np.frombuffer(told, np.uint8).reshape(-1, size)
         base_at = 16 + padded(self._sizes[0])
         return Told(
@@ -173,8 +181,8 @@ class Teller:
             base=rows[:, base_at : base_at + self._sizes[1]],
         )
 
-    def _pass(self, over: Map, skip: int, told: bytearray) -> bool:
-        """Read into ``told`` behind the first ``skip`` owners; whether the end was reached.
+    def _pass(self, over: Map, skip: int, told: bytearray) -> tuple[int, bool]:
+        """Read into ``told`` behind the first ``skip`` owners; how many got no base, and whether the end was reached.
 
         The kernel lets nobody read twice in one pass over cgroups, so that another pass takes up where the one ended.
         """
@@ -190,10 +198,7 @@ class Teller:
                 raise
             ended = False
         _, _, self._next, failed = struct.unpack_from("=QQQQ", self._control.lookup(bytes(4)) or b"")
-        if failed:
-            what = f"storage of map {self._name} for {failed} owners, which the merge needs (sockets: see optmem_max)"
-            check(-errno.ENOMEM, "making", what)
-        return ended
+        return failed, ended
 
     def close(self) -> None:
         """Give the program back to the kernel."""
