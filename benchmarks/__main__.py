@@ -56,7 +56,7 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="10,000 entries, one round: whether it works, no figures")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(args)
-    options.beside, options.seconds, options.patience = 1_000_000, 2.0, 20.0
+    options.beside, options.seconds, options.patience = 1_000_000, 2.0, 10.0
     if options.quick:
         options.entries, options.rounds = [10_000], 1
         options.beside, options.seconds, options.patience = 10_000, 0.2, 0.0

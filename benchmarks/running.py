@@ -39,6 +39,7 @@ Outcome = dict[str, Any]
 
 _TOP = Path(__file__).parent.parent
 _SAMPLE_EVERY = 0.01
+_FREED = 0.5
 _QUIET = 0.08  # busy part of all CPUs' time
 
 
@@ -50,7 +51,7 @@ class Bench:
     """A lab with what the benchmark needs in it.
 
     ``pins`` is on its bpffs, ``files`` in memory (a tmpfs). ``patience`` is how many seconds to wait for an idle
-    machine before each run; ``quiet`` turns false when it was not idle in time. ``say`` tells of progress.
+    machine before a run; ``quiet`` turns false when it was not idle in time. ``say`` tells of progress.
     """
 
     def __init__(self, lab: Lab, patience: float, say: Callable[[str], None]) -> None:
@@ -110,8 +111,11 @@ class Bench:
         return worker("upgrade", root, releases[1], self.lab.cgroup)
 
     def settle(self) -> None:
-        """Wait until the machine is idle: what went before is still being freed."""
-        until = time.monotonic() + self.patience
+        """Wait until the machine is idle: what went before is still being freed.
+
+        Where others are at work it never is, so once that is known it is waited for no longer than it takes to free.
+        """
+        until = time.monotonic() + (self.patience if self.quiet else min(self.patience, _FREED))
         quiet = 0
         while quiet < 2:
             if time.monotonic() >= until:
