@@ -11,13 +11,13 @@ import msgspec
 
 from benchmarks.build import NO_PREALLOC, TOOLS, compile_pass, write_releases
 from benchmarks.running import Bench, Outcome, Way, digest, fill, made_map, memory_of, worker
-from benchmarks.worker import BATCHED, IN_KERNEL, UNWRITTEN
+from benchmarks.worker import UNWRITTEN
 
 __all__ = ["WAYS", "Copying", "Figure", "Setting", "Upgrade", "available", "command_of", "measure_copying"]
 
 WAYS = {
-    "ours": "hitless, no base",
-    "ours-base": "hitless, with a base",
+    "ours": "hitless in the kernel, no base",
+    "ours-base": "hitless in the kernel, with a base",
     "batch": "hitless' batch copy, no base",
     "batch-base": "hitless' batch copy, with a base",
     "c": "C, batch calls, no base",
@@ -33,9 +33,9 @@ WAYS = {
 _BASES = {"c": "none", "c-array": "array", "c-file": "file"}
 # The ways that are carriers, which go on after the copy, and the kind of each and what programs do to its map.
 _CARRIED = {
-    "ours": (IN_KERNEL, "unwritten"),
-    "ours-base": (IN_KERNEL, "written"),
-    "batch-base": (BATCHED, "written"),
+    "ours": ("entries-in-kernel", "unwritten"),
+    "ours-base": ("entries-in-kernel", "written"),
+    "batch-base": ("entries", "written"),
 }
 _SIZES = tuple(1024 << shift for shift in range(7))
 _TRIES = 2
@@ -76,14 +76,16 @@ class Setting(msgspec.Struct, frozen=True):
 class Figure(msgspec.Struct, frozen=True):
     """What a way took in a setting: medians over rounds of seconds, the most of bytes.
 
-    ``prepared`` is the part of ``seconds`` that goes by before the first entry. ``rest`` is what hitless does after
-    its copy until the new map is exact: checks and catch-up. ``digest`` says what the new map then held.
+    ``cpu`` are seconds of CPU time, which other work on the machine disturbs less. ``prepared`` is the part of
+    ``seconds`` that goes by before the first entry. ``rest`` is what hitless does after its pass over all entries until
+    the new map is exact: rounds over what differs, checks, catch-up. ``digest`` says what the new map then held.
     """
 
     way: str
     seconds: float
     fastest: float
     slowest: float
+    cpu: float
     user_bytes: int
     kernel_bytes: int
     prepared: float = 0.0
@@ -193,17 +195,18 @@ class _Run:
 def _figure(way: str, runs: list[list[Outcome]], batch: int | None, held: str) -> Figure:
     copies = [steps[0] for steps in runs]
     seconds = [copy["seconds"] for copy in copies]
-    rests = [steps[1] for steps in runs if len(steps) > 1]
+    rests = [steps for steps in runs if len(steps) > 1]
     return Figure(
         way=way,
         seconds=statistics.median(seconds),
         fastest=min(seconds),
         slowest=max(seconds),
+        cpu=statistics.median(copy["cpu"] for copy in copies),
         user_bytes=max(copy["user"] for copy in copies),
         kernel_bytes=max(copy["kernel"] for copy in copies),
         prepared=statistics.median(copy.get("prepared", 0.0) for copy in copies),
-        rest=statistics.median(rest["seconds"] for rest in rests) if rests else None,
-        rest_bytes=max((rest["user"] + rest["kernel"] for rest in rests), default=0),
+        rest=statistics.median(copy["tail"] + rest["seconds"] for copy, rest in rests) if rests else None,
+        rest_bytes=max((rest["user"] + rest["kernel"] for _, rest in rests), default=0),
         batch=batch,
         digest=held,
     )

@@ -155,7 +155,8 @@ def print_report(console: Console, report: Report) -> None:
         _print_copying(console, run)
     if report.copying:
         say(
-            "Seconds count from the open maps to the last entry, with all that a way prepares for itself. Memory is "
+            "Seconds count from the open maps to the last entry, with all that a way prepares for itself; rounds over "
+            "what was written meanwhile come after. Memory is "
             "besides the two maps: user is the growth of the process at its peak (VmHWM, mapped files included), "
             "kernel what its other maps and programs hold by the kernel's word (memlock in fdinfo).\n"
         )
@@ -173,7 +174,7 @@ def _print_copying(console: Console, run: Copying) -> None:
     sizes = f"the old map takes {_size(setting.source_bytes)}, the new {_size(setting.target_bytes)}"
     table = _table(
         f"{_where(run)} entries; {sizes}",
-        "way", ">M entries/s", ">seconds", ">of that prepared", ">from", ">to", ">user", ">kernel", ">batch",
+        "way", ">M entries/s", ">seconds", ">of that prepared", ">from", ">to", ">CPU s", ">user", ">kernel", ">batch",
     )  # fmt: skip
     for figure in run.figures.values():
         table.add_row(
@@ -183,6 +184,7 @@ def _print_copying(console: Console, run: Copying) -> None:
             f"{figure.prepared:.3f}" if figure.prepared else "",
             f"{figure.fastest:.3f}",
             f"{figure.slowest:.3f}",
+            f"{figure.cpu:.3f}",
             _size(figure.user_bytes),
             _size(figure.kernel_bytes),
             f"{figure.batch:,}" if figure.batch else "",
@@ -191,7 +193,7 @@ def _print_copying(console: Console, run: Copying) -> None:
     for figure in run.figures.values():
         if figure.rest is not None:
             console.print(
-                f"  {WAYS[figure.way]}: {figure.rest:.3f} s more to check and catch up, {_size(figure.rest_bytes)}",
+                f"  {WAYS[figure.way]}: {figure.rest:.3f} s more until it is exact, {_size(figure.rest_bytes)}",
                 highlight=False,
             )
     steps = ", ".join(f"{step} {seconds:.3f}" for step, seconds in run.upgrade.steps.items() if seconds >= 0.0005)
