@@ -119,17 +119,17 @@ static struct base make_base(const char *where, size_t capacity, size_t expected
 	if (!strcmp(where, "array")) {
 		made.keys = room(keys, 0);
 		made.values = room(values, 0);
-		return made;
+	} else {
+		fd = open(where, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+		if (fd < 0 || ftruncate(fd, (off_t)(keys + values)))
+			die(where);
+		mapped = mmap(NULL, keys + values, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+		if (mapped == MAP_FAILED)
+			die(where);
+		close(fd);
+		made.keys = (void *)mapped;
+		made.values = (void *)(mapped + keys);
 	}
-	fd = open(where, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-	if (fd < 0 || ftruncate(fd, (off_t)(keys + values)))
-		die(where);
-	mapped = mmap(NULL, keys + values, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	if (mapped == MAP_FAILED)
-		die(where);
-	close(fd);
-	made.keys = (void *)mapped;
-	made.values = (void *)(mapped + keys);
 	/* All pages by one call are cheaper than a fault for each. */
 	madvise(made.keys, expected * sizeof(struct flow_key), MADV_POPULATE_WRITE);
 	madvise(made.values, expected * sizeof(struct flow_1), MADV_POPULATE_WRITE);

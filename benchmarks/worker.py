@@ -100,11 +100,12 @@ def carrier(kind: str, base: str, releases: str, source: str, target: str, pin: 
         started, worked = time.perf_counter(), time.process_time()
         made.append(CARRIERS[kind](passage))
         prepared = passed = time.perf_counter()
-        cpu = 0.0
+        cpu, most = 0.0, 0
 
-        def progress(_done: int) -> None:
-            nonlocal passed, cpu
-            passed, cpu = time.perf_counter(), time.process_time() - worked
+        def progress(done: int) -> None:
+            nonlocal passed, cpu, most
+            if done > most:  # later rounds copy no more entries
+                passed, cpu, most = time.perf_counter(), time.process_time() - worked, done
 
         made[0].copy(progress)
         return {

@@ -56,6 +56,17 @@ def test_every_way_makes_the_same_new_map(bench: Bench, way: str, flags: int) ->
         assert outcome["seconds"] > 0
 
 
+def test_the_rounds_after_the_pass_are_not_counted_as_copying(bench: Bench) -> None:
+    releases = write_releases(bench.files, ENTRIES, 0)
+    with made_map(releases[0], bench.source), made_map(releases[1], bench.target), bench.room():
+        fill(bench.source, ENTRIES)
+        with Way(bench.lab, command_of("ours-base", bench, releases[0].parent)) as run:
+            copied, rest = run.step(), run.step()
+    assert 0 < copied["prepared"] < copied["seconds"]
+    assert copied["tail"] > 0
+    assert rest["entries"] == ENTRIES
+
+
 def test_the_memory_of_a_base_is_counted_and_grows_with_the_map(bench: Bench) -> None:
     taken = {}
     for entries in (ENTRIES, 20 * ENTRIES):
