@@ -8,7 +8,7 @@ DEBIAN := libbpf1 libbpf-dev clang-19 gcc iproute2 nginx-light
 BINDING := src/hitless/kernel/_libbpf.py
 BPF := $(MAKE) --no-print-directory -s -C src/meshd/bpf
 
-.PHONY: demo test fuzz soak lint setup clean root packages bpf requirements
+.PHONY: demo test fuzz soak bench lint setup clean root packages bpf requirements
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -36,6 +36,10 @@ soak: setup
 	@HITLESS_ORACLE_PAIRS=$(PAIRS) HITLESS_ORACLE_SEED=$(SEED) $(BIN)/python -m pytest tests/layout/test_compiler_oracle.py
 	@$(BIN)/python -m tests.soak --upgrades $(UPGRADES) --operations $(OPERATIONS) --kills $(KILLS) --undone $(UNDONE) \
 	  --seed $(SEED) $(SOAK_ARGS)
+
+# How fast a map is copied and what its neighbours notice, beside other ways to do it; wants a quiet machine.
+bench: setup
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 lint: setup
 	@echo "Looking at the style (ruff) and the types (mypy)."
