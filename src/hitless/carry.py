@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection
 import msgspec
 
 from hitless.layout.conversion import leaves
-from hitless.layout.diff import Change, MapDiff, diff_map
+from hitless.layout.diff import Change, MapDiff, diff_inner, diff_map
 from hitless.layout.members import SPECIAL, lock_offset
 from hitless.layout.model import Array, MapSpec, Record, Type
-from hitless.layout.rules import MapRules
+from hitless.layout.rules import MapRules, inner_rules, inner_spec
 
 __all__ = ["KINDS", "Way", "converts", "is_global", "losses", "obstacle", "refusals", "translated", "way"]
 
@@ -50,6 +50,8 @@ KINDS: dict[str, str] = {
     "lru_percpu_hash": "entries",
     "percpu_array": "entries",
     "lpm_trie": "entries",
+    "hash_of_maps": "inner-maps",
+    "array_of_maps": "inner-maps",
 }
 
 
@@ -75,8 +77,17 @@ def _in_kernel(old: MapSpec, new: MapSpec, rules: MapRules) -> bool:
     return all(conversion is None or conversion.in_kernel for conversion in (diff.key, diff.value))
 
 
+def _inner_maps(old: MapSpec, new: MapSpec, rules: MapRules, _features: Collection[str]) -> Way:
+    found = _way_of_inner(old, new, rules)
+    if found is None:
+        return Way("inner-maps", "a new outer map with the same inner maps")
+    assert isinstance(found, Way)  # an obstacle of theirs is one of the outer map
+    return Way("inner-maps", f"a new map for each inner map ({found.method})", found.exactness)
+
+
 _WAYS: dict[str, Callable[[MapSpec, MapSpec, MapRules, Collection[str]], Way]] = {
     "entries": _entries,
+    "inner-maps": _inner_maps,
 }
 
 
@@ -169,6 +180,9 @@ def obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
         return f"from a map of type {old.type} to {new.type} is not supported yet"
     if new.type not in KINDS:
         return f"converting maps of type {new.type} is not supported yet"
+    if KINDS[new.type] == "inner-maps":
+        found = _way_of_inner(old, new, rules)
+        return f"its inner maps: {found}" if isinstance(found, str) else None
     reach = 2 * new.key_size + 2 * new.value_size + old.key_size
     if reach > _MAX_REACH:
         return f"its keys and values take {reach} bytes in a merge, and more than {_MAX_REACH} are not supported yet"
@@ -180,6 +194,19 @@ def obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
     if (words := _words_to_merge(new, rules)) > _MAX_WORDS:
         return f"its value takes {words} steps to merge, and more than {_MAX_WORDS} are not supported yet"
     return None
+
+
+def _way_of_inner(old: MapSpec, new: MapSpec, rules: MapRules) -> Way | str | None:
+    """How the inner maps are carried, or why they cannot be; None if they stay the same maps."""
+    before, after, diff = inner_spec(old), inner_spec(new), diff_inner(old, new, rules)
+    if before is None or after is None or diff is None:
+        return "what they are is not known"
+    if diff.verdict == "identical":
+        return None
+    if any(spec.value is not None and lock_offset(spec.value) is not None for spec in (before, after)):
+        return "they hold a bpf_spin_lock, and new inner maps are made without the type information that it needs"
+    # In batches whatever the kernel can do: for many small maps, the programs would take longer than the copy.
+    return way(before, after, inner_rules(rules), ())
 
 
 def _words_to_merge(spec: MapSpec, rules: MapRules) -> int:

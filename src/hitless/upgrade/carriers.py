@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from hitless.upgrade.carrier import Carrier, Passage
 from hitless.upgrade.copy import carry_entries, carry_in_kernel
+from hitless.upgrade.inner_maps import carry_inner_maps
 from hitless.upgrade.mirror import carry_mirrored
 
 __all__ = ["CARRIERS"]
@@ -13,5 +14,6 @@ __all__ = ["CARRIERS"]
 CARRIERS: Mapping[str, Callable[[Passage], Carrier]] = {
     "entries": carry_entries,
     "entries-in-kernel": carry_in_kernel,
+    "inner-maps": carry_inner_maps,
     "mirrored": carry_mirrored,
 }
