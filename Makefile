@@ -31,7 +31,7 @@ SEED ?= 1
 UPGRADES ?= 1000
 OPERATIONS ?= 2000000
 KILLS ?= 100
-UNDONE ?= 0
+UNDONE ?= 20
 soak: setup
 	@HITLESS_ORACLE_PAIRS=$(PAIRS) HITLESS_ORACLE_SEED=$(SEED) $(BIN)/python -m pytest tests/layout/test_compiler_oracle.py
 	@$(BIN)/python -m tests.soak --upgrades $(UPGRADES) --operations $(OPERATIONS) --kills $(KILLS) --undone $(UNDONE) \

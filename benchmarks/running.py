@@ -138,7 +138,7 @@ def on_cpu(cpu: int | None, command: Sequence[str]) -> list[str]:
 def made_map(bundle: Path, pin: Path) -> Iterator[Map]:
     """The map of the release in ``bundle``, new and pinned at ``pin``, while the body runs."""
     release = hitless.Bundle.load(bundle, {"cgroup": "/"})
-    loaded = load_object(release.objects[0].data, "flow", {})
+    loaded = load_object(release.objects[0].data, "flow", {}, {})
     for program in loaded.programs.values():
         program.close()
     held = loaded.maps["flow"]

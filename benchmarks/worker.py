@@ -145,7 +145,7 @@ def batch(releases: str, source: str, target: str) -> None:
 def one_pass(program: str, source: str, target: str) -> None:
     """A pass in the kernel without a bound."""
     maps = {"source": Map.open(Path(source)), "target": Map.open(Path(target))}
-    loaded = load_object(Path(program).read_bytes(), "pass", maps)
+    loaded = load_object(Path(program).read_bytes(), "pass", maps, {})
     opts = options("bpf_test_run_opts")
 
     def copy() -> int:

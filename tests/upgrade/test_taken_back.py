@@ -9,7 +9,6 @@ from hitless.kernel.maps import Map
 from tests.upgrade.conftest import Release
 
 
-@pytest.mark.xfail(strict=True, reason="taken back, such an entry is compared with what the other layout can hold")
 def test_an_entry_that_the_new_release_deleted_stays_deleted_even_if_it_has_fields_that_only_the_old_one_knows(
     node: hitless.Node, release: Release
 ) -> None:

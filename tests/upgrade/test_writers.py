@@ -377,7 +377,7 @@ def test_a_handle_opens_its_map_once_a_generation(
         for key in range(50):
             other.map("held")[key] = value(key)
             assert other.map("held").get(key) is not None
-        assert opened == [node.root / "maps" / "held"]
+        assert opened == [node.current / "maps" / "held"]
         hitless.apply(node, release(version))
         opened.clear()
 

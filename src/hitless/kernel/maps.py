@@ -88,6 +88,11 @@ class Map(Object):
             raise NodeError(f"{path} is a pinned {kind}, not a map; it is not from hitless", path=str(path), kind=kind)
         return cls(fd)
 
+    @classmethod
+    def by_id(cls, map_id: int) -> Map:
+        """Open the map with the kernel's ``map_id``. Raises KernelError (ENOENT if it is gone)."""
+        return cls(check(lib().bpf_map_get_fd_by_id(map_id), "BPF_MAP_GET_FD_BY_ID", f"map {map_id}"))
+
     def spec(self, name: str) -> MapSpec:
         """This map as a MapSpec under ``name``; key and value are None where the kernel holds no BTF for them."""
         info = self.info

@@ -46,7 +46,7 @@ _REFERENCES = "its entries are written anew, with the programs that they name"
 _SOCKETS = "its sockets are added to the new map, and stay connected and in the old one"
 _STORAGE = "each owner's value is converted; what programs write meanwhile is merged"
 _ATTACHED = "a program that is updated in place keeps the storage of the old map"
-_LATER = "carrying entries of a {} map to another map is not supported yet"
+_INNER = "each inner map is converted into a new one; maps that share one go on sharing it"
 
 #: The answer for every type of map that a kernel is known to have.
 ANSWERS: Mapping[str, Answer] = {
@@ -61,8 +61,8 @@ ANSWERS: Mapping[str, Answer] = {
     "lru_hash": _carried("entries", _ENTRIES),
     "lru_percpu_hash": _carried("entries", _ENTRIES),
     "lpm_trie": _carried("entries", _ENTRIES),
-    "array_of_maps": _lost(_LATER.format("array_of_maps")),
-    "hash_of_maps": _lost(_LATER.format("hash_of_maps")),
+    "array_of_maps": _carried("inner-maps", _INNER),
+    "hash_of_maps": _carried("inner-maps", _INNER),
     "devmap": _carried("references", _REFERENCES),
     "sockmap": _carried("sockets", _SOCKETS),
     "cpumap": _carried("references", _REFERENCES),

@@ -63,6 +63,7 @@ class Carriage(msgspec.Struct):
     pace: Pace
     unchecked: set[bytes]
     going_back: bool = False
+    before: Base | None = None
     copier: Copier | None = None
 
     # As a carrier
@@ -152,6 +153,7 @@ class Carriage(msgspec.Struct):
             pace=self.pace,
             unchecked=set(),
             going_back=True,
+            before=self.base,
         )
 
     # What dual writes ask
@@ -198,6 +200,21 @@ class Carriage(msgspec.Struct):
     def convert(self, keys: Rows, rows: Rows) -> Rows:
         """Values of the source as values of the target; one that does not fit becomes the nearest that does."""
         return _each(self.translation.values, keys, rows, (self.source, self.target)).records
+
+    def untouched(self, keys: Rows, rows: Rows) -> Rows:
+        """What the target's values are, if nobody changed them since the base had ``rows`` for ``keys``.
+
+        On the way back ``before`` tells, which holds the target's own values: the base has been through the other
+        layout, which may lack some of the fields.
+        """
+        expected = self.convert(keys, rows)
+        if self.before is not None:
+            expected = expected.copy()
+            for row, key in enumerate(self.keys(keys)):
+                known = self.before.get(key.tobytes())
+                if known is not None:
+                    expected[row] = np.frombuffer(known, np.uint8)
+        return expected
 
     def values(self, keys: Rows, rows: Rows) -> Rows:
         """The same, watched: ``keys`` name the entries in an error.

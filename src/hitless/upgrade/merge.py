@@ -172,7 +172,7 @@ def _deleted(carriage: Carriage, keys: Rows, rows: Indices) -> None:
         return
     base = carriage.base.values[rows]
     if carriage.target.info.per_cpu:  # its program sees one CPU's value: whether all are untouched is seen here
-        expected = carriage.convert(keys, base)
+        expected = carriage.untouched(keys, base)
         for key, new_key, row, value in zip(keys, carriage.keys(keys), rows, expected, strict=True):
             if carriage.target.lookup(new_key.tobytes()) == value.tobytes():
                 carriage.target.delete(new_key.tobytes())
@@ -186,9 +186,12 @@ def _deleted(carriage: Carriage, keys: Rows, rows: Indices) -> None:
 def _merge(
     carriage: Carriage, mode: Mode, rows: Indices, keys: Rows, base: Rows, old: Rows, leave_out: bool
 ) -> Indices:
-    values = carriage.values(keys, old) if mode is not Mode.DELETED else carriage.convert(keys, old)
-    # A key that both releases inserted merges against a base of zero, whatever the fields' defaults are.
-    converted = np.zeros_like(values) if mode is Mode.INSERTED else carriage.convert(keys, base)
+    if mode is Mode.DELETED:
+        values = converted = carriage.untouched(keys, base)
+    else:
+        values = carriage.values(keys, old)
+        # A key that both releases inserted merges against a base of zero, whatever the fields' defaults are.
+        converted = np.zeros_like(values) if mode is Mode.INSERTED else carriage.convert(keys, base)
     new_keys = carriage.keys(keys)
     if not carriage.target.info.per_cpu:
         return carriage.merger.merge(mode, rows, keys, new_keys, converted, values, old, leave_out)
