@@ -4,8 +4,8 @@ TASK is a :class:`Task` in JSON. It first puts in order what a killed one left. 
 ``ready``, then each ``step`` of an upgrade with the number of ``upgrades`` so far, and when its stdin was closed and
 release 1 is live again, ``final``.
 
-It goes through the library in one process. A meshd of each release in turn, as in the demo, would be ended and started
-for every upgrade: that takes ten times as long as the upgrade itself, and nothing is written meanwhile.
+It goes through the library in one process. A meshd of each release in turn, as in the demo, would add the end of one
+process and the start of another to every upgrade, and its control plane would pause in between.
 """
 
 from __future__ import annotations
