@@ -408,6 +408,10 @@ def test_sockets_keep_their_slots_in_a_sockmap_of_another_size(node: hitless.Nod
     assert {int.from_bytes(key, "little") for key in before} == {0, 1, 2, 3}
     hitless.apply(node, bundles["2.0"])
     assert list_sockets(Map.open(node.root / "maps" / "slots")) == before
+    with Map.open(node.root / "maps" / "slots") as held:
+        for key in [key for key in before if key[0] < 2]:
+            held.delete(key)
+            del before[key]
     with pytest.raises(hitless.KernelError, match="adding a socket on map slots, whose max_entries is 3: E2BIG"):
         hitless.apply(node, bundles["3.0"])
     assert list_sockets(Map.open(node.root / "maps" / "slots")) == before

@@ -440,7 +440,7 @@ def test_storage_of_inodes_is_not_carried_and_the_plan_says_why(
     (of_inode,) = hitless.plan(node, two).maps
     assert (of_inode.action, of_inode.loss) == (
         "discard",
-        ("all entries: the inodes that have a value in an inode_storage map cannot be listed",),
+        ("all entries: the inodes that have a value in it cannot be listed",),
     )
     with pytest.raises(hitless.LossNotAllowedError, match="of_inode loses"):
         hitless.apply(node, two)
