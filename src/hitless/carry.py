@@ -10,10 +10,10 @@ import msgspec
 
 from hitless.layout.answers import answer
 from hitless.layout.conversion import Move, leaves
-from hitless.layout.diff import Change, MapDiff, diff_map
+from hitless.layout.diff import Change, MapDiff, diff_inner, diff_map
 from hitless.layout.members import SPECIAL, lock_offset
 from hitless.layout.model import Array, MapSpec, Pointer, Record, Type
-from hitless.layout.rules import FieldRule, MapRules
+from hitless.layout.rules import FieldRule, MapRules, inner_rules, inner_spec
 from hitless.layout.variables import Pair, Part, SectionDiff, make_part
 
 __all__ = [
@@ -105,11 +105,20 @@ def _references(_old: MapSpec, _new: MapSpec, _rules: MapRules, _features: Colle
     )
 
 
+def _inner_maps(old: MapSpec, new: MapSpec, rules: MapRules, _features: Collection[str]) -> Way:
+    found = _way_of_inner(old, new, rules)
+    if found is None:
+        return Way("inner-maps", "a new outer map with the same inner maps")
+    assert isinstance(found, Way)  # an obstacle of theirs is one of the outer map
+    return Way("inner-maps", f"a new map for each inner map ({found.method})", found.exactness)
+
+
 _WAYS: dict[str, Callable[[MapSpec, MapSpec, MapRules, Collection[str]], Way]] = {
     "entries": _entries,
     "queue": _queue,
     "ring": _ring,
     "references": _references,
+    "inner-maps": _inner_maps,
 }
 
 
@@ -203,6 +212,9 @@ def obstacle(old: MapSpec, new: MapSpec, rules: MapRules) -> str | None:
     kind = answer(new.type).kind
     if kind == "entries":
         return _entries_obstacle(old, new, rules)
+    if kind == "inner-maps":
+        found = _way_of_inner(old, new, rules)
+        return f"its inner maps: {found}" if isinstance(found, str) else None
     if kind == "queue":
         return _queue_obstacle(old, new, rules)
     if kind == "references" and diff_map(old, new, rules).key is not None:
@@ -250,6 +262,21 @@ def _plain(move: Move) -> bool:
         (move.new_size, move.new_offset, [repeat.new_stride for repeat in move.repeat]),
     )
     return all(size <= 8 and not any(at % size for at in (offset, *strides)) for size, offset, strides in sides)
+
+
+def _way_of_inner(old: MapSpec, new: MapSpec, rules: MapRules) -> Way | str | None:
+    """How the inner maps are carried, or why they cannot be; None if they stay the same maps."""
+    before, after, diff = inner_spec(old), inner_spec(new), diff_inner(old, new, rules)
+    if before is None or after is None or diff is None:
+        return "what they are is not known"
+    if diff.verdict == "identical":
+        return None
+    if any(answer(spec.type).kind != "entries" for spec in (before, after)):
+        return f"carrying maps of type {after.type} inside of another is not supported yet"
+    if any(spec.value is not None and lock_offset(spec.value) is not None for spec in (before, after)):
+        return "they hold a bpf_spin_lock, and new inner maps are made without the type information that it needs"
+    # In batches whatever the kernel can do: for many small maps, the programs would take longer than the copy.
+    return way(before, after, inner_rules(rules), ())
 
 
 def _words_to_merge(spec: MapSpec, rules: MapRules) -> int:

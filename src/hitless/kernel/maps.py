@@ -88,6 +88,11 @@ class Map(Object):
             raise NodeError(f"{path} is a pinned {kind}, not a map; it is not from hitless", path=str(path), kind=kind)
         return cls(fd)
 
+    @classmethod
+    def by_id(cls, map_id: int) -> Map:
+        """Open the map with the kernel's ``map_id``. Raises KernelError (ENOENT if it is gone)."""
+        return cls(check(lib().bpf_map_get_fd_by_id(map_id), "BPF_MAP_GET_FD_BY_ID", f"map {map_id}"))
+
     def spec(self, name: str) -> MapSpec:
         """This map as a MapSpec under ``name``; key and value are None where the kernel holds no BTF for them."""
         info = self.info
@@ -174,6 +179,19 @@ class Map(Object):
             if last:
                 return
             position = after
+
+    def delete_many(self, keys: Rows) -> None:
+        """Delete entries by BPF_MAP_DELETE_BATCH; one that is not there is no error. Raises KernelError."""
+        keys = np.ascontiguousarray(keys)
+        opts = options("bpf_map_batch_opts")
+        while len(keys):
+            count = ffi.new("__u32 *", len(keys))
+            result = lib().bpf_map_delete_batch(self.fd, ffi.from_buffer(keys), count, opts)
+            if result == 0:
+                return
+            if ffi.errno != errno.ENOENT:
+                check(result, "BPF_MAP_DELETE_BATCH", self.info.name)
+            keys = keys[count[0] + 1 :]  # behind the one that is not there
 
     def most_entries(self) -> int:
         """No fewer than there are now: ``max_entries``, or less where the kernel tells how much memory is used."""

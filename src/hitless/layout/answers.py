@@ -42,6 +42,7 @@ def _filled_by_release(words: str) -> Answer:
 
 _ENTRIES = "each entry is converted; what programs write meanwhile is merged"
 _ORDER = "its elements are moved in one go after the cutover, in their order"
+_INNER = "each inner map is converted into a new one if those changed; slots that share one keep sharing one"
 _REFERENCES = "its entries are written anew, with the programs that they name"
 _LATER = "carrying entries of a {} map to another map is not supported yet"
 
@@ -58,8 +59,8 @@ ANSWERS: Mapping[str, Answer] = {
     "lru_hash": _carried("entries", _ENTRIES),
     "lru_percpu_hash": _carried("entries", _ENTRIES),
     "lpm_trie": _carried("entries", _ENTRIES),
-    "array_of_maps": _lost(_LATER.format("array_of_maps")),
-    "hash_of_maps": _lost(_LATER.format("hash_of_maps")),
+    "array_of_maps": _carried("inner-maps", _INNER),
+    "hash_of_maps": _carried("inner-maps", _INNER),
     "devmap": _carried("references", _REFERENCES),
     "sockmap": _lost(_LATER.format("sockmap")),
     "cpumap": _carried("references", _REFERENCES),

@@ -10,7 +10,7 @@ from hitless.layout.conversion import leaves
 from hitless.layout.diff import diff_map, resolve
 from hitless.layout.members import join
 from hitless.layout.model import Array, Field, MapSpec, Record, Type
-from hitless.layout.rules import FieldRule, MapRules, Tags, parse_tags
+from hitless.layout.rules import INNER, FieldRule, MapRules, Tags, inner_rules, inner_spec, parse_tags
 
 __all__ = ["check_rules", "differences"]
 
@@ -27,8 +27,16 @@ def check_rules(spec: MapSpec, rules: MapRules) -> None:
         raise _clash(spec, None, "was", rules.was, " or ".join(tags.was))
     if rules.group is not None and tags.group not in (None, rules.group):
         raise _clash(spec, None, "group", rules.group, tags.group)
+    inner = inner_spec(spec)
+    if inner is not None:
+        try:
+            check_rules(inner, inner_rules(rules))
+        except LayoutError as error:
+            field = error.facts.get("field")
+            raise LayoutError(error.message, map=spec.name, field=f"{INNER}{field}" if field else None) from error
     for path, rule in rules.fields.items():
-        _check_field(spec, path, rule)
+        if inner is None or not path.startswith(INNER):
+            _check_field(spec, path, rule)
     if spec.value is not None and any(rule.merge for rule in rules.fields.values()):
         try:
             leaves(spec.value, rules, spec.tags)

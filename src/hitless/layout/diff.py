@@ -38,11 +38,11 @@ from hitless.layout.codec import encode
 from hitless.layout.conversion import Conversion, Cut, Default, Move, Repeat
 from hitless.layout.members import SPECIAL, Member, inside, is_bytes, is_text, join, members, singles
 from hitless.layout.model import Array, Enum, Field, Float, Int, MapSpec, Opaque, Pointer, Record, Type
-from hitless.layout.rules import MapRules, OnCollision, bind_old, parse_tags
+from hitless.layout.rules import INNER, MapRules, OnCollision, bind_old, inner_rules, inner_spec, parse_tags
 
 __all__ = [
-    "Change", "MapDiff", "Verdict", "diff_map", "diff_maps", "diff_members", "draft", "is_constant", "match_names",
-    "section_of",
+    "Change", "MapDiff", "Verdict", "diff_inner", "diff_map", "diff_maps", "diff_members", "draft", "is_constant",
+    "match_names", "section_of",
 ]  # fmt: skip
 
 Verdict = Literal[
@@ -68,7 +68,7 @@ class Change(msgspec.Struct, frozen=True):
     """One thing that changed. ``path`` is the field's new path (its old one if removed), empty for the map itself.
 
     ``loss`` says what is lost by carrying the entries over; ``reason`` why it cannot be done without a converter (or
-    at all); ``hint`` what the author may have meant. Keys' paths begin with ``key``.
+    at all); ``hint`` what the author may have meant. Keys' paths begin with ``key``, inner maps' with ``inner``.
     """
 
     path: str
@@ -209,7 +209,7 @@ def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDif
     was = old.name if old.name != new.name else None
     if was:
         changes.insert(0, Change("", "renamed", old.name, new.name))
-    inner = _inner(old, new)
+    inner = _inner(old, new, rules)
     changes += inner
     unknown = [change for change in inner if change.kind == "unknown"]
     converted: dict[str, Conversion | None] = {"key": None, "value": None}
@@ -285,6 +285,8 @@ def _judge(
     elif not (answer(old.type).kind and answer(new.type).kind):
         changes.append(_not_carried(old, new))
         verdict = "not-carried"
+    elif any(change.kind == "not-carried" for change in changes):  # of inner maps
+        verdict = "not-carried"
     elif any(change.reason for change in changes):
         verdict = "needs-converter"
     elif any(change.loss and not _maybe(change, old, new) for change in changes):
@@ -302,6 +304,8 @@ def _real(changes: Sequence[Change]) -> bool:
 
 
 def _maybe(change: Change, old: MapSpec, new: MapSpec) -> bool:
+    if change.path == "inner" and old.inner is not None and new.inner is not None:
+        old, new = old.inner, new.inner
     # A smaller hash loses nothing unless it is too full, which only the live map can tell. An array is always full.
     return change.kind == "max-entries" and "array" not in (old.type, new.type)
 
@@ -351,16 +355,35 @@ def _definition(old: MapSpec, new: MapSpec) -> list[Change]:
     return out
 
 
-def _inner(old: MapSpec, new: MapSpec) -> list[Change]:
+def diff_inner(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDiff | None:  # noqa: B008 - frozen
+    """Compare the inner maps of two maps of maps, with their own paths; None where a side does not tell them."""
+    before, after = inner_spec(old), inner_spec(new)
+    if before is None or after is None:
+        return None
+    return diff_map(msgspec.structs.replace(before, name=after.name), after, inner_rules(rules))
+
+
+def _inner(old: MapSpec, new: MapSpec, rules: MapRules) -> list[Change]:
     if old.inner is None and new.inner is None:
         return []
-    if old.inner is None or new.inner is None:
+    diff = diff_inner(old, new, rules)
+    if diff is None:
         which = "old" if old.inner is None else "new"
         return [Change("", "unknown", reason=f"the {which} side does not tell what its inner maps are")]
-    diff = diff_map(old.inner, msgspec.structs.replace(new.inner, name=old.inner.name))
     if diff.verdict == "identical":
         return []
-    return [Change("", "inner-" + change.kind, change.old, change.new, reason=change.reason) for change in diff.changes]
+    return [_of_inner(change) for change in diff.changes]
+
+
+def _of_inner(change: Change) -> Change:
+    path = f"{INNER}{change.path}" if change.path else "inner"
+    loss, reason = change.loss, change.reason
+    if loss is not None:
+        named = bool(change.path) and loss.startswith(change.path)
+        loss = f"{INNER}{loss}" if named else f"{path}: {loss}"
+    if reason is not None:
+        reason = f"inner maps: {reason}"
+    return msgspec.structs.replace(change, path=path, loss=loss, reason=reason)
 
 
 def _for_key(change: Change, on_collision: OnCollision | None) -> Change:
@@ -433,6 +456,8 @@ def _split_rules(new: MapSpec, rules: MapRules) -> dict[str, MapRules]:
     values, keys = {}, {}
     has_key = isinstance(new.value, Record) and any(member.name == "key" for member in members(new.value))
     for path, rule in rules.fields.items():
+        if path.startswith(INNER) and new.inner is not None:
+            continue
         if path.startswith("key.") and not has_key:
             was = rule.was.removeprefix("key.") if rule.was else None
             keys[path.removeprefix("key.")] = msgspec.structs.replace(rule, was=was)

@@ -17,13 +17,18 @@ import msgspec
 from hitless.errors import LayoutError
 from hitless.layout.model import MapSpec, Type
 
-__all__ = ["PREFIX", "FieldRule", "MapRules", "Merge", "OnCollision", "OnLoss", "Tags", "bind_old", "parse_tags"]
+__all__ = [
+    "INNER", "PREFIX", "FieldRule", "MapRules", "Merge", "OnCollision", "OnLoss", "Tags", "bind_old", "inner_rules",
+    "inner_spec", "parse_tags",
+]  # fmt: skip
 
 Merge = Literal["keep", "sum", "max", "min", "or"]
 OnLoss = Literal["error", "discard"]
 OnCollision = Literal["error", "first", "last", "merge"]
 
 PREFIX = "hitless:"
+#: What the path of a field of inner maps begins with, in rules and changes of the outer map.
+INNER = "inner."
 _MERGES = ("keep", "sum", "max", "min", "or")
 _INDEX = re.compile(r"\[\d+\]")
 
@@ -45,7 +50,8 @@ class MapRules(msgspec.Struct, frozen=True):
 
     ``was`` is the map's old name. ``key``, ``value`` and ``old_value`` name types for a map that carries none.
     ``on_loss`` ``discard`` allows its contents to be lost. ``fields`` maps paths to rules: ``a.b``, ``list[].x`` (in
-    every element), ``list[0]``; a path that begins with ``key.`` is in the key if the value has no field ``key``.
+    every element), ``list[0]``; a path that begins with ``key.`` is in the key if the value has no field ``key``, and
+    one that begins with ``inner.`` is in the inner maps of a map of maps.
     ``on_collision`` says what becomes of entries whose keys become one; None refuses a change that could do that.
     ``old_key`` and ``old_value`` name types for the old release's map, if that carries none; ``old_key_type`` and
     ``old_value_type`` are those types. ``convert`` is the user's function as ``module:name``, and ``functions`` are
@@ -113,6 +119,21 @@ class Tags(msgspec.Struct, frozen=True):
     merge: Merge | None = None
     default: str | None = None
     group: str | None = None
+
+
+def inner_spec(spec: MapSpec) -> MapSpec | None:
+    """Definition of the inner maps of ``spec``, or None. Tags of the outer map are theirs: no variable is."""
+    return msgspec.structs.replace(spec.inner, tags=spec.tags) if spec.inner is not None else None
+
+
+def inner_rules(rules: MapRules) -> MapRules:
+    """What the rules of a map of maps say of its inner maps, with their own paths."""
+    fields = {
+        path.removeprefix(INNER): msgspec.structs.replace(rule, was=rule.was and rule.was.removeprefix(INNER))
+        for path, rule in rules.fields.items()
+        if path.startswith(INNER)
+    }
+    return MapRules(on_loss=rules.on_loss, fields=fields)
 
 
 def parse_tags(tags: tuple[str, ...], where: str) -> Tags:

@@ -20,7 +20,12 @@ from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
 from hitless.upgrade.pace import Pace
 
-__all__ = ["Carrier", "Passage", "Tally"]
+__all__ = ["Carrier", "Passage", "Successors", "Tally"]
+
+
+Successors = dict[tuple[int, MapSpec | None], Map]
+"""Which map takes the place of another, by the kernel's id of that, in both directions. The second part is None for
+maps of the releases; for inner maps it is what they become, so that outer maps which share one find it."""
 
 
 class Tally:
@@ -54,6 +59,7 @@ class Passage(msgspec.Struct, frozen=True):
     around each step that must not meet a dual write, for some milliseconds at most while the old release runs.
     ``pace`` is called without it after each part of the work. ``code`` is the source of the module that
     ``rules.convert`` names.
+    ``successors`` is shared by all passages of an upgrade.
     """
 
     name: str
@@ -69,6 +75,7 @@ class Passage(msgspec.Struct, frozen=True):
     writing: threading.RLock
     pace: Pace = msgspec.field(default_factory=Pace)
     code: str = ""
+    successors: Successors = {}
 
 
 class Carrier(Protocol):

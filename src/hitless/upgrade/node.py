@@ -89,6 +89,9 @@ class Node:
         """All directories under the root, by inode and names: an upgrade that takes a step changes it."""
         outline = []
         for top, directories, files in os.walk(self.root):
+            if Path(top).name in ("base", "back"):  # what carriers keep there says nothing of what is live
+                directories.clear()
+                files.clear()
             with suppress(FileNotFoundError):
                 outline.append((Path(top).stat().st_ino, sorted(directories), sorted(files)))
         return outline

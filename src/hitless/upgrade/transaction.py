@@ -28,7 +28,7 @@ from hitless.layout.diff import diff_map
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
 from hitless.layout.variables import diff_sections
-from hitless.upgrade.carrier import Carrier, Passage, Tally
+from hitless.upgrade.carrier import Carrier, Passage, Successors, Tally
 from hitless.upgrade.carriers import CARRIERS
 from hitless.upgrade.cutover import detach_hooks, switch_back, switch_hooks
 from hitless.upgrade.handle import Staged
@@ -395,6 +395,7 @@ class _Upgrade:
     def _carry(self, specs: Mapping[str, MapSpec], rules: Mapping[str, MapRules], fresh: bool) -> None:
         """Prepare the maps to be converted; ``fresh`` is false if another process had filled what they keep."""
         assert self._record is not None  # made by _stage or given to reopen
+        successors = self._successors()
         for entry in self._plan.maps:
             if entry.action != "convert":
                 continue
@@ -421,6 +422,7 @@ class _Upgrade:
                     writing=self._node.access.writing,
                     pace=self._pace,
                     code=self._record.converters.get((rule.convert or "").partition(":")[0], ""),
+                    successors=successors,
                 )
             )
 
@@ -449,6 +451,16 @@ class _Upgrade:
             for index, part in enumerate(section_way(section, old, new, rules).parts)
         ]
         return carry_section(entry.name, passages)
+
+    def _successors(self) -> Successors:
+        """The maps of both releases by what takes their place: outer maps may hold them, in slots of any key."""
+        found: Successors = {}
+        for entry in self._plan.maps:
+            was = entry.was or entry.name
+            if self._current is not None and was in self._current.maps and entry.name in self._maps:
+                old, new = Map.open(map_pin(self._node.current, was)), self._maps[entry.name]
+                found[old.info.id, None], found[new.info.id, None] = new, old
+        return found
 
     def _copy(self, carrier: Carrier) -> None:
         started = time.perf_counter()

@@ -1,0 +1,379 @@
+"""Maps of maps: inner maps converted under fire, shared ones kept shared, slots followed, kills survived."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+import hitless
+from hitless.kernel.maps import Map, create
+from hitless.layout.codec import decode
+from hitless.layout.model import MapSpec
+from hitless.upgrade.inner_maps import slots_of
+from hitless.upgrade.status import status
+from meshd.demo.lab import Lab
+from tests.releases import ATTACH, write_release
+from tests.upgrade.test_under_fire import CLIENT, KILLED, KILLED_UNDOING, STEPS, clients
+
+# Counts connects in the inner map of their port, if it has one.
+SOURCE = """
+struct tally {{ {tally} }};
+MAP(whole, ARRAY, 1, __u32, struct tally);  // and it makes the compiler tell the layout
+struct per_port {{ __uint(type, BPF_MAP_TYPE_{inner}); __uint(max_entries, 8); __type(key, __u32);
+                  __type(value, struct tally); }};
+struct {{ __uint(type, BPF_MAP_TYPE_{outer}); __uint(max_entries, {room}); __type(key, {key});
+         __array(values, struct per_port); }} ports SEC(".maps");
+SEC("cgroup/connect4") int count4(struct bpf_sock_addr *ctx)
+{{
+    {key} port = __builtin_bswap16(ctx->user_port);
+    __u32 slot = 0;
+    struct tally *all = bpf_map_lookup_elem(&whole, &slot);
+    if (all)
+        __sync_fetch_and_add(&all->count, 1);
+    void *inner = bpf_map_lookup_elem(&ports, &port);
+    if (!inner)
+        return 1;
+    struct tally *found = bpf_map_lookup_elem(inner, &slot);
+    if (!found) {{
+        struct tally none = {{}};
+        bpf_map_update_elem(inner, &slot, &none, BPF_NOEXIST);
+        found = bpf_map_lookup_elem(inner, &slot);
+    }}
+    if (found)
+        __sync_fetch_and_add(&found->count, 1);
+    return 1;
+}}
+char _license[] SEC("license") = "Dual BSD/GPL";
+"""
+SMALL = '__u32 count TAG("merge=sum"); __u32 last;'
+LARGE = '__u64 since; __u64 count TAG("merge=sum"); __u32 last;'
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a release with a map of maps: its directory."""
+
+    def release(
+        version: str, tally: str = SMALL, key: str = "__u32", outer: str = "HASH_OF_MAPS", inner: str = "HASH",
+        room: int = 64, manifest: str = ATTACH,
+    ) -> Path:  # fmt: skip
+        source = SOURCE.format(tally=tally, key=key, outer=outer, inner=inner, room=room)
+        return write_release(tmp_path / version, version, source, manifest)
+
+    return release
+
+
+def load(path: Path, lab: Lab) -> hitless.Bundle:
+    return hitless.Bundle.load(path, {"cgroup": str(lab.cgroup)})
+
+
+def number(value: int, size: int = 4) -> bytes:
+    return value.to_bytes(size, sys.byteorder)
+
+
+def outer(node: hitless.Node, generation: str = "current") -> Map:
+    return Map.open(node.root / generation / "maps" / "ports")
+
+
+def inner_spec(node: hitless.Node) -> MapSpec:
+    state = node.observe()
+    assert state.current is not None
+    spec = state.current.maps["ports"].spec.inner
+    assert spec is not None
+    return spec
+
+
+def put(node: hitless.Node, ports: Sequence[int], entries: Mapping[int, int] | None = None) -> Map:
+    """What a daemon does: a new inner map, with counts by slot, for these ports of the running release."""
+    spec, held = inner_spec(node), outer(node)
+    made = create(1 if spec.type == "hash" else 2, "by_daemon", 4, spec.value_size, spec.max_entries)
+    for slot, count in (entries or {}).items():
+        made.update(number(slot), number(count) + bytes(spec.value_size - 4))
+    for port in ports:
+        held.update(number(port, held.info.key_size), number(made.fd))
+    return made
+
+
+def counts(node: hitless.Node) -> dict[int, dict[int, int]]:
+    """The counts of the running release by port and slot."""
+    spec = inner_spec(node)
+    assert spec.value is not None
+    found = {}
+    for port, inner in slots_of(outer(node)).items():
+        keys, values = Map.by_id(inner).entries()
+        by_slot = {
+            int.from_bytes(key.tobytes(), sys.byteorder): decode(spec.value, value.tobytes())["count"]
+            for key, value in zip(keys, values, strict=True)
+        }
+        found[int.from_bytes(port, sys.byteorder)] = by_slot
+    return found
+
+
+def shared(node: hitless.Node) -> set[frozenset[int]]:
+    """Which ports have the same inner map."""
+    by_map: dict[int, set[int]] = {}
+    for port, inner in slots_of(outer(node)).items():
+        by_map.setdefault(inner, set()).add(int.from_bytes(port, sys.byteorder))
+    return {frozenset(ports) for ports in by_map.values()}
+
+
+def test_inner_maps_and_outer_keys_are_converted(node: hitless.Node, lab: Lab, write: Write) -> None:
+    hitless.apply(node, load(write("1"), lab))
+    put(node, [7], {0: 70, 5: 75})
+    put(node, [9], {1: 91})
+    result = hitless.apply(node, load(write("2", LARGE, "__u64"), lab))
+    assert counts(node) == {7: {0: 70, 5: 75}, 9: {1: 91}}
+    assert outer(node).info.key_size == 8
+    assert inner_spec(node).value_size == 24
+    assert (result.maps[1].action, result.maps[1].kind, result.maps[1].copied) == ("convert", "inner-maps", 3)
+    assert status(node).problems == ()
+
+
+def totals(node: hitless.Node) -> dict[int, int]:
+    """What the programs counted, by port, over all slots."""
+    return {port: sum(by_slot.values()) for port, by_slot in counts(node).items()}
+
+
+BACK = ("ports", "whole")  # the way back cuts counts to 32 bits
+KINDS = [("HASH_OF_MAPS", "HASH"), ("HASH_OF_MAPS", "ARRAY"), ("ARRAY_OF_MAPS", "HASH")]
+
+
+@pytest.mark.parametrize(("outer_kind", "inner_kind"), KINDS)
+def test_no_increment_in_an_inner_map_is_lost_or_gained_while_upgrades_go_back_and_forth(
+    node: hitless.Node, lab: Lab, write: Write, outer_kind: str, inner_kind: str
+) -> None:
+    old = load(write("1", outer=outer_kind, inner=inner_kind), lab)
+    new = load(write("2", LARGE, outer=outer_kind, inner=inner_kind), lab)
+    hitless.apply(node, old)
+    put(node, [7])
+    put(node, [9])
+    with clients(lab) as tries:
+        for _ in range(10):
+            hitless.apply(node, new)
+            hitless.apply(node, old, allow_loss=BACK)
+    assert sum(tries.values()) > 2000
+    assert totals(node) == tries
+    assert node.map("whole").get(0)["count"] == sum(tries.values())
+
+
+def test_inner_maps_that_a_daemon_adds_during_the_upgrade_are_carried_to_the_last_count(
+    node: hitless.Node, lab: Lab, write: Write
+) -> None:
+    hitless.apply(node, load(write("1"), lab))
+    put(node, [7])
+    put(node, [9])
+    late: list[subprocess.Popen[str]] = []
+
+    def daemon(event: hitless.Progress) -> None:
+        if event.step == "prepare":  # the copy is over
+            put(node, [11], {3: 33})
+            client = lab.popen([sys.executable, "-c", CLIENT, "11"], cgroup="clients", stdout=subprocess.PIPE)
+            assert client.stdout is not None
+            assert client.stdout.readline() == "ready\n"
+            late.append(client)
+        if event.step == "catch-up":
+            put(node, [12], {1: 5})
+
+    with clients(lab) as tries:
+        hitless.apply(node, load(write("2", LARGE, "__u64"), lab), progress=daemon)
+        (client,) = late
+        client.send_signal(signal.SIGTERM)
+        eleven = int(client.communicate(timeout=10)[0])
+    assert totals(node) == {**tries, 11: 33 + eleven, 12: 5}
+    assert counts(node)[11][3] == 33
+
+
+def test_slots_that_a_daemon_empties_or_fills_anew_during_the_upgrade_are_followed(
+    node: hitless.Node, lab: Lab, write: Write
+) -> None:
+    hitless.apply(node, load(write("1"), lab))
+    for port in (1, 2, 3):
+        put(node, [port], {0: port})
+
+    def daemon(event: hitless.Progress) -> None:
+        if event.step == "catch-up":
+            outer(node).delete(number(1))
+            put(node, [2], {0: 22})
+            put(node, [4], {0: 44})
+            outer(node).delete(number(4))
+
+    hitless.apply(node, load(write("2", LARGE, "__u64"), lab), progress=daemon)
+    assert counts(node) == {2: {0: 22}, 3: {0: 3}}
+
+
+def test_a_slot_that_the_new_release_set_itself_stays_as_it_set_it(
+    node: hitless.Node, lab: Lab, write: Write
+) -> None:
+    hitless.apply(node, load(write("1"), lab))
+    put(node, [1, 2], {0: 1})
+    own = create(1, "own", 4, 24, 8)
+
+    def daemons(event: hitless.Progress) -> None:
+        if event.step == "catch-up":
+            after = outer(node, "next")
+            after.update(number(1, 8), number(own.fd))
+            after.delete(number(2, 8))
+            for port in (1, 2):
+                outer(node).delete(number(port))
+            put(node, [1, 2], {0: 7})
+
+    hitless.apply(node, load(write("2", LARGE, "__u64"), lab), progress=daemons)
+    assert slots_of(outer(node)) == {number(1, 8): own.info.id}
+
+
+def test_slots_that_share_an_inner_map_keep_sharing_one(node: hitless.Node, lab: Lab, write: Write) -> None:
+    old, new = load(write("1"), lab), load(write("2", LARGE), lab)
+    hitless.apply(node, old)
+    put(node, [1, 2, 3], {0: 5})
+    put(node, [4], {0: 6})
+    hitless.apply(node, new)
+    assert shared(node) == {frozenset({1, 2, 3}), frozenset({4})}
+    hitless.apply(node, old, allow_loss=BACK)
+    assert shared(node) == {frozenset({1, 2, 3}), frozenset({4})}
+    assert counts(node) == {1: {0: 5}, 2: {0: 5}, 3: {0: 5}, 4: {0: 6}}
+
+
+def test_a_map_in_two_outer_maps_stays_one_map(node: hitless.Node, lab: Lab, tmp_path: Path) -> None:
+    for version, tally in (("1", SMALL), ("2", LARGE)):
+        source = SOURCE.format(tally=tally, key="__u32", outer="HASH_OF_MAPS", inner="HASH", room=64)
+        another = "struct {{ __uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS); __uint(max_entries, 4); __type(key, __u32);"
+        another += ' __array(values, struct per_port); }} others SEC(".maps");\nSEC("cgroup'
+        source = source.replace('SEC("cgroup', another.format(), 1)
+        bundle = load(write_release(tmp_path / version, version, source), lab)
+        hitless.apply(node, bundle)
+        if version == "1":
+            both = put(node, [7], {0: 5})
+            Map.open(node.root / "maps" / "others").update(number(2), number(both.fd))
+    (inner,) = slots_of(outer(node)).values()
+    assert inner != both.info.id
+    assert slots_of(Map.open(node.root / "maps" / "others")) == {number(2): inner}
+    assert counts(node) == {7: {0: 5}}
+
+
+def test_a_larger_outer_map_gets_the_same_inner_maps(node: hitless.Node, lab: Lab, write: Write) -> None:
+    hitless.apply(node, load(write("1"), lab))
+    put(node, [7], {0: 5})
+    before = slots_of(outer(node))
+    bundle = load(write("2", room=128), lab)
+    assert hitless.plan(node, bundle).maps[1].method == "a new outer map with the same inner maps"
+    hitless.apply(node, bundle)
+    assert slots_of(outer(node)) == before
+    assert outer(node).info.max_entries == 128
+
+
+def test_an_outer_map_that_became_too_small_stops_the_upgrade(node: hitless.Node, lab: Lab, write: Write) -> None:
+    hitless.apply(node, load(write("1"), lab))
+    put(node, range(5), {0: 5})
+    before = node.observe()
+    with pytest.raises(hitless.KernelError, match=r"map ports: putting inner maps into its slots: .*max_entries is 4"):
+        hitless.apply(node, load(write("2", LARGE, room=4), lab))
+    assert node.observe() == before
+    assert counts(node) == {port: {0: 5} for port in range(5)}
+
+
+NAMED = """
+struct per_port {{ __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 2); __type(key, __u32);
+                  __type(value, {value}); }} first SEC(".maps"), second SEC(".maps");
+struct {{ __uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS); __uint(max_entries, 4); __type(key, __u32);
+         __array(values, struct per_port); }} ports SEC(".maps") = {{ .values = {{ &first, &second }} }};
+SEC("cgroup/connect4") int count4(struct bpf_sock_addr *ctx) {{ return 1; }}
+char _license[] SEC("license") = "GPL";
+"""
+
+
+def test_maps_of_the_release_that_its_object_puts_into_slots_stay_in_them(
+    node: hitless.Node, lab: Lab, tmp_path: Path
+) -> None:
+    for version, value in (("1", "__u32"), ("2", "__u64")):
+        hitless.apply(node, load(write_release(tmp_path / version, version, NAMED.format(value=value)), lab))
+        maps = {name: Map.open(node.root / "maps" / name) for name in ("first", "second")}
+        if version == "1":
+            node.map("first")[1] = 11
+            outer(node).update(number(3), number(maps["first"].fd))  # a second slot for it
+            outer(node).delete(number(1))
+    assert slots_of(outer(node)) == {number(0): maps["first"].info.id, number(3): maps["first"].info.id}
+    assert node.map("first").get(1) == 11
+
+
+def test_an_error_after_the_cutover_takes_back_counts_and_slots(node: hitless.Node, lab: Lab, write: Write) -> None:
+    old, new = load(write("1"), lab), load(write("2", LARGE, "__u64"), lab)
+    hitless.apply(node, old)
+    put(node, [7])
+    put(node, [9])
+    put(node, [3], {0: 3})
+    for attempt in range(5):
+
+        def late(event: hitless.Progress, attempt: int = attempt) -> None:
+            if event.step != "commit":
+                return
+            after = outer(node, "next")
+            made = create(1, "by_daemon", 4, 24, 8)
+            made.update(number(0), number(0, 8) + number(20 + attempt, 8) + bytes(8))
+            after.update(number(20 + attempt, 8), number(made.fd))
+            after.delete(number(3, 8))
+            raise ZeroDivisionError
+
+        with clients(lab) as tries, pytest.raises(ZeroDivisionError):
+            hitless.apply(node, new, progress=late)
+        assert node.observe().version == "1"
+        assert totals(node) == {**tries, **{20 + n: 20 + n for n in range(attempt + 1)}}
+        assert status(node).problems == ()
+        for port in (7, 9):
+            outer(node).delete(number(port))
+            put(node, [port])
+        put(node, [3], {0: 3})
+
+
+def killed(script: str, *task: object) -> None:
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(task)], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_a_killed_upgrade_is_undone_or_finished_and_counts_stay_exact(
+    node: hitless.Node, lab: Lab, write: Write
+) -> None:
+    one, two = write("1"), write("2", LARGE)
+    hitless.apply(node, load(one, lab))
+    put(node, [7])
+    put(node, [9])
+    put(node, [20, 21], {0: 20})
+    with clients(lab) as tries:
+        for step in STEPS:
+            killed(KILLED, str(node.root), str(two), {"cgroup": str(lab.cgroup)}, step)
+            if step in ("cutover", "catch-up", "merge"):  # what a daemon does before somebody takes up the upgrade
+                put(node, [30], {0: 30})
+                outer(node).delete(number(20))
+            hitless.apply(node, load(two, lab))
+            assert status(node).problems == ()
+            if step in ("cutover", "catch-up", "merge"):
+                assert counts(node)[30] == {0: 30}
+                assert 20 not in counts(node)
+            hitless.apply(node, load(one, lab), allow_loss=BACK)
+            outer(node).delete(number(30))
+            put(node, [20, 21], {0: 20})
+    assert totals(node) == {**tries, 20: 20, 21: 20}
+
+
+def test_an_upgrade_killed_while_it_is_taken_back_is_taken_back_and_counts_stay_exact(
+    node: hitless.Node, lab: Lab, write: Write
+) -> None:
+    one, two = write("1"), write("2", LARGE)
+    hitless.apply(node, load(one, lab))
+    put(node, [7])
+    put(node, [9])
+    with clients(lab) as tries:
+        for phase in ("undoing", "merging-back", "undone"):
+            for when in ("before", "after"):
+                killed(KILLED_UNDOING, str(node.root), str(two), {"cgroup": str(lab.cgroup)}, phase, when)
+                assert hitless.recover(node) is not None
+                assert status(node).problems == ()
+                hitless.apply(node, load(one, lab), allow_loss=BACK)
+    assert totals(node) == tries
