@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import hitless
+from hitless.compare import compare
 from hitless.kernel.maps import Map, create
 from hitless.layout.codec import decode
 from hitless.layout.model import MapSpec
@@ -377,3 +380,107 @@ def test_an_upgrade_killed_while_it_is_taken_back_is_taken_back_and_counts_stay_
                 assert status(node).problems == ()
                 hitless.apply(node, load(one, lab), allow_loss=BACK)
     assert totals(node) == tries
+
+
+def test_the_plan_names_the_method_and_what_inner_maps_lose(node: hitless.Node, lab: Lab, write: Write) -> None:
+    one, two = write("1"), write("2", LARGE)
+    hitless.apply(node, load(one, lab))
+    planned = hitless.plan(node, load(two, lab)).maps[1]
+    assert (planned.action, planned.verdict, planned.exactness, planned.loss) == ("convert", "lossless", "exact", ())
+    assert planned.method.startswith("a new map for each inner map (")
+    hitless.apply(node, load(two, lab))
+    back = hitless.plan(node, load(one, lab)).maps[1]
+    losses = ("inner.count: values outside 0 to 4294967295 do not fit", "inner.since is dropped")
+    assert (back.action, back.verdict, back.loss) == ("convert", "lossy", losses)
+
+
+def test_check_judges_inner_maps_as_the_plan_does(write: Write) -> None:
+    one, two, wide = (str(path) for path in (write("1"), write("2", LARGE), write("3", LARGE, room=32)))
+
+    def ports(old: str, new: str) -> tuple[str, tuple[str, ...]]:
+        (found,) = [item for item in compare(old, new).maps if item.name == "ports"]
+        return found.diff.verdict, found.losses
+
+    assert ports(one, two) == ("lossless", ())
+    assert ports(one, one) == ("identical", ())
+    assert ports(two, wide) == ("lossless", ())
+    losses = ("inner.count: values outside 0 to 4294967295 do not fit", "inner.since is dropped")
+    assert ports(two, one) == ("lossy", losses)
+
+
+def test_inner_maps_that_cannot_be_carried_are_named_with_the_reason(
+    node: hitless.Node, lab: Lab, write: Write
+) -> None:
+    one, other = write("1", inner="ARRAY"), write("2", LARGE, inner="HASH")
+    hitless.apply(node, load(one, lab))
+    (planned,) = [entry for entry in hitless.plan(node, load(other, lab)).maps if entry.name == "ports"]
+    why = "all entries: its inner maps: from a map of type array to hash is not supported yet"
+    assert (planned.action, planned.loss[0]) == ("discard", why)
+    (checked,) = [item for item in compare(str(one), str(other)).maps if item.name == "ports"]
+    assert checked.losses[0] == why
+
+
+def test_a_value_of_an_inner_map_that_does_not_fit_is_counted_once_it_is_allowed(
+    node: hitless.Node, lab: Lab, write: Write
+) -> None:
+    one, two = load(write("1"), lab), load(write("2", LARGE), lab)
+    hitless.apply(node, two)
+    inner = put(node, [7])
+    inner.update(number(0), bytes(8) + number(1 << 40, 8) + bytes(8))
+    inner.update(number(1), bytes(8) + number(5, 8) + bytes(8))
+    result = hitless.apply(node, one, allow_loss=BACK)
+    assert result.maps[1].lost_fields == {"inner.count": 1}
+    assert counts(node) == {7: {0: (1 << 32) - 1, 1: 5}}
+
+
+def test_a_rule_in_the_manifest_reaches_fields_of_inner_maps(
+    node: hitless.Node, lab: Lab, write: Write
+) -> None:
+    hitless.apply(node, load(write("1"), lab))
+    inner = put(node, [7], {0: 3})
+    inner.update(number(0), number(3) + number(9))
+    renamed = ATTACH + '[map.ports.field."inner.seen"]\nwas = "inner.last"\n'
+    renamed += '[map.ports.field."inner.level"]\ndefault = 4\n[map.whole]\non_loss = "discard"\n'
+    new = '__u32 count TAG("merge=sum"); __u16 level; __u32 seen;'
+    hitless.apply(node, load(write("2", new, manifest=renamed), lab))
+    (held,) = slots_of(outer(node)).values()
+    assert Map.by_id(held).lookup(number(0)) == number(3) + number(4) + number(9)
+    wrong = ATTACH + '[map.ports.field."inner.cuont"]\nmerge = "sum"\n'
+    with pytest.raises(hitless.BundleError, match=r"bundle\.toml:13: map 'ports\.inner': no field 'cuont'"):
+        load(write("3", manifest=wrong), lab)
+
+
+def test_an_inner_map_with_another_layout_than_recorded_stops_the_upgrade(
+    node: hitless.Node, lab: Lab, write: Write, tmp_path: Path
+) -> None:
+    hitless.apply(node, load(write("1"), lab))
+    twisted = SOURCE.format(tally="__u32 last; __u32 count;", key="__u32", outer="HASH_OF_MAPS", inner="HASH", room=4)
+    twisted = twisted.replace("MAP(whole, ARRAY, 1,", "MAP(whole, HASH, 8,")  # of the size that inner maps have
+    stranger = hitless.Node(lab.bpffs / "stranger")
+    hitless.apply(stranger, load(write_release(tmp_path / "twisted", "1", twisted), lab))
+    whole = Map.open(stranger.root / "maps" / "whole")
+    outer(node).update(number(7), number(whole.fd))
+    before = node.observe()
+    with pytest.raises(hitless.NodeError, match=r"inner map whole \(id \d+\) has another layout"):
+        hitless.apply(node, load(write("2", LARGE), lab))
+    assert node.observe() == before
+
+
+def test_hundreds_of_inner_maps_are_carried_where_few_files_may_be_open(
+    node: hitless.Node, lab: Lab, write: Write
+) -> None:
+    hitless.apply(node, load(write("1", room=1024), lab))
+    made = [create(1, "by_daemon", 4, 8, 8) for _ in range(300)]
+    for index, inner in enumerate(made):
+        inner.update(number(0), number(index) + number(1))
+    keys = np.arange(300, dtype=np.uint32).view(np.uint8).reshape(-1, 4)
+    outer(node).write(keys, np.array([inner.fd for inner in made], np.uint32).view(np.uint8).reshape(-1, 4))
+    made.clear()
+    new = load(write("2", LARGE, "__u64", room=1024), lab)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (sum(1 for _ in Path("/proc/self/fd").iterdir()) + 50, hard))
+    try:
+        hitless.apply(node, new)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert counts(node) == {index: {0: index} for index in range(300)}

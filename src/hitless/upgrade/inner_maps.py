@@ -40,7 +40,7 @@ from hitless.upgrade.carrier import Carrier, Passage, Successors, Tally
 __all__ = ["InnerMaps", "carry_inner_maps"]
 
 _HASH = MAP_TYPES.index("hash")
-_DESCRIPTORS = 8  # what one inner map and its carrier need at most
+_DESCRIPTORS = 12  # what one inner map needs at most, with its carrier there and that back
 
 
 class Trade(msgspec.Struct, frozen=True):
@@ -155,14 +155,12 @@ class InnerMaps:
         self._going_back = going_back
         self._lanes: dict[int, Lane] = {}
         self._followed = 0  # slots that differed since the copy
-        self._theirs: set[bytes] = set()  # slots of the target, by key, that the new release filled itself
         self._checked: set[int] = set()  # ids of BTF in which the inner maps' layouts are as recorded
 
     # The interface
 
     def copy(self, progress: Callable[[int], None]) -> None:
         """See :class:`Carrier`; a second pass follows at once, since the first takes long."""
-        _allow_descriptors(_DESCRIPTORS * len(set(slots_of(self._source).values())))
         self._follow_slots(False, progress)
         self.tally.entries = self.tally.copied
         self.catch_up()
@@ -174,10 +172,8 @@ class InnerMaps:
             old, base, new = slots_of(self._source), slots_of(self._slots), slots_of(self._target)
         keys = [key for key, inner in base.items() if old.get(key) == inner]
         for key, there in zip(keys, self._keys_of(keys), strict=True):
-            if there is None or there in self._theirs:
-                continue
             successor = self._successor(base[key])
-            if successor is None or new.get(there) != successor.info.id:
+            if there is not None and (successor is None or new.get(there) != successor.info.id):
                 raise VerifyError(
                     f"map {self.name}: slot {key.hex()} does not hold what became of inner map {base[key]}; nothing "
                     "was switched, the running release is untouched",
@@ -207,7 +203,7 @@ class InnerMaps:
             pairs = [
                 (there, successor.info.id)
                 for there, inner in zip(self._keys_of(list(base)), base.values(), strict=True)
-                if there is not None and there not in self._theirs and (successor := self._successor(inner)) is not None
+                if there is not None and (successor := self._successor(inner)) is not None
             ]
             slots.write(_rows([there for there, _ in pairs]), _numbers([inner for _, inner in pairs]))
         else:
@@ -310,22 +306,17 @@ class InnerMaps:
                 successor = self._successor(held) if held is not None else None
                 if there is None or (held is not None and successor is None):
                     continue  # has no place, or went while we looked: the next round sees that
-                found += 1
                 former = self._successor(was) if was is not None else None
                 wanted = successor.info.id if successor is not None else None
-                unchanged = new.get(there) == (former.info.id if former is not None else None)
-                if new.get(there) != wanted and not unchanged:
-                    self._theirs.add(there)
-                elif new.get(there) != wanted and successor is not None:
-                    filled.append(_Slot(key, there, held or 0, successor))
+                if new.get(there) not in (wanted, former.info.id if former is not None else None):
+                    continue  # the new release's own word wins
+                found += 1
+                if held is not None and successor is not None:
+                    filled.append(_Slot(key, there, held, successor))
                     continue
-                elif new.get(there) != wanted:
+                if there in new:
                     self._target.delete(there)
-                # The base follows, so that this difference counts once.
-                if held is None:
-                    self._slots.delete(key)
-                else:
-                    self._slots.update(key, held.to_bytes(4, sys.byteorder))
+                self._slots.delete(key)
             self._fill(filled, last)
         return found
 
@@ -399,6 +390,7 @@ def carry_inner_maps(passage: Passage) -> InnerMaps:
             lossy_allowed=passage.lossy_allowed,
             writing=passage.writing,
         )
+    _allow_descriptors(_DESCRIPTORS * len(set(slots_of(passage.source).values())))
     if passage.fresh:
         passage.pin.mkdir()
     made = InnerMaps(
