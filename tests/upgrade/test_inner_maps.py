@@ -16,7 +16,7 @@ import pytest
 import hitless
 from hitless.compare import compare
 from hitless.kernel.maps import Map, create
-from hitless.layout.codec import decode
+from hitless.layout.codec import decode, encode
 from hitless.layout.model import MapSpec
 from hitless.upgrade.inner_maps import slots_of
 from hitless.upgrade.status import status
@@ -97,9 +97,10 @@ def inner_spec(node: hitless.Node) -> MapSpec:
 def put(node: hitless.Node, ports: Sequence[int], entries: Mapping[int, int] | None = None) -> Map:
     """What a daemon does: a new inner map, with counts by slot, for these ports of the running release."""
     spec, held = inner_spec(node), outer(node)
+    assert spec.value is not None
     made = create(1 if spec.type == "hash" else 2, "by_daemon", 4, spec.value_size, spec.max_entries)
     for slot, count in (entries or {}).items():
-        made.update(number(slot), number(count) + bytes(spec.value_size - 4))
+        made.update(number(slot), encode(spec.value, {"count": count}))
     for port in ports:
         held.update(number(port, held.info.key_size), number(made.fd))
     return made
