@@ -17,6 +17,7 @@ import hitless
 from hitless.compare import compare
 from hitless.kernel.maps import Map, create
 from hitless.layout.codec import decode, encode
+from hitless.layout.elf import MAP_TYPES
 from hitless.layout.model import MapSpec
 from hitless.upgrade.inner_maps import slots_of
 from hitless.upgrade.status import status
@@ -98,7 +99,7 @@ def put(node: hitless.Node, ports: Sequence[int], entries: Mapping[int, int] | N
     """What a daemon does: a new inner map, with counts by slot, for these ports of the running release."""
     spec, held = inner_spec(node), outer(node)
     assert spec.value is not None
-    made = create(1 if spec.type == "hash" else 2, "by_daemon", 4, spec.value_size, spec.max_entries)
+    made = create(MAP_TYPES.index(spec.type), "by_daemon", 4, spec.value_size, spec.max_entries)
     for slot, count in (entries or {}).items():
         made.update(number(slot), encode(spec.value, {"count": count}))
     for port in ports:
@@ -114,7 +115,9 @@ def counts(node: hitless.Node) -> dict[int, dict[int, int]]:
     for port, inner in slots_of(outer(node)).items():
         keys, values = Map.by_id(inner).entries()
         by_slot = {
-            int.from_bytes(key.tobytes(), sys.byteorder): decode(spec.value, value.tobytes())["count"]
+            int.from_bytes(key.tobytes(), sys.byteorder): sum(
+                decode(spec.value, cpu.tobytes())["count"] for cpu in value.reshape(-1, spec.value_size)
+            )
             for key, value in zip(keys, values, strict=True)
         }
         found[int.from_bytes(port, sys.byteorder)] = by_slot
@@ -147,7 +150,9 @@ def totals(node: hitless.Node) -> dict[int, int]:
 
 
 BACK = ("ports", "whole")  # the way back cuts counts to 32 bits
-KINDS = [("HASH_OF_MAPS", "HASH"), ("HASH_OF_MAPS", "ARRAY"), ("ARRAY_OF_MAPS", "HASH")]
+KINDS = [
+    ("HASH_OF_MAPS", "HASH"), ("HASH_OF_MAPS", "ARRAY"), ("HASH_OF_MAPS", "PERCPU_HASH"), ("ARRAY_OF_MAPS", "HASH"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("outer_kind", "inner_kind"), KINDS)
@@ -273,12 +278,12 @@ def test_a_larger_outer_map_gets_the_same_inner_maps(node: hitless.Node, lab: La
     assert outer(node).info.max_entries == 128
 
 
-def test_an_outer_map_that_became_too_small_stops_the_upgrade(node: hitless.Node, lab: Lab, write: Write) -> None:
-    hitless.apply(node, load(write("1"), lab))
+def test_an_outer_array_that_became_too_small_stops_the_upgrade(node: hitless.Node, lab: Lab, write: Write) -> None:
+    hitless.apply(node, load(write("1", outer="ARRAY_OF_MAPS"), lab))
     put(node, range(5), {0: 5})
     before = node.observe()
     with pytest.raises(hitless.KernelError, match=r"map ports: putting inner maps into its slots: .*max_entries is 4"):
-        hitless.apply(node, load(write("2", LARGE, room=4), lab))
+        hitless.apply(node, load(write("2", LARGE, outer="ARRAY_OF_MAPS", room=4), lab))
     assert node.observe() == before
     assert counts(node) == {port: {0: 5} for port in range(5)}
 

@@ -9,8 +9,8 @@ the first catch-up is empty for programs of the new release until then.
 Where the definition of inner maps stays as it is, the new outer map gets the same inner maps.
 
 Below the passage's pin there are ``slots``, the base, and for each inner map a directory named after its kernel id,
-with its new ``map`` and what its own carrier keeps, ``entries``. Such a directory appears by a rename, when its map is
-filled: until then no slot and no program has it, so after a kill it is simply made anew.
+with its new ``map`` and what its own carrier keeps, ``entries``. The map is pinned there last, when it is filled: until
+then no slot and no program has it, so after a kill it is simply made anew.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from hitless.layout.elf import MAP_TYPES
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import INNER, FieldRule, MapRules, inner_rules, inner_spec
 from hitless.upgrade.carrier import Carrier, Passage, Successors, Tally
+from hitless.upgrade.pace import Pace
 
 __all__ = ["InnerMaps", "carry_inner_maps"]
 
@@ -54,6 +55,7 @@ class Trade(msgspec.Struct, frozen=True):
     kind: str
     lossy_allowed: bool
     writing: threading.RLock
+    pace: Pace
 
     def carrier(self, source: Map, target: Map, pin: Path, fresh: bool) -> Carrier:
         """A carrier for one inner map. Raises KernelError."""
@@ -72,6 +74,7 @@ class Trade(msgspec.Struct, frozen=True):
                 fresh=fresh,
                 lossy_allowed=self.lossy_allowed,
                 writing=self.writing,
+                pace=self.pace,
             )
         )
 
@@ -276,15 +279,14 @@ class InnerMaps:
         if source.info.btf_id not in self._checked:
             trade.check(source)
             self._checked.add(source.info.btf_id)
-        making = self._pin / "making"
-        remove_tree(making)
-        making.mkdir()
+        place = self._pin / str(inner)
+        remove_tree(place)
+        place.mkdir()
         target = trade.target(source)
-        target.pin(making / "map")
-        carrier = trade.carrier(source, target, making / "entries", fresh=True)
+        carrier = trade.carrier(source, target, place / "entries", fresh=True)
         before = self.tally.copied
         carrier.copy(lambda done: progress(before + done))
-        making.rename(self._pin / str(inner))
+        target.pin(place / "map")
         self.tally.copied += carrier.tally.copied
         self.add(inner, Lane(target, source, carrier))
 
@@ -378,7 +380,7 @@ def carry_inner_maps(passage: Passage) -> InnerMaps:
     rules = inner_rules(passage.rules)
     trade = None
     if diff.verdict != "identical":
-        found = way(old, new, rules)
+        found = way(old, new, rules, ())
         assert not isinstance(found, str)
         trade = Trade(
             name=passage.name,
@@ -389,6 +391,7 @@ def carry_inner_maps(passage: Passage) -> InnerMaps:
             kind=found.kind,
             lossy_allowed=passage.lossy_allowed,
             writing=passage.writing,
+            pace=passage.pace,
         )
     _allow_descriptors(_DESCRIPTORS * len(set(slots_of(passage.source).values())))
     if passage.fresh:
