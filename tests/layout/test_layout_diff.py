@@ -463,6 +463,58 @@ def test_inner_maps_are_compared_too(read: Read) -> None:
     diff = diff_map(old, new)
     assert diff.verdict == "lossless"
     assert kinds(diff) == [("inner.value", "widened")]
+    back = diff_map(new, old)
+    assert back.verdict == "lossy"
+    assert only(back, "narrowed").loss == "inner.value: values outside 0 to 4294967295 do not fit"
+
+
+OUTER = """struct inner {{ __uint(type, {type}); __uint(max_entries, {room}); __type(key, __u32); {value} }};
+struct value {{ __u32 a; __u32 b; }}; {plain}
+struct {{ __uint(type, 13); __uint(max_entries, 4); __type(key, __u32); __array(values, struct inner); }} m
+SEC(".maps");"""
+PLAIN = """struct { __uint(type, 1); __uint(max_entries, 1); __type(key, __u32); __type(value, struct value); } p
+SEC(".maps");"""
+
+
+@pytest.fixture
+def outer(read: Read) -> MakeMap:
+    """A hash of maps whose inner maps are of this type, size and value."""
+
+    def make(value: str = "__type(value, struct value);", room: int = 8, kind: int = 1) -> MapSpec:
+        maps = read(OUTER.format(value=value, room=room, type=kind, plain=PLAIN)).maps
+        return next(spec for spec in maps if spec.name == "m")
+
+    return make
+
+
+def test_inner_maps_of_a_type_that_cannot_be_carried_make_the_outer_map_not_carried(outer: MakeMap) -> None:
+    diff = diff_map(outer("__uint(value_size, 8);", kind=7), outer("__uint(value_size, 16);", kind=7))
+    assert diff.verdict == "not-carried"
+    change = only(diff, "not-carried")
+    assert (change.path, change.loss) == ("inner", "inner: all entries")
+    assert change.reason == "inner maps: the contents of a stack_trace map cannot be listed"
+
+
+def test_inner_maps_without_types_are_unknown_unless_nothing_else_changed(outer: MakeMap) -> None:
+    diff = diff_map(outer("__uint(value_size, 8);"), outer("__uint(value_size, 8);", room=16))
+    assert diff.verdict == "unknown"
+    assert only(diff, "unknown").path == "inner.value"
+
+
+def test_smaller_inner_maps_lose_nothing_unless_they_are_too_full(outer: MakeMap) -> None:
+    diff = diff_map(outer(), outer(room=4))
+    assert (diff.verdict, kinds(diff)) == ("lossless", [("inner", "max-entries")])
+
+
+def test_rules_reach_fields_of_inner_maps_by_their_path(outer: MakeMap, read: Read) -> None:
+    text = OUTER.replace("__u32 a; __u32 b;", "__u32 c; __u32 b;")
+    maps = read(text.format(value="__type(value, struct value);", room=8, type=1, plain=PLAIN)).maps
+    new = next(spec for spec in maps if spec.name == "m")
+    assert diff_map(outer(), new).verdict == "lossy"
+    diff = diff_map(outer(), new, MapRules(fields={"inner.c": FieldRule(was="inner.a")}))
+    assert (diff.verdict, kinds(diff)) == ("lossless", [("inner.c", "renamed")])
+    with pytest.raises(LayoutError, match=r"map 'm\.inner': no field 'd' in its value"):
+        diff_map(outer(), new, MapRules(fields={"inner.d": FieldRule(was="inner.a")}))
 
 
 def test_a_constant_section_that_changed_loses_nothing(read: Read) -> None:

@@ -379,7 +379,7 @@ def _of_inner(change: Change) -> Change:
     path = f"{INNER}{change.path}" if change.path else "inner"
     loss, reason = change.loss, change.reason
     if loss is not None:
-        named = bool(change.path) and loss.startswith(change.path)
+        named = bool(change.path) and loss.startswith(f"{change.path} ")
         loss = f"{INNER}{loss}" if named else f"{path}: {loss}"
     if reason is not None:
         reason = f"inner maps: {reason}"

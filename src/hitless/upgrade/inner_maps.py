@@ -300,7 +300,7 @@ class InnerMaps:
                 self._make(inner, progress)
         differ = [key for key in {**base, **old} if old.get(key) != base.get(key)]
         filled: list[_Slot] = []
-        found = 0
+        emptied: list[tuple[bytes, bytes]] = []
         with self._writing:
             new = slots_of(self._target)
             for key, there in zip(differ, self._keys_of(differ), strict=True):
@@ -312,21 +312,27 @@ class InnerMaps:
                 wanted = successor.info.id if successor is not None else None
                 if new.get(there) not in (wanted, former.info.id if former is not None else None):
                     continue  # the new release's own word wins
-                found += 1
                 if held is not None and successor is not None:
                     filled.append(_Slot(key, there, held, successor))
-                    continue
-                if there in new:
-                    self._target.delete(there)
-                self._slots.delete(key)
+                else:
+                    emptied.append((key, there))
+            self._empty(emptied)
             self._fill(filled, last)
-        return found
+        return len(filled) + len(emptied)
+
+    def _empty(self, emptied: list[tuple[bytes, bytes]]) -> None:
+        """Take inner maps out of slots, given by their keys on both sides, and what they came from out of the base."""
+        if self._target.info.type == "hash_of_maps":
+            # Together, since after each such call the kernel waits for running programs, some milliseconds.
+            self._target.delete_many(_rows([there for _, there in emptied]))
+        else:
+            for _, there in emptied:
+                self._target.delete(there)
+        for key, _ in emptied:
+            self._slots.delete(key)
 
     def _fill(self, filled: list[_Slot], last: bool) -> None:
-        """Put inner maps into slots of the target, and then what they came from into the base.
-
-        Together, since after each such call the kernel waits for running programs, some milliseconds.
-        """
+        """Put inner maps into slots of the target, together, and then what they came from into the base."""
         source, target = self._source.info, self._target.info
         leave_out = self._going_back or (not last and target.max_entries >= source.max_entries)
         while filled:
@@ -446,7 +452,7 @@ def _by_id(inner: int) -> Map | None:
 
 
 def _rows(keys: Sequence[bytes]) -> Rows:
-    return np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), len(keys[0]) if keys else 0)
 
 
 def _numbers(numbers: Sequence[int]) -> Rows:
