@@ -19,6 +19,7 @@ import errno
 import resource
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -189,11 +190,14 @@ class InnerMaps:
 
     def catch_up(self, last: bool = False) -> int:
         """See :class:`Carrier`."""
+        started = time.perf_counter()
         found = self._follow_slots(last, _unheard)
         self._followed += found
         for lane in self._carried():
             found += lane.catch_up(last)
         self.tally.rounds += 1
+        self.tally.differing = found
+        self.tally.last_round = time.perf_counter() - started
         self._count()
         return found
 
