@@ -180,19 +180,6 @@ class Map(Object):
                 return
             position = after
 
-    def delete_many(self, keys: Rows) -> None:
-        """Delete entries by BPF_MAP_DELETE_BATCH; one that is not there is no error. Raises KernelError."""
-        keys = np.ascontiguousarray(keys)
-        opts = options("bpf_map_batch_opts")
-        while len(keys):
-            count = ffi.new("__u32 *", len(keys))
-            result = lib().bpf_map_delete_batch(self.fd, ffi.from_buffer(keys), count, opts)
-            if result == 0:
-                return
-            if ffi.errno != errno.ENOENT:
-                check(result, "BPF_MAP_DELETE_BATCH", self.info.name)
-            keys = keys[count[0] + 1 :]  # behind the one that is not there
-
     def most_entries(self) -> int:
         """No fewer than there are now: ``max_entries``, or less where the kernel tells how much memory is used."""
         usage = next(

@@ -328,7 +328,7 @@ class InnerMaps:
         """Take inner maps out of slots, given by their keys on both sides, and what they came from out of the base."""
         if self._target.info.type == "hash_of_maps":
             # Together, since after each such call the kernel waits for running programs, some milliseconds.
-            self._target.delete_many(_rows([there for _, there in emptied]))
+            self._target.remove(_rows([there for _, there in emptied]))
         else:
             for _, there in emptied:
                 self._target.delete(there)
