@@ -367,6 +367,7 @@ class InnerMaps:
     def _count(self) -> None:
         tallies = [carrier.tally for carrier in self._carried()]
         self.tally.caught_up = self._followed + sum(tally.caught_up for tally in tallies)
+        self.tally.left_behind = next((tally.left_behind for tally in tallies if tally.left_behind), None)
         self.tally.lost = {}
         for tally in tallies:
             for path, count in tally.lost.items():
