@@ -492,7 +492,7 @@ def test_inner_maps_of_a_type_that_cannot_be_carried_make_the_outer_map_not_carr
     assert diff.verdict == "not-carried"
     change = only(diff, "not-carried")
     assert (change.path, change.loss) == ("inner", "inner: all entries")
-    assert change.reason == "inner maps: the contents of a stack_trace map cannot be listed"
+    assert change.reason == "inner maps: its stacks cannot be written by anybody but the kernel"
 
 
 def test_inner_maps_without_types_are_unknown_unless_nothing_else_changed(outer: MakeMap) -> None:

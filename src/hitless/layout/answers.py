@@ -42,11 +42,11 @@ def _filled_by_release(words: str) -> Answer:
 
 _ENTRIES = "each entry is converted; what programs write meanwhile is merged"
 _ORDER = "its elements are moved in one go after the cutover, in their order"
+_INNER = "each inner map is converted into a new one if those changed; slots that share one keep sharing one"
 _REFERENCES = "its entries are written anew, with the programs that they name"
 _SOCKETS = "its sockets are added to the new map, and stay connected and in the old one"
 _STORAGE = "each owner's value is converted; what programs write meanwhile is merged"
 _ATTACHED = "a program that is updated in place keeps the storage of the old map"
-_INNER = "each inner map is converted into a new one; maps that share one go on sharing it"
 
 #: The answer for every type of map that a kernel is known to have.
 ANSWERS: Mapping[str, Answer] = {
