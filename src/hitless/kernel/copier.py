@@ -48,7 +48,7 @@ from hitless.kernel.libbpf import options
 from hitless.kernel.maps import Map, Rows, create
 from hitless.layout.conversion import Conversion
 
-__all__ = ["Checked", "Checker", "Copier", "Mirrorer"]
+__all__ = ["Checked", "Checker", "Copier"]
 
 _ARRAY = 2  # BPF_MAP_TYPE_ARRAY
 _MMAPABLE = 1 << 10  # BPF_F_MMAPABLE
@@ -63,8 +63,7 @@ class _Scratch:
     def __init__(self, name: str, new: Map, key: Conversion | None, value: Conversion | None) -> None:
         self.key_at = _SCRATCH
         self.value_at = _SCRATCH + padded(new.info.key_size)
-        self.other_at = self.value_at + padded(new.info.value_size)
-        size = self.other_at + padded(new.info.value_size)
+        size = self.value_at + padded(new.info.value_size)
         self.map = create(_ARRAY, name, 4, size, 1, options("bpf_map_create_opts", map_flags=_MMAPABLE))
         memory = mmap.mmap(self.map.fd, (size + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE)
         self.counters = np.frombuffer(memory, np.int64)[: _SCRATCH // 8]
@@ -151,57 +150,6 @@ class Checker:
     def found(self) -> Checked:
         """What came of it so far."""
         return Checked(self._scratch[_DONE], self._scratch[_FULL], self._scratch[_FIRST])
-
-    def close(self) -> None:
-        """Give the program and its working room back."""
-        self._iterator.close()
-        self._scratch.map.close()
-
-
-class Mirrorer:
-    """One pass over ``old`` that makes ``new`` what it says, for maps that no program writes: there is no base.
-
-    An absent entry is added; of one that is there, what the conversion moves is put right.
-    """
-
-    def __init__(self, name: str, old: Map, new: Map, key: Conversion | None, value: Conversion | None) -> None:
-        """Load the program. Raises UnsupportedError, KernelError with the verifier's log."""
-        self._old = old
-        self._scratch = _Scratch(f"mirror_{name}", new, key, value)
-        code = _mirror_code(old, new, self._scratch, key, value)
-        self._iterator = Iterator.load("bpf_map_elem", code, f"mirror_{name}")
-
-    def begin(self) -> None:
-        """Begin a pass; the counts begin at 0."""
-        self._scratch.counters[:] = 0
-        self._iterator.open(self._old)
-
-    def read(self, entries: int) -> bool:
-        """Go on for so many entries or less; False at the end. Raises OSError with the kernel's errno."""
-        more = bool(self._iterator.read(entries))
-        if self._scratch[_ERROR]:
-            raise OSError(-self._scratch[_ERROR], "mirroring an entry in the kernel")
-        return more
-
-    @property
-    def seen(self) -> int:
-        """Entries that this pass met."""
-        return self._scratch[_NEXT]
-
-    @property
-    def added(self) -> int:
-        """Those of them that the new map did not have."""
-        return self._scratch[_DONE]
-
-    @property
-    def put_right(self) -> int:
-        """Those of them that were different there."""
-        return self._scratch[_REPEATED]
-
-    @property
-    def left_out(self) -> int:
-        """Those of them that the new map had no room for."""
-        return self._scratch[_FULL]
 
     def close(self) -> None:
         """Give the program and its working room back."""
@@ -327,66 +275,3 @@ def _check_code(
     asm.emit(STORE[8], R1, R2, _FIRST)
     _end(asm)
     return asm.code()
-
-
-def _mirror_code(
-    old: Map, new: Map, scratch: _Scratch, key: Conversion | None, value: Conversion | None
-) -> bytes:
-    asm = Assembler()
-    _begin(asm)
-    asm.value(R1, scratch.map.fd)
-    asm.emit(LOAD[8], R2, R1, _ERROR)
-    asm.emit(JNE_IMM, R2, off="end", imm=0)
-    _count(asm, scratch, _NEXT)
-    asm.value(R2, scratch.map.fd, scratch.key_at)
-    _into(asm, key, old.info.key_size, R7, R2)
-    asm.value(R3, scratch.map.fd, scratch.value_at)
-    _into(asm, value, old.info.value_size, R8, R3)
-    asm.map(R1, new.fd)
-    asm.call(LOOKUP)
-    asm.emit(MOV, R9, R0)
-    asm.emit(JEQ_IMM, R9, off="absent", imm=0)
-    asm.value(R3, scratch.map.fd, scratch.value_at)
-    compare_code(asm, value, new.info.value_size, R3, R9, "different")
-    asm.emit(JA, off="end")
-    asm.label("different")
-    # What only the new layout has stays as it is; and the entry is replaced, since a program may be reading it.
-    asm.value(R3, scratch.map.fd, scratch.other_at)
-    copy_code(asm, new.info.value_size, R9, 0, R3, 0)
-    _into(asm, value, old.info.value_size, R8, R3)
-    asm.map(R1, new.fd)
-    asm.value(R2, scratch.map.fd, scratch.key_at)
-    asm.emit(MOV_IMM, R4, imm=2)  # BPF_EXIST
-    asm.call(UPDATE)
-    for number, label in ((0, "right"), (-errno.ENOENT, "end"), (-errno.EBUSY, "full")):
-        asm.emit(JEQ_IMM, R0, off=label, imm=number)
-    asm.emit(JA, off="error")
-    asm.label("right")
-    _count(asm, scratch, _REPEATED)
-    asm.emit(JA, off="end")
-    asm.label("absent")
-    asm.map(R1, new.fd)
-    asm.value(R2, scratch.map.fd, scratch.key_at)
-    asm.value(R3, scratch.map.fd, scratch.value_at)
-    asm.emit(MOV_IMM, R4, imm=1)  # BPF_NOEXIST
-    asm.call(UPDATE)
-    for number, label in ((0, "added"), (-errno.EEXIST, "end"), (-errno.E2BIG, "full"), (-errno.EBUSY, "full")):
-        asm.emit(JEQ_IMM, R0, off=label, imm=number)
-    asm.label("error")
-    asm.value(R1, scratch.map.fd)
-    asm.emit(STORE[8], R1, R0, _ERROR)
-    asm.emit(JA, off="end")
-    asm.label("full")
-    _count(asm, scratch, _FULL)
-    asm.emit(JA, off="end")
-    asm.label("added")
-    _count(asm, scratch, _DONE)
-    _end(asm)
-    return asm.code()
-
-
-def _into(asm: Assembler, conversion: Conversion | None, size: int, source: int, target: int) -> None:
-    if conversion is None:
-        copy_code(asm, size, source, 0, target, 0)
-    else:
-        convert_code(asm, conversion, source, 0, target, 0)

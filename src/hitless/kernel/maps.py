@@ -26,7 +26,7 @@ ANY, NOEXIST, EXIST = 0, 1, 2
 Rows = npt.NDArray[np.uint8]
 """Records of one size: shape (entries, bytes of a record), dtype uint8."""
 
-_BATCH = 8192
+_BATCH = 4096
 F_LOCK = 4  # BPF_F_LOCK
 _HASH_ENTRY = 48  # struct htab_elem, without key and value
 

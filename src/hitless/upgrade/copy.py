@@ -27,7 +27,7 @@ from hitless.upgrade.translate import Translation
 
 __all__ = ["CHUNK", "Carriage", "carry_entries", "carry_in_kernel", "match_rows", "not_written"]
 
-CHUNK = 4096
+CHUNK = 2048
 """Entries that one system call works through: a few milliseconds in which nothing else runs on this CPU."""
 _SLACK = 64  # one row of so many is kept for keys that come and go
 _ROUNDS = 8  # of catching up before the cutover
