@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -92,16 +91,14 @@ def push(pushed: Map, *values: int, size: int = 4) -> None:
         check(lib().bpf_map_update_elem(pushed.fd, ffi.NULL, ffi.from_buffer(data), 0), "push", "held")
 
 
-def pop_all(popped: Map, size: int = 4, offset: int = 0, most: int = 1 << 20) -> list[int]:
-    """Take all elements, ``most`` of them; returns the number of ``size`` bytes at ``offset`` in each."""
+def pop_all(popped: Map, size: int = 4, offset: int = 0) -> list[int]:
+    """Take all elements; returns the number of ``size`` bytes at ``offset`` in each."""
     pop = ctypes.CDLL("libbpf.so.1", use_errno=True).bpf_map_lookup_and_delete_elem
     value = ctypes.create_string_buffer(popped.info.value_size)
-    taken: list[int] = []
-    while len(taken) < most:
-        if pop(popped.fd, None, value) != 0:
-            assert ctypes.get_errno() == errno.ENOENT
-            break
+    taken = []
+    while pop(popped.fd, None, value) == 0:
         taken.append(int.from_bytes(value.raw[offset : offset + size], "little"))
+    assert ctypes.get_errno() == errno.ENOENT
     return taken
 
 
@@ -321,29 +318,6 @@ def test_programs_that_push_all_the_while_lose_no_element_to_upgrades(
             upgrades += 1
     assert upgrades >= 4
     assert sorted(pop_all(held(node))) == list(range(1, 60001))
-
-
-def test_a_consumer_in_user_space_gets_each_element_once(node: hitless.Node, make: Make) -> None:
-    """It pops by the old descriptor all the while, and takes the rest from the new map."""
-    hitless.apply(node, make("1.0", queue("QUEUE", NARROW, 8192)))
-    push(held(node), *range(8000))
-    taken: list[int] = []
-    done = threading.Event()
-
-    def consume(old: Map) -> None:
-        while not done.is_set():
-            taken.extend(pop_all(old, most=20))
-
-    def start(event: hitless.Progress) -> None:
-        if event.step == "merge":
-            consumer.start()
-
-    consumer = threading.Thread(target=consume, args=[held(node)])
-    hitless.apply(node, make("2.0", queue("QUEUE", WIDE, 8192)), progress=start)
-    done.set()
-    consumer.join()
-    rest = pop_all(held(node), 8, 8)
-    assert sorted(taken + rest) == list(range(8000))
 
 
 # Maps whose entries refer to devices or processors
