@@ -61,7 +61,7 @@ def _overwrite() -> None:
 
     def catch_up(carriage: Carriage, last: bool = False) -> int:
         keys, values = carriage.source.entries()
-        carriage.target.write(carriage.keys(keys), carriage.values(values, keys))
+        carriage.target.write(carriage.keys(keys), carriage.values(keys, values))
         return len(keys)
 
     mock.patch.object(Carriage, "catch_up", catch_up).start()
