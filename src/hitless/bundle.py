@@ -39,7 +39,7 @@ _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "attach": {"program": str, "hook": str, "target": str, "link": str, "was": str},
     "map": {
         "was": str, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str, "on_collision": str,
-        "on_loss": str, "group": str, "infer": bool, "field": dict,
+        "on_loss": str, "group": str, "programs": str, "infer": bool, "field": dict,
     },
     "field": {"was": str, "merge": str, "default": (int, float)},
 }  # fmt: skip
@@ -273,6 +273,9 @@ class _Reader:
         on_collision = entry.get("on_collision")
         if on_collision not in (None, "error", "first", "last", "merge"):
             self._fail((*path, "on_collision"), f"on_collision is error, first, last or merge, not {on_collision!r}")
+        programs = entry.get("programs")
+        if programs not in (None, "read"):
+            self._fail((*path, "programs"), f'programs is "read" or left out, not {programs!r}')
         fields = {}
         for field, rule in entry.get("field", {}).items():
             self._check(rule, "field", (*path, "field", field))
@@ -294,6 +297,7 @@ class _Reader:
             convert=entry.get("convert"),
             functions=self._functions(entry["convert"], path) if "convert" in entry else (),
             group=entry.get("group"),
+            programs=programs,
         )
         if name in maps:
             try:

@@ -9,15 +9,11 @@ task on this CPU waits for long.
 from __future__ import annotations
 
 import errno
-import mmap
 
 import msgspec
-import numpy as np
 
-from hitless.kernel.base import Base, padded
+from hitless.kernel.base import Base
 from hitless.kernel.codegen import (
-    ADD_IMM,
-    EXIT,
     FP,
     JA,
     JEQ_IMM,
@@ -31,11 +27,9 @@ from hitless.kernel.codegen import (
     R2,
     R3,
     R4,
-    R6,
     R7,
     R8,
     R9,
-    SEQ_WRITE,
     STORE,
     UPDATE,
     Assembler,
@@ -44,41 +38,14 @@ from hitless.kernel.codegen import (
     copy_code,
 )  # fmt: skip
 from hitless.kernel.iterators import Iterator
-from hitless.kernel.libbpf import options
-from hitless.kernel.maps import Map, Rows, create
+from hitless.kernel.maps import Map
+from hitless.kernel.per_entry import Scratch, begin_entry, count, end_entry
 from hitless.layout.conversion import Conversion
 
 __all__ = ["Checked", "Checker", "Copier"]
 
-_ARRAY = 2  # BPF_MAP_TYPE_ARRAY
-_MMAPABLE = 1 << 10  # BPF_F_MMAPABLE
-
-# The scratch array's one value: counters of 8 bytes each, then room for a key and a value in the new layout.
-_NEXT, _DONE, _REPEATED, _FULL, _ERROR, _FIRST, _SCRATCH = 0, 8, 16, 24, 32, 40, 48
-
-
-class _Scratch:
-    """Counters and working room of a program, in one array of one value that is mapped into this process."""
-
-    def __init__(self, name: str, new: Map, key: Conversion | None, value: Conversion | None) -> None:
-        self.key_at = _SCRATCH
-        self.value_at = _SCRATCH + padded(new.info.key_size)
-        size = self.value_at + padded(new.info.value_size)
-        self.map = create(_ARRAY, name, 4, size, 1, options("bpf_map_create_opts", map_flags=_MMAPABLE))
-        memory = mmap.mmap(self.map.fd, (size + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE)
-        self.counters = np.frombuffer(memory, np.int64)[: _SCRATCH // 8]
-        whole = np.frombuffer(memory, np.uint8)
-        # The moves never write what the defaults do, so those are written here, once.
-        for conversion, at in ((key, self.key_at), (value, self.value_at)):
-            if conversion is not None:
-                zeros: Rows = np.zeros((1, conversion.old_size), np.uint8)
-                whole[at : at + conversion.new_size] = conversion.apply(zeros).records[0]
-
-    def __getitem__(self, counter: int) -> int:
-        return int(self.counters[counter // 8])
-
-    def __setitem__(self, counter: int, number: int) -> None:
-        self.counters[counter // 8] = number
+# Counters in the scratch array.
+_NEXT, _DONE, _REPEATED, _FULL, _ERROR, _FIRST = range(0, 48, 8)
 
 
 class Copier:
@@ -93,7 +60,7 @@ class Copier:
         """
         self._old = old
         self._base = base
-        self._scratch = _Scratch(f"copy_{name}", new, key, value)
+        self._scratch = _scratch(f"copy_{name}", new, key, value)
         code = _copy_code(old, new, base, self._scratch, key, value)
         self._iterator = Iterator.load("bpf_map_elem", code, f"copy_{name}")
         self._iterator.open(old)
@@ -136,7 +103,7 @@ class Checker:
 
     def __init__(self, name: str, new: Map, base: Base, key: Conversion | None, value: Conversion | None) -> None:
         """Load the program. Raises UnsupportedError, KernelError with the verifier's log."""
-        self._scratch = _Scratch(f"check_{name}", new, key, value)
+        self._scratch = _scratch(f"check_{name}", new, key, value)
         self._scratch[_FIRST] = -1
         code = _check_code(new, base, self._scratch, key, value)
         self._iterator = Iterator.load("bpf_map_elem", code, f"check_{name}")
@@ -157,61 +124,34 @@ class Checker:
         self._scratch.map.close()
 
 
-# Registers: R6 the context, R7 the key, R8 the value, R9 the row of the base; R0 to R5 are scratch.
+# R9 is the row of the base; R0 to R5 are scratch.
 
 
-def _begin(asm: Assembler) -> None:
-    """The context is struct bpf_iter__bpf_map_elem: meta, map, key, value; the last call has no key and no value."""
-    asm.emit(MOV, R6, R1)
-    asm.emit(LOAD[8], R7, R6, 16)
-    asm.emit(JEQ_IMM, R7, off="exit", imm=0)
-    asm.emit(LOAD[8], R8, R6, 24)
-    asm.emit(JEQ_IMM, R8, off="exit", imm=0)
-
-
-def _end(asm: Assembler) -> None:
-    """A byte of output for this entry, which is what bounds a read."""
-    asm.label("end")
-    asm.emit(MOV_IMM, R1, imm=0)
-    asm.emit(STORE[8], FP, R1, -8)
-    asm.emit(LOAD[8], R1, R6, 0)  # meta
-    asm.emit(LOAD[8], R1, R1, 0)  # meta->seq
-    asm.pointer(R2, FP, -8)
-    asm.emit(MOV_IMM, R3, imm=1)
-    asm.call(SEQ_WRITE)
-    asm.label("exit")
-    asm.emit(MOV_IMM, R0, imm=0)
-    asm.emit(EXIT)
-
-
-def _count(asm: Assembler, scratch: _Scratch, counter: int) -> None:
-    asm.value(R1, scratch.map.fd, counter)
-    asm.emit(LOAD[8], R2, R1, 0)
-    asm.emit(ADD_IMM, R2, imm=1)
-    asm.emit(STORE[8], R1, R2, 0)
+def _scratch(name: str, new: Map, key: Conversion | None, value: Conversion | None) -> Scratch:
+    return Scratch(name, (new.info.key_size, key), (new.info.value_size, value))
 
 
 def _converted(
-    asm: Assembler, scratch: _Scratch, new: Map, key: Conversion | None, value: Conversion | None, value_at: int
+    asm: Assembler, scratch: Scratch, new: Map, key: Conversion | None, value: Conversion | None, value_at: int
 ) -> None:
     """The row at R9 as a key and a value of the new map: R2 and R3 point at them."""
     if key is not None:
-        asm.value(R2, scratch.map.fd, scratch.key_at)
+        asm.value(R2, scratch.map.fd, scratch.rooms[0])
         convert_code(asm, key, R9, 8, R2, 0)
     else:
         asm.pointer(R2, R9, 8)
     if value is not None:
-        asm.value(R3, scratch.map.fd, scratch.value_at)
+        asm.value(R3, scratch.map.fd, scratch.rooms[1])
         convert_code(asm, value, R9, value_at, R3, 0)
     else:
         asm.pointer(R3, R9, value_at)
 
 
 def _copy_code(
-    old: Map, new: Map, base: Base, scratch: _Scratch, key: Conversion | None, value: Conversion | None
+    old: Map, new: Map, base: Base, scratch: Scratch, key: Conversion | None, value: Conversion | None
 ) -> bytes:
     asm = Assembler()
-    _begin(asm)
+    begin_entry(asm)
     asm.value(R1, scratch.map.fd)
     asm.emit(LOAD[8], R2, R1, _ERROR)
     asm.emit(JNE_IMM, R2, off="end", imm=0)
@@ -238,27 +178,27 @@ def _copy_code(
     asm.label("copied")
     asm.emit(MOV_IMM, R1, imm=1)
     asm.emit(STORE[8], R9, R1, 0)
-    _count(asm, scratch, _NEXT)
-    _count(asm, scratch, _DONE)
+    count(asm, scratch, _NEXT)
+    count(asm, scratch, _DONE)
     asm.emit(JA, off="end")
     asm.label("repeated")
-    _count(asm, scratch, _REPEATED)
+    count(asm, scratch, _REPEATED)
     asm.emit(JA, off="end")
     asm.label("full")
-    _count(asm, scratch, _FULL)
-    _end(asm)
+    count(asm, scratch, _FULL)
+    end_entry(asm)
     return asm.code()
 
 
 def _check_code(
-    new: Map, base: Base, scratch: _Scratch, key: Conversion | None, value: Conversion | None
+    new: Map, base: Base, scratch: Scratch, key: Conversion | None, value: Conversion | None
 ) -> bytes:
     asm = Assembler()
-    _begin(asm)
+    begin_entry(asm)
     asm.emit(MOV, R9, R8)
     asm.emit(LOAD[8], R1, R9, 0)
     asm.emit(JEQ_IMM, R1, off="end", imm=0)
-    _count(asm, scratch, _DONE)
+    count(asm, scratch, _DONE)
     _converted(asm, scratch, new, key, value, base.value_at)
     asm.emit(MOV, R8, R3)
     asm.map(R1, new.fd)
@@ -267,11 +207,11 @@ def _check_code(
     compare_code(asm, value, new.info.value_size, R8, R0, "wrong")
     asm.emit(JA, off="end")
     asm.label("wrong")
-    _count(asm, scratch, _FULL)
+    count(asm, scratch, _FULL)
     asm.value(R1, scratch.map.fd)
     asm.emit(LOAD[8], R2, R1, _FIRST)
     asm.emit(JNE_IMM, R2, off="end", imm=-1)
     asm.emit(LOAD[4], R2, R7, 0)  # the key of the base is the row
     asm.emit(STORE[8], R1, R2, _FIRST)
-    _end(asm)
+    end_entry(asm)
     return asm.code()

@@ -10,7 +10,7 @@ from hitless.layout.conversion import leaves
 from hitless.layout.diff import diff_map, resolve
 from hitless.layout.members import join
 from hitless.layout.model import Array, Field, MapSpec, Record, Type
-from hitless.layout.rules import INNER, FieldRule, MapRules, Tags, inner_rules, inner_spec, parse_tags
+from hitless.layout.rules import INNER, FieldRule, MapRules, Tags, inner_rules, inner_spec, only_read, parse_tags
 
 __all__ = ["check_rules", "differences"]
 
@@ -27,6 +27,13 @@ def check_rules(spec: MapSpec, rules: MapRules) -> None:
         raise _clash(spec, None, "was", rules.was, " or ".join(tags.was))
     if rules.group is not None and tags.group not in (None, rules.group):
         raise _clash(spec, None, "group", rules.group, tags.group)
+    if spec.type != "hash" and only_read(spec, rules):
+        raise LayoutError(
+            f"map {spec.name}: programs = \"read\" is for maps of type hash, whose copy it spares memory and time; a "
+            f"{spec.type} map needs no such promise",
+            map=spec.name,
+            field=None,
+        )
     inner = inner_spec(spec)
     if inner is not None:
         try:

@@ -1,8 +1,8 @@
 """What a release says about its maps beyond their types: rules from the manifest and tags in the C source.
 
 A tag is a ``btf_decl_tag`` on a field or on a map's variable: ``hitless:was=old_name``, ``hitless:merge=sum``,
-``hitless:default=7``, ``hitless:group=auth`` (of a map). A rule in the manifest says the same for a field that it names
-by path. Here it wins over a tag; a bundle whose manifest contradicts the tags of its own source is refused when it is
+``hitless:default=7``, and of a map ``hitless:group=auth``, ``hitless:programs=read``. A rule in the manifest says the same
+for a field that it names by path. Here it wins over a tag; a bundle whose manifest contradicts the tags of its own source is refused when it is
 loaded.
 """
 
@@ -18,13 +18,14 @@ from hitless.errors import LayoutError
 from hitless.layout.model import MapSpec, Type
 
 __all__ = [
-    "INNER", "PREFIX", "FieldRule", "MapRules", "Merge", "OnCollision", "OnLoss", "Tags", "bind_old", "inner_rules",
-    "inner_spec", "parse_tags",
+    "INNER", "PREFIX", "FieldRule", "MapRules", "Merge", "OnCollision", "OnLoss", "Programs", "Tags", "bind_old",
+    "inner_rules", "inner_spec", "only_read", "parse_tags",
 ]  # fmt: skip
 
 Merge = Literal["keep", "sum", "max", "min", "or"]
 OnLoss = Literal["error", "discard"]
 OnCollision = Literal["error", "first", "last", "merge"]
+Programs = Literal["read"]
 
 PREFIX = "hitless:"
 #: What the path of a field of inner maps begins with, in rules and changes of the outer map.
@@ -56,7 +57,7 @@ class MapRules(msgspec.Struct, frozen=True):
     ``old_key`` and ``old_value`` name types for the old release's map, if that carries none; ``old_key_type`` and
     ``old_value_type`` are those types. ``convert`` is the user's function as ``module:name``, and ``functions`` are
     the names in its module of those that belong to it: see :mod:`hitless.layout.structured`. Maps of one ``group``
-    are carried together or not at all.
+    are carried together or not at all. ``programs`` ``read`` promises that no program of the release writes the map.
     """
 
     was: str | None = None
@@ -72,6 +73,7 @@ class MapRules(msgspec.Struct, frozen=True):
     convert: str | None = None
     functions: tuple[str, ...] = ()
     group: str | None = None
+    programs: Programs | None = None
 
     def function(self, suffix: str = "") -> str | None:
         """The user's function ``<name of convert><suffix>`` as ``module:name``, None if there is none."""
@@ -89,7 +91,7 @@ class MapRules(msgspec.Struct, frozen=True):
         value = self.old_value or self.value
         return MapRules(
             None, self.old_key or self.key, value, self.value, self.on_loss, fields, self.on_collision,
-            old_key=self.key, group=self.group,
+            old_key=self.key, group=self.group, programs=self.programs,
         )  # fmt: skip
 
 
@@ -119,6 +121,12 @@ class Tags(msgspec.Struct, frozen=True):
     merge: Merge | None = None
     default: str | None = None
     group: str | None = None
+    programs: Programs | None = None
+
+
+def only_read(spec: MapSpec, rules: MapRules) -> bool:
+    """Whether the release promises, in its manifest or its source, that none of its programs writes this map."""
+    return (rules.programs or parse_tags(spec.tags, f"map {spec.name}").programs) is not None
 
 
 def inner_spec(spec: MapSpec) -> MapSpec | None:
@@ -145,6 +153,7 @@ def parse_tags(tags: tuple[str, ...], where: str) -> Tags:
     merge: str | None = None
     default: str | None = None
     group: str | None = None
+    programs: str | None = None
     for tag in tags:
         if not tag.startswith(PREFIX):
             continue
@@ -160,6 +169,8 @@ def parse_tags(tags: tuple[str, ...], where: str) -> Tags:
             default = text
         elif word == "group" and group in (None, text):
             group = text
+        elif (word, text) == ("programs", "read"):
+            programs = text
         else:
             raise bad
-    return Tags(tuple(was), cast("Merge | None", merge), default, group)
+    return Tags(tuple(was), cast("Merge | None", merge), default, group, cast("Programs | None", programs))

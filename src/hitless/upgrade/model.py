@@ -130,7 +130,8 @@ class Record(msgspec.Struct, frozen=True):
     ``objects`` is the release's MapSpec snapshot; ``maps`` holds the spec of each pinned map by pin name, as the
     release defines it. ``plan``, ``rules`` and ``converters`` (sources of the bundle's modules) are set while the
     upgrade to this generation runs, so that it can be finished without the bundle. ``replaced`` are the maps of earlier
-    generations that something may still hold.
+    generations that something may still hold. ``unwritten`` are the maps that no program of the release writes, as the
+    verifier has shown.
     """
 
     generation: int
@@ -145,6 +146,7 @@ class Record(msgspec.Struct, frozen=True):
     rules: dict[str, MapRules] = {}
     replaced: tuple[ReplacedMap, ...] = ()
     converters: dict[str, str] = {}
+    unwritten: tuple[str, ...] = ()
     schema: int = SCHEMA
 
 
