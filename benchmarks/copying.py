@@ -11,9 +11,8 @@ import msgspec
 
 from benchmarks.build import NO_PREALLOC, TOOLS, compile_pass, write_releases
 from benchmarks.running import Bench, Outcome, Way, digest, fill, made_map, memory_of, worker
-from benchmarks.worker import UNWRITTEN
 
-__all__ = ["WAYS", "Copying", "Figure", "Setting", "Upgrade", "available", "command_of", "measure_copying"]
+__all__ = ["WAYS", "Copying", "Figure", "Setting", "Upgrade", "command_of", "measure_copying"]
 
 WAYS = {
     "ours": "hitless in the kernel, no base",
@@ -31,20 +30,11 @@ WAYS = {
 
 # The C program's ways that have a batch size, and where each keeps its base.
 _BASES = {"c": "none", "c-array": "array", "c-file": "file"}
-# The ways that are carriers, which go on after the copy, and the kind of each and what programs do to its map.
-_CARRIED = {
-    "ours": ("entries-in-kernel", "unwritten"),
-    "ours-base": ("entries-in-kernel", "written"),
-    "batch-base": ("entries", "written"),
-}
+# The ways that are carriers, which go on after the copy, and the kind of each.
+_CARRIED = {"ours": "mirrored", "ours-base": "entries-in-kernel", "batch-base": "entries"}
 _SIZES = tuple(1024 << shift for shift in range(7))
 _TRIES = 2
 _MOST_TO_TRY = 1_000_000  # larger maps get the batch size that suited the next smaller best
-
-
-def available() -> list[str]:
-    """The names of the ways that can be measured with this hitless."""
-    return [way for way in WAYS if way != "ours" or UNWRITTEN]
 
 
 def command_of(way: str, bench: Bench, releases: Path, batch: int | None = None) -> list[str]:
@@ -56,7 +46,7 @@ def command_of(way: str, bench: Bench, releases: Path, batch: int | None = None)
     if way == "c-single":
         return [str(TOOLS / "opponent"), "single", *maps]
     if way in _CARRIED:
-        return worker("carrier", *_CARRIED[way], releases, *maps, bench.carried / "flow")
+        return worker("carrier", _CARRIED[way], releases, *maps, bench.carried / "flow")
     if way == "batch":
         return worker("batch", releases, *maps)
     if way == "pass":
@@ -136,7 +126,7 @@ class _Run:
         bench = self._bench
         with made_map(self._releases[0], bench.source) as source:
             fill(bench.source, self._entries)
-            took: dict[str, list[list[Outcome]]] = {way: [] for way in available()}
+            took: dict[str, list[list[Outcome]]] = {way: [] for way in WAYS}
             digests: dict[str, str] = {}
             upgrades: list[Outcome] = []
             target_bytes = 0

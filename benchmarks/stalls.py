@@ -11,7 +11,7 @@ from functools import partial
 import msgspec
 
 from benchmarks.build import TOOLS, write_releases
-from benchmarks.copying import WAYS, available, command_of
+from benchmarks.copying import WAYS, command_of
 from benchmarks.running import Background, Bench, Way, fill, made_map, on_cpu, worker
 
 __all__ = ["PROBES", "UPGRADE", "Stall", "measure_stalls"]
@@ -51,8 +51,9 @@ def measure_stalls(bench: Bench, entries: int, rounds: int, cpu: int, seconds: f
     beside: dict[str, Callable[[str], Row]] = {
         "nothing": here.nothing,
         "a loop in user space": here.loop,
-        **{WAYS[way]: partial(here.copy, way) for way in ("ours", "ours-base") if way in available()},
+        **{WAYS[way]: partial(here.copy, way) for way in ("ours", "ours-base")},
         UPGRADE: here.upgrade,
+        "the new map made, not filled": here.create,
         WAYS["batch"]: partial(here.copy, "batch"),
         f"{WAYS['c']}, {_BATCH:,} each": partial(here.copy, "c"),
         WAYS["pass"]: partial(here.copy, "pass"),
@@ -96,6 +97,9 @@ class _Cpu:
 
     def loop(self, probe: str) -> Row:
         return self._beside(probe, worker("spin", self._seconds))
+
+    def create(self, probe: str) -> Row:
+        return self._beside(probe, worker("create", self.releases[1]))
 
     def copy(self, way: str, probe: str) -> Row:
         bench = self._bench

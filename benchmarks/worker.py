@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 import hitless
@@ -31,10 +30,7 @@ from hitless.upgrade.carrier import Carrier, Passage
 from hitless.upgrade.carriers import CARRIERS
 from hitless.upgrade.transaction import apply
 
-__all__ = ["UNWRITTEN", "main"]
-
-UNWRITTEN: dict[str, Any] = {}
-"""Fields of a Passage that say that no program writes the map, so that it needs no base; empty while there are none."""
+__all__ = ["main"]
 
 Outcome = dict[str, Any]
 
@@ -71,7 +67,7 @@ def _mapped_maps() -> int:
     return sum(map(int, found)) * 1024
 
 
-def carrier(kind: str, base: str, releases: str, source: str, target: str, pin: str) -> None:
+def carrier(kind: str, releases: str, source: str, target: str, pin: str) -> None:
     """Hitless' own way: the copy, then all that follows until the new map is exact.
 
     ``seconds`` end with the pass over all entries, as those of other ways do; ``tail`` are those of the rounds after.
@@ -92,8 +88,6 @@ def carrier(kind: str, base: str, releases: str, source: str, target: str, pin: 
         lossy_allowed=False,
         writing=threading.RLock(),
     )
-    if base == "unwritten":
-        passage = msgspec.structs.replace(passage, **UNWRITTEN)
     made: list[Carrier] = []
 
     def copy() -> Outcome:
@@ -195,6 +189,17 @@ def upgrade(root: str, release: str, cgroup: str) -> None:
     _steps(run)
 
 
+def create(release: str) -> None:
+    """The new release's map and nothing in it: what any loader asks of the kernel in one call."""
+    data = hitless.Bundle.load(release, {"cgroup": "/"}).objects[0].data
+
+    def load() -> int:
+        load_object(data, "flow", {}, {})
+        return 0
+
+    _steps(load)
+
+
 def spin(seconds: str) -> None:
     """No copy at all, but a CPU in use by user space: what the scheduler alone makes others wait."""
 
@@ -210,7 +215,8 @@ def spin(seconds: str) -> None:
 def main() -> None:
     """Run one way."""
     ways: dict[str, Callable[..., None]] = {
-        "carrier": carrier, "batch": batch, "pass": one_pass, "naive": naive, "upgrade": upgrade, "spin": spin,
+        "carrier": carrier, "batch": batch, "pass": one_pass, "naive": naive, "upgrade": upgrade, "create": create,
+        "spin": spin,
     }  # fmt: skip
     way, *args = sys.argv[1:]
     ways[way](*args)

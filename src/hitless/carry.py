@@ -17,8 +17,8 @@ from hitless.layout.rules import FieldRule, MapRules, inner_rules, inner_spec
 from hitless.layout.variables import Pair, Part, SectionDiff, make_part
 
 __all__ = [
-    "CGROUP_STORAGE", "VISITED", "SectionWay", "Way", "converts", "is_global", "losses", "obstacle", "refusals",
-    "section_way", "translated", "visiting", "way",
+    "CGROUP_STORAGE", "VISITED", "SectionWay", "Way", "converts", "is_global", "losses", "mirrored", "obstacle",
+    "refusals", "section_way", "translated", "visiting", "way",
 ]  # fmt: skip
 
 #: Storage that the kernel gives a program when it is attached to a cgroup, and that an update of the link leaves to its
@@ -213,6 +213,13 @@ def translated(found: Way, diff: MapDiff, rules: MapRules) -> Way:
         )
     method = f"{rules.convert} in batches, merge in the kernel" if by_user else "merge in the kernel"
     return Way("entries", method, "; ".join((found.exactness, *words)))
+
+
+def mirrored(found: Way, old: MapSpec, new: MapSpec, diff: MapDiff) -> Way:
+    """``found``, for a map that no program of either release writes: what the old map says is always right then."""
+    if found.kind != "entries-in-kernel" or diff.key is not None or (old.type, new.type) != ("hash", "hash"):
+        return found
+    return Way("mirrored", "copy in the kernel, without a base: no program writes it")
 
 
 _FOLDED = {

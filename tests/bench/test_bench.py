@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.build import NO_PREALLOC, TOOLS, build_tools, write_releases
-from benchmarks.copying import available, command_of
+from benchmarks.copying import WAYS, command_of
 from benchmarks.running import Background, Bench, BenchError, Way, fill, made_map
 from hitless.kernel.maps import Map
 from meshd.demo.lab import Lab
@@ -39,7 +39,7 @@ def converted(value: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("flags", [0, NO_PREALLOC])
-@pytest.mark.parametrize("way", available())
+@pytest.mark.parametrize("way", WAYS)
 def test_every_way_makes_the_same_new_map(bench: Bench, way: str, flags: int) -> None:
     releases = write_releases(bench.files, ENTRIES, flags)
     with (
@@ -102,7 +102,7 @@ def test_the_quick_form_has_every_figure_and_a_verdict_on_every_goal() -> None:
     report: dict[str, Any] = json.loads(done.stdout)
     assert [run["setting"]["entries"] for run in report["copying"]] == [10_000, 10_000]
     for run in report["copying"]:
-        assert set(run["figures"]) == set(available())
+        assert set(run["figures"]) == set(WAYS)
         assert len({figure["digest"] for figure in run["figures"].values()}) == 1
         assert all(figure["seconds"] > 0 for figure in run["figures"].values())
         assert run["figures"]["ours-base"]["kernel_bytes"] > 10_000 * 64

@@ -47,12 +47,12 @@ _FLAG = 8  # bytes in front of a key that is put out, of which the last one is p
 class Mirrorer:
     """Passes over ``old`` that make ``new`` what it says: keys as they are, values by ``value``.
 
-    Of an entry that is there, what the conversion moves is put right, unless its key is in ``beyond``; what only the new
-    layout has stays as it is.
+    Of an entry that is there, what the conversion moves is put right, unless its key is in ``beyond``; what only the
+    new layout has stays as it is.
     """
 
     def __init__(self, name: str, old: Map, new: Map, beyond: Map, value: Conversion | None) -> None:
-        """Load the program; ``value`` is ``in_kernel``. Raises UnsupportedError, KernelError with the verifier's log."""
+        """Load the program; ``value`` must be ``in_kernel``. Raises as :class:`hitless.kernel.copier.Copier`."""
         self._old = old
         size = new.info.value_size
         self._scratch = Scratch(f"mirror_{name}", (old.info.key_size, None), (size, value), (size, None))
@@ -102,7 +102,7 @@ class Sweeper:
     """Passes over ``new`` that find the keys which ``old`` has no more."""
 
     def __init__(self, name: str, old: Map, new: Map) -> None:
-        """Load the program. Raises UnsupportedError, KernelError with the verifier's log."""
+        """Load the program. Raises as :class:`Mirrorer`."""
         self._new = new
         self._size = new.info.key_size
         scratch = Scratch(f"sweep_{name}", (_FLAG + self._size, None))

@@ -1,9 +1,9 @@
 """What a release says about its maps beyond their types: rules from the manifest and tags in the C source.
 
 A tag is a ``btf_decl_tag`` on a field or on a map's variable: ``hitless:was=old_name``, ``hitless:merge=sum``,
-``hitless:default=7``, and of a map ``hitless:group=auth``, ``hitless:programs=read``. A rule in the manifest says the same
-for a field that it names by path. Here it wins over a tag; a bundle whose manifest contradicts the tags of its own source is refused when it is
-loaded.
+``hitless:default=7``, and of a map ``hitless:group=auth``, ``hitless:programs=read``. A rule in the manifest says the
+same for a field that it names by path. Here it wins over a tag; a bundle whose manifest contradicts the tags of its own
+source is refused when it is loaded.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from hitless.upgrade.carrier import Carrier, Passage, Tally
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.translate import Translation
 
-__all__ = ["CHUNK", "Carriage", "carry_entries", "carry_in_kernel", "match_rows", "not_written"]
+__all__ = ["CHUNK", "Carriage", "Staying", "carry_entries", "carry_in_kernel", "match_rows", "not_written"]
 
 CHUNK = 2048
 """Entries that one system call works through: a few milliseconds in which nothing else runs on this CPU."""
@@ -98,6 +98,7 @@ class Carriage(msgspec.Struct):
         """See :class:`Carrier`: whatever the old release did meanwhile, base and target agree before the cutover."""
         from hitless.upgrade.fold import verify_merged  # which builds on this module
 
+        started = time.perf_counter()
         with self.writing:
             if self.translation.on_collision == "merge":
                 verify_merged(self)
@@ -105,6 +106,7 @@ class Carriage(msgspec.Struct):
                 self._verify_in_kernel()
             else:
                 self._verify_one_by_one()
+        self.tally.last_round = time.perf_counter() - started  # a look at every entry, as a round is
 
     def catch_up(self, last: bool = False) -> int:
         """See :class:`Carrier`. Raises ConverterError; on the way back it leaves this map out then."""
@@ -163,15 +165,6 @@ class Carriage(msgspec.Struct):
         from hitless.upgrade.merge import merge_entry
 
         merge_entry(self, key)
-
-    def remember(self, key: bytes, value: bytes) -> None:
-        """A dual write set ``key`` of the source, and the target's: the merge is to see no difference."""
-        self.make_room(1)
-        self.base.put(key, value)
-
-    def forget(self, key: bytes) -> None:
-        """A dual write deleted ``key`` of the source, and of the target."""
-        self.base.erase(key)
 
     # What the rounds ask
 
@@ -379,9 +372,10 @@ def not_written(name: str, target: Map, number: int | None, done: int) -> Kernel
 
 
 class Staying:
-    """The way back of a map that has none: what the new release's programs wrote stays behind, and ``why``."""
+    """The way back of a map that has none: what the new release wrote stays behind, and ``why``; None if it is nothing.
+    """
 
-    def __init__(self, name: str, why: str) -> None:
+    def __init__(self, name: str, why: str | None) -> None:
         self.name = name
         self.tally = Tally()
         self.tally.left_behind = why

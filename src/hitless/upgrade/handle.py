@@ -22,6 +22,7 @@ from hitless.layout.codec import Codec
 from hitless.layout.model import MapSpec
 from hitless.upgrade.carrier import Carrier
 from hitless.upgrade.copy import Carriage
+from hitless.upgrade.mirror import Mirror
 from hitless.upgrade.record import map_pin, read_record
 from hitless.upgrade.writers import WriterLock
 
@@ -39,11 +40,11 @@ class Staged(msgspec.Struct, eq=False):
 class _Opened:
     """A map that is held open, with what its keys and values mean, for as long as ``token`` is what is there."""
 
-    def __init__(self, token: object, held: Map, spec: MapSpec, carriage: Carriage | None = None) -> None:
+    def __init__(self, token: object, held: Map, spec: MapSpec, carrier: Carriage | Mirror | None = None) -> None:
         self.token = token
         self.map = held
         self.spec = spec
-        self.carriage = carriage
+        self.carrier = carrier
 
     @cached_property
     def key(self) -> Codec:
@@ -167,7 +168,7 @@ class Access:
         if name not in staged.maps:
             raise self._absent(name, staged.maps)
         carrier, spec = staged.carried.get(name), staged.specs[name]
-        if carrier is not None and not isinstance(carrier, Carriage):
+        if carrier is not None and not isinstance(carrier, Carriage | Mirror):
             raise NodeError(
                 f"map {name} is a {spec.type}, which cannot be used by its entries while an upgrade carries it; "
                 "try again when that is done",
@@ -225,31 +226,30 @@ class MapHandle:
     def get(self, key: Any) -> Any:
         """The value at ``key``, or None. In an upgrade it includes what the old release's programs just wrote."""
         with self._access.to_read(self._name) as opened:
-            raw, carriage = opened.key.encode(key), opened.carriage
-            old_key = None if carriage is None else _back_key(carriage, raw)
-            if carriage is not None and old_key is not None:
-                carriage.refresh(old_key)
-            elif carriage is not None and not carriage.translation.finds_old:
-                carriage.catch_up()  # nobody can tell which entry of the old map it is
+            raw, carrier = opened.key.encode(key), opened.carrier
+            if isinstance(carrier, Mirror):
+                carrier.refresh(raw)
+            elif carrier is not None:
+                _refresh(carrier, raw)
             found = opened.map.lookup(raw)
             return None if found is None else opened.decode(found)
 
     def items(self) -> list[tuple[Any, Any]]:
         """All entries as (key, value) pairs. In an upgrade they include what the old release's programs just wrote."""
         with self._access.to_read(self._name) as opened:
-            if opened.carriage is not None:
-                opened.carriage.catch_up()
+            if opened.carrier is not None:
+                opened.carrier.catch_up()
             keys, values = opened.map.entries()
             key = opened.key.decode
             return [(key(k.tobytes()), opened.decode(v.tobytes())) for k, v in zip(keys, values, strict=True)]
 
     def __setitem__(self, key: Any, value: Any) -> None:
         with self._access.to_write(self._name) as opened:
-            _write(opened.map, opened.carriage, opened.key.encode(key), opened.encode(value))
+            _write(opened, opened.key.encode(key), opened.encode(value))
 
     def __delitem__(self, key: Any) -> None:
         with self._access.to_write(self._name) as opened:
-            if not _delete(opened.map, opened.carriage, opened.key.encode(key)):
+            if not _delete(opened, opened.key.encode(key)):
                 raise KeyError(key)
 
     def update_many(self, pairs: Iterable[tuple[Any, Any]]) -> None:
@@ -292,7 +292,7 @@ def _rows(records: Iterable[bytes], size: int) -> Rows:
 
 
 def _write_many(opened: _Opened, keys: Rows, values: Rows) -> None:
-    if opened.carriage is None:
+    if opened.carrier is None:
         try:
             opened.map.write(keys, values)
             return
@@ -301,13 +301,13 @@ def _write_many(opened: _Opened, keys: Rows, values: Rows) -> None:
                 raise _partly(error, opened, keys, int(str(error.facts["written"]))) from None
     for written, (key, value) in enumerate(zip(keys, values, strict=True)):
         try:
-            _write(opened.map, opened.carriage, key.tobytes(), value.tobytes())
+            _write(opened, key.tobytes(), value.tobytes())
         except KernelError as error:
             raise _partly(error, opened, keys, written) from None
 
 
 def _delete_many(opened: _Opened, keys: Rows) -> int:
-    if opened.carriage is None:
+    if opened.carrier is None:
         try:
             return opened.map.remove(keys)
         except KernelError as error:
@@ -316,7 +316,7 @@ def _delete_many(opened: _Opened, keys: Rows) -> int:
     there = 0
     for done, key in enumerate(keys):
         try:
-            there += _delete(opened.map, opened.carriage, key.tobytes())
+            there += _delete(opened, key.tobytes())
         except KernelError as error:
             raise _partly(error, opened, keys, done) from None
     return there
@@ -331,12 +331,39 @@ def _partly(error: KernelError, opened: _Opened, keys: Rows, done: int) -> Kerne
     )
 
 
-def _write(live: Map, carriage: Carriage | None, key: bytes, value: bytes) -> None:
-    old_key = None if carriage is None else _back_key(carriage, key)
-    if carriage is None or old_key is None:
+def _write(opened: _Opened, key: bytes, value: bytes) -> None:
+    match opened.carrier:
+        case None:
+            opened.map.update(key, value)
+        case Mirror() as mirror:
+            mirror.write(key, value)
+        case carriage:
+            _write_both(opened.map, carriage, key, value)
+
+
+def _delete(opened: _Opened, key: bytes) -> bool:
+    match opened.carrier:
+        case None:
+            return opened.map.delete(key)
+        case Mirror() as mirror:
+            return mirror.delete(key)
+        case carriage:
+            return _delete_both(opened.map, carriage, key)
+
+
+def _refresh(carriage: Carriage, key: bytes) -> None:
+    old_key = _back_key(carriage, key)
+    if old_key is not None:
+        carriage.refresh(old_key)
+    elif not carriage.translation.finds_old:
+        carriage.catch_up()  # nobody can tell which entry of the old map it is
+
+
+def _write_both(live: Map, carriage: Carriage, key: bytes, value: bytes) -> None:
+    old_key = _back_key(carriage, key)
+    if old_key is None:
         live.update(key, value)
-        if carriage is not None:
-            carriage.unchecked.add(key)
+        carriage.unchecked.add(key)
         return
     held = carriage.source.lookup(old_key)
     carriage.make_room(1)
@@ -362,14 +389,14 @@ def _write(live: Map, carriage: Carriage | None, key: bytes, value: bytes) -> No
     carriage.base.put(old_key, old_value)
 
 
-def _delete(live: Map, carriage: Carriage | None, key: bytes) -> bool:
+def _delete_both(live: Map, carriage: Carriage, key: bytes) -> bool:
     there = live.delete(key)
-    old_key = None if carriage is None else _back_key(carriage, key)
-    if carriage is not None and old_key is not None:
-        there |= carriage.source.delete(old_key)
-        carriage.forget(old_key)
-    elif carriage is not None:
+    old_key = _back_key(carriage, key)
+    if old_key is None:
         carriage.unchecked.add(key)
+        return there
+    there |= carriage.source.delete(old_key)
+    carriage.base.erase(old_key)
     return there
 
 

@@ -17,6 +17,7 @@ from hitless.carry import (
     converts,
     is_global,
     losses,
+    mirrored,
     refusals,
     section_way,
     translated,
@@ -27,7 +28,7 @@ from hitless.groups import group_of, torn
 from hitless.layout.answers import answer
 from hitless.layout.diff import MapDiff, diff_maps, is_constant
 from hitless.layout.model import MapSpec
-from hitless.layout.rules import MapRules
+from hitless.layout.rules import MapRules, only_read
 from hitless.layout.variables import SectionDiff, diff_sections
 from hitless.upgrade.model import Generation, HookPlan, LeftRing, MapPlan, NodeState, Plan
 
@@ -136,7 +137,7 @@ def _plan_maps(
     plans = [
         _plan_section(sections[diff.name], old, new, bundle, allow_loss)
         if diff.name in sections
-        else _plan_map(diff, old, bundle, features, allow_loss)
+        else _plan_map(diff, old, bundle, features, allow_loss, current.record.unwritten)
         for diff in diff_maps(list(old.values()), list(new.values()), bundle.rules)
     ]
     plans = [_with_slots(entry, current) for entry in plans]
@@ -241,6 +242,7 @@ def _plan_map(
     bundle: Bundle,
     features: Container[str],
     allow_loss: Collection[str],
+    unwritten: Collection[str],
 ) -> MapPlan:
     rules = bundle.rules.get(diff.name, MapRules())
     allowed = _is_allowed(diff.name, diff.was, bundle, allow_loss)
@@ -270,6 +272,8 @@ def _plan_map(
         if isinstance(found, str):
             return planned("discard", "empty", loss=(f"all entries: {found}", *lost))
         found = translated(found, diff, rules)
+        if spec.name in unwritten and only_read(bundle.maps[diff.name], rules):
+            found = mirrored(found, spec, bundle.maps[diff.name], diff)
         made = planned("convert", found.method, found.exactness, lost, found.kind)
         return msgspec.structs.replace(made, converter=rules.convert if converts(diff, rules) else None)
     if diff.verdict == "not-carried" and not lost:

@@ -59,6 +59,7 @@ from hitless.upgrade.plan import make_plan
 from hitless.upgrade.record import create_record, map_pin, pin_name, read_record, write_record
 from hitless.upgrade.ring import drain
 from hitless.upgrade.section import carry_section
+from hitless.upgrade.unwritten import prove_unwritten
 
 # Seconds that the barrier takes at most: 8 to 16 ms were measured.
 _BARRIER = 0.02
@@ -156,7 +157,7 @@ def _refuse_overfull(node: Node, state: NodeState, bundle: Bundle, decided: Plan
         if entry.action != "convert" or state.current is None or is_global(entry.name):
             continue
         was, room = entry.was or entry.name, bundle.maps[entry.name].max_entries
-        listed = entry.kind.startswith("entries") and "hash" in bundle.maps[entry.name].type
+        listed = entry.kind.startswith(("entries", "mirrored")) and "hash" in bundle.maps[entry.name].type
         if room >= state.current.maps[was].info.max_entries or not (listed or entry.kind in ("queue", "sockets")):
             continue
         with Map.open(node.current / "maps" / was) as live:
@@ -391,6 +392,8 @@ class _Upgrade:
             self._maps = {**loaded.maps, **self._maps}
             self._programs.update(loaded.programs)
         self._refuse_foreign_storage()
+        unwritten = [name for item in bundle.objects for name in prove_unwritten(item, bundle.rules, self._maps)]
+        self._record = msgspec.structs.replace(self._record, unwritten=tuple(dict.fromkeys(unwritten)))
         for name, held in self._maps.items():
             held.pin(map_pin(node.next, name))
         for name, program in self._programs.items():
