@@ -40,6 +40,7 @@ Outcome = dict[str, Any]
 _TOP = Path(__file__).parent.parent
 _SAMPLE_EVERY = 0.01
 _FREED = 0.5
+_MMAPABLE = 1 << 10  # BPF_F_MMAPABLE
 _QUIET = 0.08  # busy part of all CPUs' time
 
 
@@ -164,7 +165,7 @@ def digest(pin: Path) -> str:
 
 def memory_of(held: Map) -> int:
     """Bytes that the kernel holds for a map, by its own word (``memlock`` in fdinfo)."""
-    return _identified(Path(f"/proc/self/fdinfo/{held.fd}"))[0]
+    return _memlock(Path(f"/proc/self/fdinfo/{held.fd}").read_text())
 
 
 class Way:
@@ -185,7 +186,7 @@ class Way:
         sampler = _Sampler(self._process.pid, besides)
         self._process.stdin.write("go\n")
         outcome: Outcome = json.loads(_line(self._process, self._command))
-        outcome["kernel"] = sampler.stop()
+        outcome["kernel"] = sampler.stop() + outcome.pop("mapped", 0)
         return outcome
 
     def __enter__(self) -> Way:
@@ -234,7 +235,10 @@ def _times() -> tuple[int, int]:
 
 
 class _Sampler(threading.Thread):
-    """Looks again and again at what the kernel holds for a process."""
+    """Looks again and again at what the kernel holds for a process, without maps that can be mapped.
+
+    Those may be mapped while nobody has them open, so that the process itself counts them.
+    """
 
     def __init__(self, pid: int, besides: Sequence[int]) -> None:
         super().__init__(daemon=True)
@@ -262,20 +266,24 @@ class _Sampler(threading.Thread):
         except (FileNotFoundError, ProcessLookupError):
             return 0
         for path in paths:
-            size, identity = _identified(path)
-            if identity is not None and identity not in self._besides:
-                held[identity] = size
+            text = _text(path)
+            identity = re.search(r"^(?:map|prog)_id:\t\d+", text, re.MULTILINE)
+            flags = re.search(r"^map_flags:\t(\w+)", text, re.MULTILINE)
+            if identity and identity[0] not in self._besides and not (flags and int(flags[1], 16) & _MMAPABLE):
+                held[identity[0]] = _memlock(text)
         return sum(held.values())
 
 
-def _identified(path: Path) -> tuple[int, str | None]:
-    try:
-        text = path.read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0, None
+def _memlock(text: str) -> int:
     size = re.search(r"^memlock:\t(\d+)", text, re.MULTILINE)
-    identity = re.search(r"^(?:map|prog)_id:\t\d+", text, re.MULTILINE)
-    return (int(size[1]), identity[0]) if size and identity else (0, None)
+    return int(size[1]) if size else 0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def _start(lab: Lab, command: Sequence[str], cgroup: str) -> subprocess.Popen[str]:

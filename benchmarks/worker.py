@@ -1,8 +1,8 @@
 """One way of copying in a process of its own: ``python -m benchmarks.worker WAY ...``.
 
 Says ``ready`` when everything is imported and open, and waits for a line before each step; each step's outcome is
-one line of JSON: ``entries``, ``seconds``, those of ``cpu`` time, and ``user``, the bytes by which this process grew at
-most meanwhile.
+one line of JSON: ``entries``, ``seconds``, those of ``cpu`` time, ``user``, the bytes by which this process grew at
+most meanwhile, and ``mapped``, those of BPF maps that are mapped into it, which are not among them.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def _steps(*each: Callable[[], int | Outcome]) -> None:
         done = do()
         seconds, cpu = time.perf_counter() - started, time.process_time() - worked
         facts = done if isinstance(done, dict) else {"entries": done}
-        user = max(0, _status("VmHWM") - before - _mapped_maps())
-        print(json.dumps({"seconds": seconds, "cpu": cpu, "user": user, **facts}), flush=True)
+        mapped = _mapped_maps()
+        user = max(0, _status("VmHWM") - before - mapped)
+        print(json.dumps({"seconds": seconds, "cpu": cpu, "user": user, "mapped": mapped, **facts}), flush=True)
 
 
 def _status(name: str) -> int:
@@ -62,7 +63,7 @@ def _status(name: str) -> int:
 
 
 def _mapped_maps() -> int:
-    """Pages of maps that are mapped here: they are the kernel's and counted there."""
+    """Bytes of maps that are mapped here: they are the kernel's."""
     found = re.findall(r"bpf-map\]?\n(?:.*\n)*?Rss:\s+(\d+) kB", Path("/proc/self/smaps").read_text())
     return sum(map(int, found)) * 1024
 

@@ -67,14 +67,15 @@ def test_the_rounds_after_the_pass_are_not_counted_as_copying(bench: Bench) -> N
     assert rest["entries"] == ENTRIES
 
 
-def test_the_memory_of_a_base_is_counted_and_grows_with_the_map(bench: Bench) -> None:
+@pytest.mark.parametrize(("way", "whose"), [("c-file", "user"), ("ours-base", "kernel")])
+def test_the_memory_of_a_base_is_counted_and_grows_with_the_map(bench: Bench, way: str, whose: str) -> None:
     taken = {}
     for entries in (ENTRIES, 20 * ENTRIES):
         releases = write_releases(bench.files, entries, 0)
-        with made_map(releases[0], bench.source), made_map(releases[1], bench.target), bench.room():
+        with made_map(releases[0], bench.source) as old, made_map(releases[1], bench.target) as new, bench.room():
             fill(bench.source, entries)
-            with Way(bench.lab, command_of("c-file", bench, releases[0].parent, batch=1024)) as run:
-                taken[entries] = run.step()["user"]
+            with Way(bench.lab, command_of(way, bench, releases[0].parent, batch=1024)) as run:
+                taken[entries] = run.step((old.info.id, new.info.id))[whose]
     grown = taken[20 * ENTRIES] - taken[ENTRIES]
     base = 19 * ENTRIES * (16 + 64)
     assert 0.95 * base < grown < 1.3 * base

@@ -1,15 +1,14 @@
-"""The base of a merge: what each entry of the old map was when it was last converted, as rows of one flat BPF array.
+"""The base of a merge: what each entry of the old map was when it was last converted, as rows of BPF arrays.
 
-It is a map so that it outlives the process that fills it, flat so that it takes less memory than the map it is of,
-and mapped into this process so that it is read without system calls. A row is written whole by one run of a program,
-or by one system call, so that no kill leaves half of one.
+It is made of maps so that it outlives the process that fills it, of flat ones so that it takes less memory than the map
+it is of, and mapped into this process so that it is read without system calls. A row is written whole by one run of a
+program, or by one system call, so that no kill leaves half of one.
 
     row: state (8 bytes, 0 free, 1 live) | key, padded to 8 | value, padded to 8
 """
 
 from __future__ import annotations
 
-import mmap
 import secrets
 import sys
 from pathlib import Path
@@ -17,25 +16,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hitless.kernel.libbpf import options
-from hitless.kernel.maps import Map, Rows, create
+from hitless.kernel.maps import Map, Rows
+from hitless.kernel.segments import Segments, padded
 
 __all__ = ["Base", "Indices", "marks", "padded"]
 
 Indices = npt.NDArray[np.intp]
 
-_ARRAY = 2  # BPF_MAP_TYPE_ARRAY
-_MMAPABLE = 1 << 10  # BPF_F_MMAPABLE
 _MARK_CHUNK = 1 << 16
 _LIVE = (1).to_bytes(8, sys.byteorder)
 
 # Keys may come from the network: nobody outside can make many of them share a mark.
 _SEED = np.uint64(secrets.randbits(64))
-
-
-def padded(size: int) -> int:
-    """``size`` bytes, rounded up to 8."""
-    return (size + 7) // 8 * 8
 
 
 class Base:
@@ -45,54 +37,43 @@ class Base:
     and are not looked for among them; :meth:`settle` puts that right.
     """
 
-    def __init__(self, held: Map, key_size: int, entry_size: int) -> None:
-        self.map = held
+    def __init__(self, segments: Segments, key_size: int, entry_size: int) -> None:
+        self.segments = segments
         self.value_at = 8 + padded(key_size)
-        self.row_size = self.value_at + padded(entry_size)
-        self.capacity = held.info.max_entries
-        memory = mmap.mmap(held.fd, _pages(self.capacity * self.row_size))
-        rows = np.frombuffer(memory, np.uint8)[: self.capacity * self.row_size].reshape(self.capacity, self.row_size)
-        self.live = np.frombuffer(memory, np.uint64)[: rows.size // 8].reshape(self.capacity, -1)[:, 0]
-        self.keys: Rows = rows[:, 8 : 8 + key_size]
-        self.values: Rows = rows[:, self.value_at : self.value_at + entry_size]
+        self._sizes = key_size, entry_size
         self.used = 0
         self.settled = True
         self._passed = 0  # rows that the pass wrote
         self._single: dict[bytes, int] = {}  # rows set one by one
         self._erased: dict[bytes, int] = {}  # keys erased during the pass, with the rows it had written then
         self._index: tuple[npt.NDArray[np.uint64], Indices] | None = None
+        self._look()
 
     @classmethod
     def create(cls, model: Map, name: str, rows: int) -> Base:
-        """A new base with room for ``rows`` rows of the keys and values of ``model``. Raises KernelError (ENOMEM)."""
-        size = 8 + padded(model.info.key_size) + padded(model.info.entry_size)
-        held = create(_ARRAY, name, 4, size, rows, options("bpf_map_create_opts", map_flags=_MMAPABLE))
-        made = cls(held, model.info.key_size, model.info.entry_size)
+        """A new base with room for at least ``rows`` rows of the keys and values of ``model``.
+
+        Raises KernelError (ENOMEM).
+        """
+        info = model.info
+        size = 8 + padded(info.key_size) + padded(info.entry_size)
+        made = cls(Segments.create(name, size, rows, max(rows, info.max_entries)), info.key_size, info.entry_size)
         made.settled = False
         return made
 
     @classmethod
     def open(cls, path: Path, model: Map) -> Base:
         """The base of ``model`` that is pinned at ``path``, as a process left it. Raises NodeError, KernelError."""
-        made = cls(Map.open(path), model.info.key_size, model.info.entry_size)
+        made = cls(Segments.open(path), model.info.key_size, model.info.entry_size)
         live = np.flatnonzero(made.live)
         made.passed(int(live[-1]) + 1 if len(live) else 0)
         made.free_doubles()
         return made
 
-    def grown(self, name: str, pin: Path) -> Base:
-        """A base with twice the room and the same rows, which takes the place of this one at ``pin``."""
-        opts = options("bpf_map_create_opts", map_flags=_MMAPABLE)
-        held = create(_ARRAY, name, 4, self.row_size, 2 * self.capacity, opts)
-        made = Base(held, self.keys.shape[1], self.values.shape[1])
-        for target, source in ((made.keys, self.keys), (made.values, self.values), (made.live, self.live)):
-            target[: self.used] = source[: self.used]
-        made.used, made.settled, made._passed = self.used, self.settled, self._passed
-        made._single, made._erased = self._single, self._erased
-        beside = pin.with_name(pin.name + "_grown")
-        held.pin(beside)
-        beside.rename(pin)
-        return made
+    def grow(self, rows: int) -> None:
+        """Make room for at least ``rows`` more; no row moves, and programs see them. Raises KernelError (ENOMEM)."""
+        self.segments.grow(rows)
+        self._look()
 
     @property
     def room(self) -> int:
@@ -169,12 +150,18 @@ class Base:
 
     def close(self) -> None:
         """Give the map back; its memory goes with the last use of the arrays."""
-        self.map.close()
+        self.segments.map.close()
+
+    def _look(self) -> None:
+        rows = self.segments.rows()
+        key_size, entry_size = self._sizes
+        self.capacity = len(rows)
+        self.live = rows.view(np.uint64)[:, 0]
+        self.keys: Rows = rows[:, 8 : 8 + key_size]
+        self.values: Rows = rows[:, self.value_at : self.value_at + entry_size]
 
     def _write(self, row: int, key: bytes, value: bytes) -> None:
-        # By a system call, since a kill can come between two stores of this process.
-        whole = _LIVE + key.ljust(self.value_at - 8, b"\0") + value.ljust(self.row_size - self.value_at, b"\0")
-        self.map.update(row.to_bytes(4, sys.byteorder), whole)
+        self.segments.write(row, _LIVE + key.ljust(self.value_at - 8, b"\0") + value)
 
     def _rows_of(self, key: bytes) -> list[int]:
         """Live rows of ``key`` among those that were there when the pass ended."""
@@ -212,7 +199,3 @@ def marks(rows: Rows) -> npt.NDArray[np.uint64]:
         found = (found ^ word) * np.uint64(0x9E3779B97F4A7C15)
         found ^= found >> np.uint64(29)
     return found
-
-
-def _pages(size: int) -> int:
-    return (size + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE

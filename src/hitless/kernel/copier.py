@@ -14,7 +14,7 @@ import msgspec
 
 from hitless.kernel.base import Base
 from hitless.kernel.codegen import (
-    FP,
+    ADD,
     JA,
     JEQ_IMM,
     JNE_IMM,
@@ -46,6 +46,7 @@ __all__ = ["Checked", "Checker", "Copier"]
 
 # Counters in the scratch array.
 _NEXT, _DONE, _REPEATED, _FULL, _ERROR, _FIRST = range(0, 48, 8)
+_START = _NEXT  # the first row of the segment that is checked
 
 
 class Copier:
@@ -66,16 +67,16 @@ class Copier:
         self._iterator.open(old)
 
     def read(self, entries: int) -> bool:
-        """Go on for so many entries or less; False at the end.
+        """Go on for so many entries or less, as the base has room for; there must be room. False at the end.
 
-        Stops early when the base is full (``Base.room`` is 0 then). An entry that the new map has no room for is left
-        out of both. Raises OSError with the kernel's errno for an entry that could not be written for another reason.
+        An entry that the new map has no room for is left out of both. Raises OSError with the kernel's errno for an
+        entry that could not be written for another reason.
         """
         self._scratch[_NEXT] = self._base.used  # a dual write may have taken rows since the last read
-        more = bool(self._iterator.read(entries))
+        more = bool(self._iterator.read(min(entries, self._base.room)))
         self._base.passed(self._scratch[_NEXT])
         error = self._scratch[_ERROR]
-        if error and error != -errno.ENOSPC:
+        if error:
             raise OSError(-error, "copying an entry in the kernel")
         return more
 
@@ -103,15 +104,27 @@ class Checker:
 
     def __init__(self, name: str, new: Map, base: Base, key: Conversion | None, value: Conversion | None) -> None:
         """Load the program. Raises UnsupportedError, KernelError with the verifier's log."""
+        self._base = base
         self._scratch = _scratch(f"check_{name}", new, key, value)
         self._scratch[_FIRST] = -1
         code = _check_code(new, base, self._scratch, key, value)
         self._iterator = Iterator.load("bpf_map_elem", code, f"check_{name}")
-        self._iterator.open(base.map)
+        self._open(0)
 
     def read(self, rows: int) -> int:
         """Go on for so many rows or less; returns how many, 0 at the end."""
-        return len(self._iterator.read(rows))
+        while not (read := len(self._iterator.read(rows))):
+            following = self._scratch[_START] + self._base.segments.each
+            if following == self._base.capacity:
+                break
+            self._open(following)
+        return read
+
+    def _open(self, row: int) -> None:
+        """Go on with the segment that begins with ``row``."""
+        self._scratch[_START] = row
+        with self._base.segments.segment(row) as segment:
+            self._iterator.open(segment)
 
     @property
     def found(self) -> Checked:
@@ -156,10 +169,7 @@ def _copy_code(
     asm.emit(LOAD[8], R2, R1, _ERROR)
     asm.emit(JNE_IMM, R2, off="end", imm=0)
     asm.emit(LOAD[8], R2, R1, _NEXT)
-    asm.emit(STORE[4], FP, R2, -4)
-    asm.map(R1, base.map.fd)
-    asm.pointer(R2, FP, -4)
-    asm.call(LOOKUP)
+    base.segments.lookup_code(asm, R2)
     asm.emit(MOV, R9, R0)
     asm.emit(MOV_IMM, R0, imm=-errno.ENOSPC)
     asm.emit(JEQ_IMM, R9, off="error", imm=0)
@@ -211,7 +221,9 @@ def _check_code(
     asm.value(R1, scratch.map.fd)
     asm.emit(LOAD[8], R2, R1, _FIRST)
     asm.emit(JNE_IMM, R2, off="end", imm=-1)
-    asm.emit(LOAD[4], R2, R7, 0)  # the key of the base is the row
+    asm.emit(LOAD[4], R2, R7, 0)  # the key is the row within the segment
+    asm.emit(LOAD[8], R3, R1, _START)
+    asm.emit(ADD, R2, R3)
     asm.emit(STORE[8], R1, R2, _FIRST)
     end_entry(asm)
     return asm.code()

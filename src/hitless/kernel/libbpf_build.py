@@ -18,6 +18,8 @@ ffi.cdef(
     /* libc */
     int renameat2(int olddirfd, const char *oldpath, int newdirfd, const char *newpath, unsigned int flags);
     long syscall(long number, ...);
+    void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset);
+    int munmap(void *addr, size_t length);
     int vsnprintf(char *str, size_t size, const char *format, void *args);
 
     /* bpf.h */

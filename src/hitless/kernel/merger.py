@@ -253,12 +253,15 @@ def _merge_code(
     asm.value(R1, order.fd)
     asm.emit(LOAD[4], R8, R1, 4)  # mode
     asm.emit(LOAD[4], R2, R1, 0)  # slot
-    _element(asm, records.fd, R2)
+    asm.emit(STORE[4], FP, R2, -4)
+    asm.map(R1, records.fd)
+    asm.pointer(R2, FP, -4)
+    asm.call(LOOKUP)
     asm.emit(MOV, R6, R0)
     asm.emit(MOV_IMM, R0, imm=-errno.EINVAL)
     asm.emit(JEQ_IMM, R6, off="exit", imm=0)
     asm.emit(LOAD[4], R2, R6, 0)
-    _element(asm, base.map.fd, R2)
+    base.segments.lookup_code(asm, R2)
     asm.emit(MOV, R9, R0)
     asm.emit(MOV_IMM, R0, imm=-errno.EINVAL)
     asm.emit(JEQ_IMM, R9, off="exit", imm=0)
@@ -345,20 +348,12 @@ def _insert(asm: Assembler, new: Map, record: _Record) -> None:
     asm.emit(JNE_IMM, R0, off="exit", imm=-errno.EEXIST)
 
 
-def _element(asm: Assembler, fd: int, index: int) -> None:
-    """Look up the element of the array ``fd`` at the number in register ``index``; R0 is it or nothing."""
-    asm.emit(STORE[4], FP, index, -4)
-    asm.map(R1, fd)
-    asm.pointer(R2, FP, -4)
-    asm.call(LOOKUP)
-
-
 def _remember(asm: Assembler, record: _Record, base: Base) -> None:
     """The old value, and its key, into the row of the base."""
     done = asm.fresh("remembered")
     copy_code(asm, record.new_key - record.old_key, R6, record.old_key, R9, 8)
     asm.emit(LOAD[4], R2, R6, 8)
-    asm.emit(JGT_IMM, R2, off=done, imm=base.row_size - record.old_size)  # which only tells the verifier
+    asm.emit(JGT_IMM, R2, off=done, imm=base.segments.row_size - record.old_size)  # which only tells the verifier
     asm.emit(MOV, R3, R9)
     asm.emit(ADD, R3, R2)
     asm.pointer(R4, R6, record.old)

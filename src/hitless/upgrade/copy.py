@@ -49,7 +49,6 @@ class Carriage(msgspec.Struct):
     source: Map
     target: Map
     base: Base
-    pin: Path
     translation: Translation
     leaves: tuple[Leaf, ...]
     back_leaves: tuple[Leaf, ...]
@@ -64,7 +63,6 @@ class Carriage(msgspec.Struct):
     unchecked: set[bytes]
     going_back: bool = False
     before: Base | None = None
-    copier: Copier | None = None
 
     # As a carrier
 
@@ -141,7 +139,6 @@ class Carriage(msgspec.Struct):
             source=self.target,
             target=self.source,
             base=base,
-            pin=pin,
             translation=self.translation.reversed(),
             leaves=self.back_leaves,
             back_leaves=self.leaves,
@@ -224,40 +221,25 @@ class Carriage(msgspec.Struct):
 
     def make_room(self, rows: int) -> None:
         """See to it that the base has room for ``rows`` more. Raises KernelError (ENOMEM)."""
-        while self.base.room < rows:
-            self.base = self.base.grown(f"base_{self.name}", self.pin)
-            self.merger.close()
-            self.merger = Merger(self.name, self.source, self.target, self.base, self.leaves, self.lock)
-            if self.copier is not None:  # which begins anew, and passes over what it copied before
-                self.copier.close()
-                self.copier = self._new_copier()
+        if self.base.room < rows:
+            self.base.grow(rows - self.base.room)
 
     # The steps
 
-    def _new_copier(self) -> Copier:
-        return Copier(self.name, self.source, self.target, self.base, *self.translation.conversions)
-
     def _copy_in_kernel(self, progress: Callable[[int], None]) -> None:
-        done = 0
-        self.copier = self._new_copier()
+        copier = Copier(self.name, self.source, self.target, self.base, *self.translation.conversions)
         more = True
         while more:
             with self.writing:
-                copier = self.copier
-                before = copier.done
+                self.make_room(1)
                 try:
                     more = copier.read(CHUNK)
                 except OSError as error:
-                    raise not_written(self.name, self.target, error.errno, done + copier.done) from None
-                done += copier.done - before
-                if not self.base.room:
-                    self.make_room(CHUNK)
-                    more = True
-            self.tally.copied = done
-            progress(done)
+                    raise not_written(self.name, self.target, error.errno, copier.done) from None
+            self.tally.copied = copier.done
+            progress(copier.done)
             self.pace(CHUNK)
-        self.copier.close()
-        self.copier = None
+        copier.close()
 
     def _copy_in_batches(self, progress: Callable[[int], None]) -> None:
         batches = self.source.batches()
@@ -343,7 +325,7 @@ class Carriage(msgspec.Struct):
             keys = self.base.keys[rows]
             base.append(self.keys(keys), self.convert(keys, self.base.values[rows]))
         base.settle()
-        base.map.pin(pin)
+        base.segments.map.pin(pin)
         return base
 
     def _count_misfits(self, misfits: tuple[Misfit, ...], keys: Rows, each: int = 1) -> None:
@@ -421,7 +403,7 @@ def _carry(passage: Passage, in_kernel: bool) -> Carriage:
         require_all_cpus(passage.name)
     if passage.fresh:
         base = Base.create(source, f"base_{passage.name}", _rows(source))
-        base.map.pin(passage.pin)
+        base.segments.map.pin(passage.pin)
     else:
         base = Base.open(passage.pin, source)
     fields = leaves(new_value, passage.rules, passage.new.tags)
@@ -431,7 +413,6 @@ def _carry(passage: Passage, in_kernel: bool) -> Carriage:
         source=source,
         target=target,
         base=base,
-        pin=passage.pin,
         translation=translation,
         leaves=fields,
         back_leaves=back_fields,

@@ -69,7 +69,6 @@ def _fold(carriage: Carriage, leave_out: bool) -> int:
     _merge(carriage, Mode.CHANGED, changed_rows, keys[changed], base.values[changed_rows], values[changed], leave_out)
     if len(inserted):
         carriage.make_room(len(inserted))
-        base = carriage.base
         places = np.array([base.take(key.tobytes()) for key in keys[inserted]], np.intp)
         new = values[inserted]
         out = _merge(carriage, Mode.INSERTED, places, keys[inserted], np.zeros_like(new), new, leave_out)
