@@ -25,14 +25,14 @@ struct value {
 """
 MAP = """
 struct { __uint(type, 1); __uint(max_entries, 8); __type(key, __u32); __type(value, struct value); }
-    service_counter SEC(".maps") HITLESS_WAS(counter);
+    service_counter SEC(".maps") HITLESS_WAS(counter) HITLESS_GROUP(auth) HITLESS_PROGRAMS_READ;
 """
 
 
 def test_its_macros_become_tags_of_fields_and_maps(compile_bpf: Callable[..., bytes]) -> None:
     data = compile_bpf(SOURCE + MAP, f"-I{hitless.include_dir()}", "-Wall", "-Werror")
     (spec,) = read_object(data, "test").maps
-    assert parse_tags(spec.tags, "") == Tags(("counter",))
+    assert parse_tags(spec.tags, "") == Tags(("counter",), group="auth", programs="read")
     assert isinstance(spec.value, Record)
     assert [parse_tags(field.tags, "") for field in spec.value.fields] == [
         Tags(merge="sum"), Tags(("top", "peak"), merge="max"), Tags(default="100"),
