@@ -16,6 +16,7 @@ import numpy as np
 
 from hitless.errors import KernelError, NodeError
 from hitless.kernel.base import padded
+from hitless.kernel.bpffs import require_private
 from hitless.kernel.libbpf import ENOTSUPP
 from hitless.kernel.maps import Map, Rows, possible_cpus
 from hitless.layout.codec import Codec
@@ -182,6 +183,7 @@ class Access:
                 self._opened.pop(name, None)
                 known = (self.root / "maps").iterdir() if (self.root / "maps").exists() else ()
                 raise self._absent(name, [path.name for path in known])
+            require_private(self.root)
             try:
                 live = Map.open(map_pin(self.root / "current", name))
                 spec = live.spec(name)
