@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import hitless
 from hitless.kernel import capabilities
 from hitless.kernel.capabilities import USED
+from hitless.kernel.maps import Map
 from meshd.demo.lab import Lab
 from tests.cli.test_commands import as_json, hitless_command
 from tests.releases import ATTACH, COUNTING, FIRST, SECOND, write_release
@@ -80,6 +82,31 @@ def test_a_process_that_lacks_one_that_is_needed_is_told_which_and_what_for(
         assert (done.returncode, error["code"], error["missing"]) == (1, "node", [name])
         assert f"{name}, which it takes to {purpose}" in error["message"]
     assert not node.root.exists()
+
+
+@pytest.mark.parametrize("may_look", [True, False])
+def test_who_holds_a_map_is_seen_by_a_process_that_may_look(
+    lab: Lab, node: hitless.Node, releases: dict[int, Path], may_look: bool
+) -> None:
+    hitless_command("apply", *given(lab, node, releases[1]))
+    names = [*NEEDED, *(["CAP_SYS_PTRACE"] if may_look else [])]
+    with Map.open(node.root / "maps" / "limit"):
+        done = with_capabilities(names, "-m", "hitless", "status", "--root", node.root, "--json")
+    seen = json.loads(done.stdout)["holders"]
+    assert (os.getpid() in {holder["pid"] for holder in seen["found"]}) == may_look
+    assert may_look or seen["unseen"]
+
+
+def test_a_release_in_a_directory_that_is_closed_to_root_is_read(
+    lab: Lab, node: hitless.Node, releases: dict[int, Path], tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(releases[1], home / "release")
+    os.chown(home, 1234, 1234)
+    home.chmod(0o700)
+    done = with_capabilities(NEEDED, "-m", "hitless", "apply", *given(lab, node, home / "release"))
+    assert (done.returncode, "Permission denied" in done.stderr) == (1, True)
+    hitless_command("apply", *given(lab, node, home / "release"))
 
 
 WATCHING = """

@@ -245,7 +245,7 @@ def show_left_behind(holders: Holders) -> None:
             f"{holder.map_id}: what it writes reaches nobody; restart it, or make it write through hitless"
         )
     if holders.unseen:
-        click.echo(f"{_unseen(holders)}; root sees all")
+        click.echo(f"{_unseen(holders)}; that takes CAP_SYS_PTRACE")
 
 
 def _show_holders(holders: Holders) -> None:

@@ -183,13 +183,13 @@ class Access:
                 self._opened.pop(name, None)
                 known = (self.root / "maps").iterdir() if (self.root / "maps").exists() else ()
                 raise self._absent(name, [path.name for path in known])
-            require_private(self.root)
             try:
+                require_private(self.root)
                 live = Map.open(map_pin(self.root / "current", name))
                 spec = live.spec(name)
                 if spec.key is None or spec.value is None:
                     spec = read_record(self.root / "current" / "record").maps[name]
-            except (KernelError, KeyError):
+            except (KernelError, KeyError, FileNotFoundError):
                 if self._pin(name) == token:
                     raise
                 continue  # an upgrade or unload came between
