@@ -244,6 +244,17 @@ def test_a_bundle_that_others_can_write_is_not_loaded(bundle: Path, name: str, b
         hitless.Bundle.load(bundle, VARIABLES)
 
 
+def test_a_bundle_of_who_owns_hitless_itself_is_loaded(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone = tmp_path / "clone.py"
+    clone.touch()
+    for path in (clone, bundle, *bundle.iterdir()):
+        os.chown(path, SOMEBODY, SOMEBODY)
+    monkeypatch.setattr("hitless.bundle.__file__", str(clone))
+    assert hitless.Bundle.load(bundle, VARIABLES).version == "2.0"
+
+
 def test_a_bundle_of_another_user_can_be_looked_at(bundle: Path) -> None:
     for name in FILES:
         os.chown(bundle / name, SOMEBODY, SOMEBODY)
