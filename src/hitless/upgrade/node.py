@@ -176,28 +176,36 @@ class Node:
         )
 
     def refuse_foreign(self) -> None:
-        """Raise NodeError if there is anything under the root that hitless does not put there.
-
-        Also if another user can change the root or what is in it, and for symbolic links other than the public two.
-        """
-        require_private(self.root)
+        """Raise NodeError if there is anything under the root that hitless does not put there, or cannot trust."""
+        self.refuse_untrusted()
         for path in _children(self.root):
-            if path.name in _PUBLIC:
-                if not path.is_symlink() or path.readlink() != Path("current", path.name):
-                    raise _foreign(path)
-                continue
-            require_own(path)
-            if path.name not in _DIRECTORIES or not path.is_dir():
+            is_directory = path.is_dir() and not path.is_symlink()
+            if not (path.is_symlink() if path.name in _PUBLIC else path.name in _DIRECTORIES and is_directory):
                 raise _foreign(path)
-        for path in (*_children(self.links), *_children(self.access.lock.directory)):
-            require_own(path)
         for name in ("current", "next", "previous"):
             for path in _children(self.root / name):
-                require_own(path)
                 if not (path.name == "record" or (path.name in _SUBDIRECTORIES and path.is_dir())):
                     raise _foreign(path)
-            for path in (pin for pins in _PINS for pin in _children(self.root / name / pins)):
+
+    def refuse_untrusted(self) -> None:
+        """Raise NodeError if another user can change the root or what is in it, or if a symbolic link leads out of it.
+
+        What carriers keep is left out, which comes and goes: the lock looks at that.
+        """
+        require_private(self.root)
+        for name in _PUBLIC:
+            public = self.root / name
+            if public.is_symlink() and public.readlink() != Path("current", name):
+                raise _foreign(public)
+        for path in _children(self.root):
+            if path.name not in _PUBLIC:
                 require_own(path)
+        generations = [self.root / name for name in ("current", "next", "previous")]
+        for directory in (self.links, self.access.lock.directory, *generations):
+            for path in _children(directory):
+                require_own(path)
+        for path in (pin for directory in generations for name in _PINS for pin in _children(directory / name)):
+            require_own(path)
 
 
 def _foreign(path: Path) -> NodeError:
