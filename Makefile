@@ -80,8 +80,10 @@ $(BINDING): src/hitless/kernel/libbpf_build.py .venv/done
 	@$(BIN)/python $<
 	@touch $@
 
+# hitless refuses bundles that others can write, which a clone made with umask 002 lets its group do.
 bpf: packages
 	@$(BPF) -q || { echo "Compiling meshd's BPF programs."; $(BPF); }
+	@find src/meshd/bpf -perm /022 -exec chmod go-w {} +
 
 # Only when a dependency changes; pip-tools need not be in the environment.
 requirements:

@@ -71,6 +71,7 @@ class BundleObject(msgspec.Struct, frozen=True):
 class Bundle(msgspec.Struct, frozen=True):
     """A release, read and checked. ``digest`` is a SHA-256 over the manifest, the objects and the converters, in hex.
 
+    It is of what the files hold, so what ``variables`` fill in does not change it.
     ``maps`` and ``programs`` are by name over all objects; ``attach`` is in the order of cutover. ``converters`` are
     the sources of the modules that the rules name, by module; nothing of them was run.
     """
@@ -87,22 +88,98 @@ class Bundle(msgspec.Struct, frozen=True):
     converters: dict[str, str] = {}
 
     @classmethod
-    def load(cls, path: Path | str, variables: Mapping[str, str] | None = None) -> Bundle:
+    def load(
+        cls, path: Path | str, variables: Mapping[str, str] | None = None, digest: str | None = None
+    ) -> Bundle:
         """Read the bundle in directory ``path``, with ``${NAME}`` in the manifest's targets from ``variables``.
 
-        Without ``variables`` (None) targets stay as written: enough to look at a release, not to apply it.
+        Without ``variables`` (None) targets stay as written: enough to look at a release, not to apply it. With them
+        (``{}`` if there are none) the directory and its files must be root's or this user's, and nobody else's to
+        write, since what they hold is going to run. ``digest`` is what the bundle's must be, if it was pinned.
         Raises BundleError with file and line, LayoutError for a bad object, UnsupportedError by feature.
         """
         directory = Path(path)
-        manifest = directory / MANIFEST
-        try:
-            text = manifest.read_text()
-        except (OSError, UnicodeDecodeError) as error:
+        with _Files(directory, trusted=variables is not None) as files:
+            try:
+                text = files.read(MANIFEST).decode()
+            except (OSError, UnicodeDecodeError) as error:
+                raise _unreadable(directory, error) from None
+            bundle = _Reader(directory / MANIFEST, text, variables, files).bundle()
+        if digest is not None and digest != bundle.digest:
             raise BundleError(
-                f"{manifest} cannot be read: {error}; a bundle is a directory with a {MANIFEST} and its objects",
-                file=str(manifest),
-            ) from None
-        return _Reader(manifest, text, variables).bundle()
+                f"{directory} has digest {bundle.digest}, not {digest} as pinned: it is another release, or somebody "
+                "changed a file of it; nothing was done: get the one that was pinned, or pin this one, if you trust it",
+                file=str(directory),
+                digest=bundle.digest,
+                expected=digest,
+            )
+        return bundle
+
+
+class _Files:
+    """Reads files of one directory. ``trusted`` ones must be such that no other user can have changed them.
+
+    Those are looked at through the descriptor that they are read from, so that what was checked is what is read.
+    """
+
+    def __init__(self, directory: Path, trusted: bool) -> None:
+        self._directory = directory
+        self._trusted = trusted
+        self._fd = -1
+
+    def __enter__(self) -> _Files:
+        if self._trusted:
+            try:
+                self._fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+            except OSError as error:
+                raise _unreadable(self._directory, error) from None
+            try:
+                _require_trusted(self._directory, os.fstat(self._fd))
+            except BaseException:
+                os.close(self._fd)
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def read(self, name: str, most: int = -1) -> bytes:
+        """All bytes of the file, or ``most`` of them. Raises OSError, BundleError if it is not to be trusted."""
+        if self._fd < 0:
+            with (self._directory / name).open("rb") as file:
+                return file.read(most)
+        with os.fdopen(os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=self._fd), "rb") as file:
+            _require_trusted(self._directory / name, os.fstat(file.fileno()))
+            return file.read(most)
+
+
+def _unreadable(directory: Path, error: Exception) -> BundleError:
+    manifest = directory / MANIFEST
+    return BundleError(
+        f"{manifest} cannot be read: {error}; a bundle is a directory with a {MANIFEST} and its objects",
+        file=str(manifest),
+    )
+
+
+def _require_trusted(path: Path, seen: os.stat_result) -> None:
+    mode = stat.S_IMODE(seen.st_mode)
+    facts = {"file": str(path), "owner": seen.st_uid, "mode": f"{mode:04o}"}
+    if not stat.S_ISREG(seen.st_mode) and not stat.S_ISDIR(seen.st_mode):
+        raise BundleError(f"{path} is no regular file", **facts)
+    # Who owns hitless itself decides already what runs here: without them `sudo make demo` in one's own clone fails.
+    if seen.st_uid not in (0, os.geteuid(), Path(__file__).stat().st_uid):
+        raise BundleError(
+            f"{path} belongs to user {seen.st_uid}, who is neither root nor you, and what is in a bundle runs with "
+            f"your rights and in the kernel: look at it, then chown root:root {path}",
+            **facts,
+        )
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise BundleError(
+            f"{path} has mode {mode:04o} and can be written by others than its owner (user {seen.st_uid}), and what is "
+            f"in a bundle runs with your rights and in the kernel: look at it, then chmod go-w {path}",
+            **facts,
+        )
 
 
 def unite_maps(objects: Iterable[ObjectSpec]) -> dict[str, MapSpec]:
@@ -140,8 +217,9 @@ def unite_maps(objects: Iterable[ObjectSpec]) -> dict[str, MapSpec]:
 class _Reader:
     """Turns a manifest's text into a Bundle, knowing the line of every key for its errors."""
 
-    def __init__(self, file: Path, text: str, variables: Mapping[str, str] | None) -> None:
+    def __init__(self, file: Path, text: str, variables: Mapping[str, str] | None, files: _Files) -> None:
         self._file = file
+        self._files = files
         self._text = text
         self._variables = variables
         self._lines = _key_lines(text)
@@ -240,7 +318,7 @@ class _Reader:
         if file.resolve().parent != self._file.parent.resolve():
             self._fail((*path, "file"), f"{entry['file']} is not a file beside the manifest")
         try:
-            data = file.read_bytes()
+            data = self._files.read(entry["file"])
         except OSError as error:
             self._fail((*path, "file"), f"{file} cannot be read: {error.strerror}; was the object compiled?")
         name = file.name.removesuffix(".o").removesuffix(".bpf")
@@ -347,21 +425,11 @@ class _Reader:
             self._fail(path, f"{file} {why}")
 
         try:
-            seen = file.lstat()
-            if not stat.S_ISREG(seen.st_mode):
+            if not stat.S_ISREG(file.lstat().st_mode):
                 bad("is no regular file")
-            with file.open("rb") as opened:
-                data, held = opened.read(_MODULE_BYTES + 1), os.fstat(opened.fileno())
+            data = self._files.read(file.name, _MODULE_BYTES + 1)
         except OSError as error:
             bad(f"cannot be read: {error.strerror}")
-        # What is looked at must be what was read. A bundle without variables is looked at only, by whoever has it.
-        if self._variables is not None:
-            if (held.st_dev, held.st_ino) != (seen.st_dev, seen.st_ino):
-                bad("was replaced while it was read; try again")
-            if held.st_mode & stat.S_IWOTH:
-                bad("can be written by anybody, and apply would run it: chmod o-w")
-            if held.st_uid not in (0, os.geteuid()):
-                bad(f"belongs to user {held.st_uid}, who is neither root nor you, and apply would run it: chown it")
         if len(data) > _MODULE_BYTES:
             bad(f"has more than {_MODULE_BYTES} bytes")
         try:

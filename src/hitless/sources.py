@@ -19,7 +19,7 @@ __all__ = ["Source", "read_objects", "read_source"]
 class Source(msgspec.Struct, frozen=True):
     """Maps by name from ``path``, with the rules of its manifest and the objects where there are any.
 
-    ``kind`` is ``object``, ``bundle``, ``snapshot``, ``pinned map`` or ``pin root``.
+    ``kind`` is ``object``, ``bundle``, ``snapshot``, ``pinned map`` or ``pin root``; ``digest`` is a bundle's.
     """
 
     path: str
@@ -27,6 +27,7 @@ class Source(msgspec.Struct, frozen=True):
     maps: Mapping[str, MapSpec]
     objects: Mapping[str, ObjectSpec] = {}
     rules: Mapping[str, MapRules] = {}
+    digest: str | None = None
 
     @property
     def file(self) -> str:
@@ -49,12 +50,12 @@ def read_source(what: str) -> Source:
             raise BundleError(f"{what} is a directory without a {MANIFEST}, so it is no bundle", path=what)
         bundle = Bundle.load(path)
         objects = {item.spec.name: item.spec for item in bundle.objects}
-        return Source(what, "bundle", bundle.maps, objects, bundle.rules)
+        return Source(what, "bundle", bundle.maps, objects, bundle.rules, bundle.digest)
     # A pin has no bytes; whatever has some is a file like any other, on any system.
     if not path.stat().st_size and _on_bpffs(path):
         from hitless.kernel.maps import Map
 
-        with Map.open(path) as pinned:
+        with Map.open(path.resolve()) as pinned:  # the name is the user's own, so a link in it is meant
             return Source(what, "pinned map", {path.name: pinned.spec(path.name)})
     data = path.read_bytes()
     if data[:4] == b"\x7fELF" or path.suffix == ".o":

@@ -257,6 +257,7 @@ def test_without_privilege_the_error_says_so(
             capture_output=True, text=True, timeout=20, check=False, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert done.returncode == 1
-        assert "run as root, or with CAP_BPF" in done.stderr
+        assert "lacks CAP_SYS_ADMIN" in done.stderr
+        assert "run as root" in done.stderr
         assert "Traceback" not in done.stderr
     assert node.observe() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,8 +19,13 @@ __all__ = ["main"]
 TROUBLE = 1
 
 
-def _command(trouble: int = TROUBLE) -> Callable[[Callable[..., int | None]], Callable[..., None]]:
-    """Give a command ``--json`` and ``--debug``, and turn its errors into words and an exit code."""
+def _command(
+    trouble: int = TROUBLE, on_node: bool = False
+) -> Callable[[Callable[..., int | None]], Callable[..., None]]:
+    """Give a command ``--json`` and ``--debug``, and turn its errors into words and an exit code.
+
+    One that works ``on_node`` begins with giving up what it does not need of root's rights: it may run a converter.
+    """
 
     def decorate(function: Callable[..., int | None]) -> Callable[..., None]:
         @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
@@ -27,6 +33,11 @@ def _command(trouble: int = TROUBLE) -> Callable[[Callable[..., int | None]], Ca
         @functools.wraps(function)
         def run(*, as_json: bool, debug: bool, **options: Any) -> None:
             try:
+                if on_node:
+                    from hitless.kernel import capabilities
+
+                    capabilities.require()
+                    capabilities.drop_others()
                 code = function(as_json=as_json, **options)
             except HitlessError as error:
                 if debug:
@@ -77,10 +88,19 @@ def _variables(_context: click.Context, _parameter: click.Parameter, given: tupl
     return found
 
 
+def _sha256(_context: click.Context, _parameter: click.Parameter, given: str | None) -> str | None:
+    if given is not None and not re.fullmatch("[0-9a-fA-F]{64}", given):
+        raise click.BadParameter(f"{given!r} is no SHA-256: 64 hexadecimal digits, as inspect prints them")
+    return given and given.lower()
+
+
 _root = click.option("--root", required=True, metavar="DIR", help="The pin root, a directory on a bpffs.")
 _set = click.option(
     "--set", "variables", multiple=True, callback=_variables, metavar="NAME=VALUE", help="Fill ${NAME} in bundle.toml."
 )
+_digest = click.option(
+    "--digest", callback=_sha256, metavar="SHA256", help="Refuse any BUNDLE but this one; inspect prints the digest.",
+)  # fmt: skip
 _allow_loss = click.option(
     "--allow-loss", multiple=True, metavar="MAP", help="This map may lose what the plan says it loses."
 )
@@ -219,14 +239,17 @@ def include(as_json: bool) -> None:
 @click.argument("bundle")
 @_root
 @_set
+@_digest
 @_allow_loss
-@_command()
-def plan(bundle: str, root: str, variables: dict[str, str], allow_loss: tuple[str, ...], as_json: bool) -> int:
+@_command(on_node=True)
+def plan(
+    bundle: str, root: str, variables: dict[str, str], digest: str | None, allow_loss: tuple[str, ...], as_json: bool
+) -> int:
     """Say what apply would do on this node, and do nothing. Exit code: 0 nothing to do, 2 changes, 1 trouble."""
     import hitless
     from hitless.cli.output import print_json, show_plan
 
-    decided = hitless.plan(hitless.Node(root), hitless.Bundle.load(bundle, variables), allow_loss)
+    decided = hitless.plan(hitless.Node(root), hitless.Bundle.load(bundle, variables, digest), allow_loss)
     if as_json:
         print_json(decided)
     else:
@@ -238,6 +261,7 @@ def plan(bundle: str, root: str, variables: dict[str, str], allow_loss: tuple[st
 @click.argument("bundle")
 @_root
 @_set
+@_digest
 @_allow_loss
 @click.option(
     "--rate", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Copy N entries a second at most.",
@@ -247,11 +271,12 @@ def plan(bundle: str, root: str, variables: dict[str, str], allow_loss: tuple[st
     help="Copy with PERCENT of one CPU at most; 100 if not given.",
 )  # fmt: skip
 @click.option("--yes", is_flag=True, help="Do not ask on a terminal.")
-@_command()
+@_command(on_node=True)
 def apply(
     bundle: str,
     root: str,
     variables: dict[str, str],
+    digest: str | None,
     allow_loss: tuple[str, ...],
     rate: float | None,
     cpu: float,
@@ -262,7 +287,7 @@ def apply(
     import hitless
     from hitless.cli.output import print_json, progress_line, show_left_behind, show_plan, show_result
 
-    node, release = hitless.Node(root), hitless.Bundle.load(bundle, variables)
+    node, release = hitless.Node(root), hitless.Bundle.load(bundle, variables, digest)
     if not as_json and not yes and sys.stdin.isatty():
         hitless.recover(node)
         show_plan(hitless.plan(node, release, allow_loss))
@@ -293,7 +318,7 @@ def _holders(node: Any) -> Any:
 
 @main.command(epilog="Example: hitless status --root /sys/fs/bpf/mesh")
 @_root
-@_command()
+@_command(on_node=True)
 def status(root: str, as_json: bool) -> int:
     """Show what runs: generation, version, hooks, maps, problems. Exit code: 0 well, 1 problems or trouble."""
     import hitless
@@ -311,7 +336,7 @@ def status(root: str, as_json: bool) -> int:
 @main.command(epilog="Example: hitless unload --root /sys/fs/bpf/mesh")
 @_root
 @click.option("--yes", is_flag=True, help="Do not ask on a terminal.")
-@_command()
+@_command(on_node=True)
 def unload(root: str, yes: bool, as_json: bool) -> None:
     """Detach every hook and unpin everything under the root: nothing of the bundle runs any more."""
     import hitless

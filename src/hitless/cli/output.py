@@ -49,8 +49,9 @@ def print_json(value: object) -> None:
 
 
 def show_source(source: Source) -> str:
-    """Maps with their layouts, then programs."""
-    parts = [show_map(spec) for spec in source.maps.values()]
+    """A bundle's digest, maps with their layouts, then programs."""
+    parts = [f"digest: {source.digest}"] if source.digest else []
+    parts += [show_map(spec) for spec in source.maps.values()]
     programs = [program for item in source.objects.values() for program in item.programs]
     if programs:
         rows = [(p.name, p.section, p.type or "type unknown", p.attach_type) for p in programs]
@@ -244,7 +245,7 @@ def show_left_behind(holders: Holders) -> None:
             f"{holder.map_id}: what it writes reaches nobody; restart it, or make it write through hitless"
         )
     if holders.unseen:
-        click.echo(f"{_unseen(holders)}; root sees all")
+        click.echo(f"{_unseen(holders)}; that takes CAP_SYS_PTRACE")
 
 
 def _show_holders(holders: Holders) -> None:

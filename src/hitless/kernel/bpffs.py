@@ -1,18 +1,28 @@
-"""bpffs: the directories that hold generations, and the two renames that make a commit."""
+"""bpffs: the directories that hold generations, who may change them, and the two renames that make a commit."""
 
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from hitless.errors import NodeError
 from hitless.kernel.libbpf import check, libc
 from hitless.kernel.mounts import filesystem
 
-__all__ = ["exchange", "remove_tree", "require_bpffs"]
+__all__ = [
+    "exchange",
+    "make_directory",
+    "make_private",
+    "remove_tree",
+    "require_bpffs",
+    "require_own",
+    "require_private",
+]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def require_bpffs(path: Path) -> None:
@@ -51,6 +61,78 @@ def _exists(path: Path) -> bool:
             return False
         raise NodeError(f"{path} cannot be looked at: {error.strerror}; run as root", path=str(path)) from None
     return True
+
+
+def require_private(root: Path) -> None:
+    """Raise NodeError unless nobody but root and this user decides what is at ``root``, which need not exist yet.
+
+    That takes ``root`` and the directories above it, up to the mount of the bpffs. Above ``root`` anybody may write
+    where the sticky bit is set, as at the top of a bpffs that was mounted without a mode: it keeps others from
+    renaming and removing what is not theirs.
+    """
+    for directory in (root, *root.parents):
+        if os.path.lexists(directory):
+            require_own(directory, sticky=directory != root)
+        if directory.is_mount():
+            return
+
+
+def require_own(path: Path, sticky: bool = False) -> None:
+    """Raise NodeError if ``path`` is a symbolic link, of another user than root or this one, or others may write it.
+
+    With ``sticky`` they may, if it has the sticky bit. Raises FileNotFoundError if it is not there.
+    """
+    seen = path.lstat()
+    mode = stat.S_IMODE(seen.st_mode)
+    if stat.S_ISLNK(seen.st_mode):
+        raise NodeError(
+            f"{path} is a symbolic link to {path.readlink()}, where hitless makes none: what is behind it is not "
+            f"looked at; find out who made it, then remove it (rm {path})",
+            path=str(path),
+        )
+    if seen.st_uid not in (0, os.geteuid()):
+        raise NodeError(
+            f"{path} belongs to user {seen.st_uid}, who could change at any time what hitless reads there; nothing was "
+            f"read: find out who made it, and remove it, or, if it is yours: chown root:root {path}",
+            path=str(path),
+            owner=seen.st_uid,
+            mode=f"{mode:04o}",
+        )
+    if mode & _OTHERS_WRITE and not (sticky and mode & stat.S_ISVTX):
+        raise NodeError(
+            f"{path} has mode {mode:04o}, so that others than its owner could change at any time what hitless reads "
+            f"there; nothing was read: chmod go-w {path}",
+            path=str(path),
+            owner=seen.st_uid,
+            mode=f"{mode:04o}",
+        )
+
+
+def make_directory(path: Path, exist_ok: bool = False) -> None:
+    """Make the directory ``path``, which its owner alone can enter, whatever the umask is."""
+    try:
+        path.mkdir(0o700)
+    except FileExistsError:
+        # It is left as it is: somebody else may have put it there, or a link to a directory of the system.
+        if not exist_ok:
+            raise
+    else:
+        path.chmod(0o700)
+
+
+def make_private(root: Path) -> None:
+    """Close to others what is at and below ``root`` (0700, pins 0600), which a hitless of before left open to read.
+
+    Raises NodeError as :func:`require_own` for all of it, but for the symbolic links in ``root`` itself.
+    """
+    inside = (Path(top, name) for top, directories, files in os.walk(root) for name in (*directories, *files))
+    for path in (root, *inside):
+        if path.parent == root and path.is_symlink():
+            continue
+        require_own(path)
+        wanted = 0o700 if path.is_dir() else 0o600
+        if stat.S_IMODE(path.lstat().st_mode) != wanted:
+            path.chmod(wanted)
 
 
 def exchange(one: Path, other: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno as errno_names
 import functools
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hitless.errors import KernelError, UnsupportedError
+from hitless.errors import KernelError, NodeError, UnsupportedError
 from hitless.kernel._libbpf import ffi as _generated
 
 __all__ = ["ENOTSUPP", "Object", "check", "ffi", "lib", "libc", "messages", "options", "pinned_kind"]
@@ -22,7 +23,7 @@ ffi: Any = _generated
 ENOTSUPP = 524
 
 _HINTS = {
-    errno_names.EPERM: "run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON",
+    errno_names.EPERM: "run as root with CAP_SYS_ADMIN, and in no user namespace",
     errno_names.ENOSPC: "the kernel has no room for it",
     errno_names.ENOMEM: "the kernel has no memory for it; see the memory limit of this cgroup",
     errno_names.E2BIG: "the map is full; raise its max_entries",
@@ -85,8 +86,9 @@ class Object:
             self.fd = -1
 
     def pin(self, path: Path) -> None:
-        """Pin at ``path`` on a bpffs. Raises KernelError (EEXIST if something is there)."""
+        """Pin at ``path`` on a bpffs, for its owner alone. Raises KernelError (EEXIST if something is there)."""
         check(lib().bpf_obj_pin(self.fd, os.fsencode(path)), "BPF_OBJ_PIN", path)
+        path.chmod(0o600)  # what the kernel makes of it, if no umask takes from that
 
     def __enter__(self) -> Any:
         return self
@@ -101,9 +103,25 @@ class Object:
 def pinned_kind(path: Path) -> tuple[int, str]:
     """Open the pin at ``path``; return a new descriptor and what it is: ``map``, ``prog``, ``link`` or a name.
 
-    Raises KernelError, also when ``path`` is no pin.
+    Raises NodeError if ``path`` is a symbolic link, KernelError, also when it is no pin.
     """
-    fd = check(lib().bpf_obj_get(os.fsencode(path)), "BPF_OBJ_GET", path)
+    try:
+        place = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+    except OSError as error:
+        ffi.errno = error.errno
+        check(-1, "BPF_OBJ_GET", path)
+        raise
+    try:
+        if stat.S_ISLNK(os.fstat(place).st_mode):
+            raise NodeError(
+                f"{path} is a symbolic link, not a pin: hitless makes none there and does not follow it; find out who "
+                f"did, then remove it (rm {path})",
+                path=str(path),
+            )
+        # BPF_OBJ_GET follows links, so it gets what was looked at.
+        fd = check(lib().bpf_obj_get(f"/proc/self/fd/{place}".encode()), "BPF_OBJ_GET", path)
+    finally:
+        os.close(place)
     target = str(Path(f"/proc/self/fd/{fd}").readlink())
     return fd, target.removeprefix("anon_inode:").strip("[]").replace("_", "-").removeprefix("bpf-")
 

@@ -20,6 +20,11 @@ ffi.cdef(
     long syscall(long number, ...);
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset);
     int munmap(void *addr, size_t length);
+    struct cap_header { __u32 version; int pid; };
+    struct cap_data { __u32 effective; __u32 permitted; __u32 inheritable; };
+    int capget(struct cap_header *header, struct cap_data *data);
+    int capset(struct cap_header *header, const struct cap_data *data);
+    int prctl(int option, ...);
     int vsnprintf(char *str, size_t size, const char *format, void *args);
 
     /* bpf.h */

@@ -16,6 +16,7 @@ import numpy as np
 
 from hitless.errors import KernelError, NodeError
 from hitless.kernel.base import padded
+from hitless.kernel.bpffs import require_private
 from hitless.kernel.libbpf import ENOTSUPP
 from hitless.kernel.maps import Map, Rows, possible_cpus
 from hitless.layout.codec import Codec
@@ -184,11 +185,12 @@ class Access:
                 known = (self.root / "maps").iterdir() if (self.root / "maps").exists() else ()
                 raise self._absent(name, [path.name for path in known])
             try:
+                require_private(self.root)
                 live = Map.open(map_pin(self.root / "current", name))
                 spec = live.spec(name)
                 if spec.key is None or spec.value is None:
                     spec = read_record(self.root / "current" / "record").maps[name]
-            except (KernelError, KeyError):
+            except (KernelError, KeyError, FileNotFoundError):
                 if self._pin(name) == token:
                     raise
                 continue  # an upgrade or unload came between

@@ -28,7 +28,7 @@ import numpy as np
 
 from hitless.carry import way
 from hitless.errors import KernelError, NodeError, VerifyError
-from hitless.kernel.bpffs import remove_tree
+from hitless.kernel.bpffs import make_directory, remove_tree
 from hitless.kernel.libbpf import options
 from hitless.kernel.maps import Map, Rows, create
 from hitless.layout.conversion import Conversion
@@ -204,7 +204,7 @@ class InnerMaps:
     def turned(self, pin: Path, fresh: bool) -> Carrier:
         """See :class:`Carrier`. Inner maps that the new release added become new ones of the old layout."""
         if fresh:
-            pin.mkdir()
+            make_directory(pin)
             slots = _new_base(self._target, pin)
             base = slots_of(self._slots)
             pairs = [
@@ -233,7 +233,7 @@ class InnerMaps:
             inner = lane.target.info.id
             place = pin / str(inner)
             if fresh:
-                place.mkdir()
+                make_directory(place)
             back.add(inner, Lane(lane.source, lane.target, lane.carrier.turned(place / "entries", fresh)))
         if not fresh:
             back.reopen()
@@ -285,7 +285,7 @@ class InnerMaps:
             self._checked.add(source.info.btf_id)
         place = self._pin / str(inner)
         remove_tree(place)
-        place.mkdir()
+        make_directory(place)
         target = trade.target(source)
         carrier = trade.carrier(source, target, place / "entries", fresh=True)
         before = self.tally.copied
@@ -406,7 +406,7 @@ def carry_inner_maps(passage: Passage) -> InnerMaps:
         )
     _allow_descriptors(_DESCRIPTORS * len(set(slots_of(passage.source).values())))
     if passage.fresh:
-        passage.pin.mkdir()
+        make_directory(passage.pin)
     made = InnerMaps(
         name=passage.name,
         source=passage.source,

@@ -7,7 +7,8 @@
     root/previous/     the last generation
     root/writers/      the lock between writers and a commit
 
-``current`` and ``next`` change places in one exchange, so the public paths show all old or all new.
+``current`` and ``next`` change places in one exchange, so the public paths show all old or all new. All of it is
+root's alone, to read and to write: what is there is believed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import msgspec
 
 from hitless.carry import is_global
 from hitless.errors import BusyError, HitlessError, NodeError
-from hitless.kernel.bpffs import require_bpffs
+from hitless.kernel.bpffs import make_private, require_bpffs, require_own, require_private
 from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
 from hitless.kernel.processes import command, lock_holder
@@ -41,7 +42,8 @@ __all__ = ["Node"]
 _DIRECTORIES = ("current", "next", "previous", "links", "writers")
 _PUBLIC = ("maps", "progs")
 _LOOK_SECONDS = 5.0
-_SUBDIRECTORIES = ("maps", "data", "progs", "base", "back")
+_PINS = ("maps", "data", "progs")
+_SUBDIRECTORIES = (*_PINS, "base", "back")
 
 
 class Node:
@@ -99,6 +101,7 @@ class Node:
     def _look(self) -> NodeState:
         require_bpffs(self.root)
         if not self.root.exists():
+            require_private(self.root)  # where it would be made
             return NodeState(str(self.root), None, {})
         self.refuse_foreign()
         links = {}
@@ -133,9 +136,10 @@ class Node:
     def lock(self, seconds: float = 10.0) -> Iterator[None]:
         """Hold the pin root alone, waiting up to ``seconds``. The kernel frees it when the holder dies.
 
-        Raises BusyError naming the holder.
+        Raises BusyError naming the holder, NodeError if somebody else can change the root or put something into it.
         """
-        descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
+        require_private(self.root)
+        descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             deadline = time.monotonic() + seconds
             while True:
@@ -152,6 +156,8 @@ class Node:
                 raise BusyError(
                     f"{self.root} was unloaded by another process meanwhile; try again", path=str(self.root), pid=None
                 )
+            self.refuse_foreign()
+            make_private(self.root)
             yield
         finally:
             os.close(descriptor)
@@ -170,7 +176,8 @@ class Node:
         )
 
     def refuse_foreign(self) -> None:
-        """Raise NodeError if there is anything under the root that hitless does not put there."""
+        """Raise NodeError if there is anything under the root that hitless does not put there, or cannot trust."""
+        self.refuse_untrusted()
         for path in _children(self.root):
             is_directory = path.is_dir() and not path.is_symlink()
             if not (path.is_symlink() if path.name in _PUBLIC else path.name in _DIRECTORIES and is_directory):
@@ -179,6 +186,26 @@ class Node:
             for path in _children(self.root / name):
                 if not (path.name == "record" or (path.name in _SUBDIRECTORIES and path.is_dir())):
                     raise _foreign(path)
+
+    def refuse_untrusted(self) -> None:
+        """Raise NodeError if another user can change the root or what is in it, or if a symbolic link leads out of it.
+
+        What carriers keep is left out, which comes and goes: the lock looks at that.
+        """
+        require_private(self.root)
+        for name in _PUBLIC:
+            public = self.root / name
+            if public.is_symlink() and public.readlink() != Path("current", name):
+                raise _foreign(public)
+        for path in _children(self.root):
+            if path.name not in _PUBLIC:
+                require_own(path)
+        generations = [self.root / name for name in ("current", "next", "previous")]
+        for directory in (self.links, self.access.lock.directory, *generations):
+            for path in _children(directory):
+                require_own(path)
+        for path in (pin for directory in generations for name in _PINS for pin in _children(directory / name)):
+            require_own(path)
 
 
 def _foreign(path: Path) -> NodeError:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hitless.errors import KernelError, LossNotAllowedError
+from hitless.kernel.bpffs import make_directory
 from hitless.kernel.maps import Map
 from hitless.kernel.queues import Journal, Mover, count_elements, create_beside
 from hitless.layout.conversion import Conversion
@@ -70,7 +71,7 @@ class _Way:
         size = passage.target.info.value_size
         self._size = max(passage.source.info.value_size, size)
         if passage.fresh:
-            passage.pin.mkdir()
+            make_directory(passage.pin)
         for aside in ("held", "over") if passage.fresh else ():
             create_beside(passage.new.type, f"{aside}_{self.name}", size, room).pin(passage.pin / aside)
         self._held, self._over = Map.open(passage.pin / "held"), Map.open(passage.pin / "over")
@@ -117,7 +118,7 @@ class _Way:
     def turned(self, pin: Path, fresh: bool) -> Carrier:
         """See :class:`Carrier`."""
         if fresh:
-            pin.mkdir()
+            make_directory(pin)
             room = 2 * self._source.info.max_entries
             create_beside(
                 "stack" if self._stack else "queue", f"aside_{self.name}", self._source.info.value_size, room

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from hitless.kernel.bpffs import make_directory
 from hitless.kernel.maps import Map
 from hitless.layout.conversion import Conversion
 from hitless.upgrade.carrier import Carrier, Passage, Tally
@@ -78,7 +79,7 @@ class SectionCarrier:
     def turned(self, pin: Path, fresh: bool) -> Carrier:
         """See :class:`Carrier`."""
         if fresh:
-            pin.mkdir()
+            make_directory(pin)
         backs = [part.turned(pin / str(index), fresh) for index, part in enumerate(self._parts)]
         return SectionCarrier(self._name, self._target, backs, self._masks)
 
@@ -94,7 +95,7 @@ def carry_section(name: str, passages: Sequence[Passage]) -> SectionCarrier:
     Raises KernelError if the verifier refuses a merge program.
     """
     if passages[0].fresh:
-        passages[0].pin.parent.mkdir()
+        make_directory(passages[0].pin.parent)
     in_kernel = _NOT_IN_KERNEL_NAMES.sub("_", name)
     parts = [carry_entries(msgspec.structs.replace(passage, name=in_kernel)) for passage in passages]
     masks = [_written(passage.diff.value) for passage in passages if passage.diff.value is not None]

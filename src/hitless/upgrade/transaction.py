@@ -25,7 +25,7 @@ from hitless.errors import (
     VerifyError,
 )
 from hitless.kernel.barrier import wait_for_running_programs
-from hitless.kernel.bpffs import exchange, remove_tree, require_bpffs
+from hitless.kernel.bpffs import exchange, make_directory, remove_tree, require_bpffs
 from hitless.kernel.features import features
 from hitless.kernel.links import Link, cgroup_id
 from hitless.kernel.maps import Map, is_alive
@@ -122,7 +122,7 @@ def apply(
     tell = progress or _nobody
     _plan_first(node, bundle, allow_loss)
     made = not node.root.exists()
-    node.root.mkdir(exist_ok=True)
+    make_directory(node.root, exist_ok=True)
     with node.lock(wait):
         try:
             node.access.lock.make()
@@ -324,7 +324,7 @@ class _Upgrade:
         node = self._node
         try:
             write_record(node.next / "record", self._phase("cutover"))
-            node.links.mkdir(exist_ok=True)
+            make_directory(node.links, exist_ok=True)
             with self._step("cutover"):
                 started = time.perf_counter()
                 gap = switch_hooks(self._plan.hooks, self._programs, node.links)
@@ -361,7 +361,7 @@ class _Upgrade:
     def _stage(self, bundle: Bundle) -> None:
         """Pin kept maps again, create the others, load all programs: the verifier accepts, nothing live changes."""
         node = self._node
-        node.next.mkdir()
+        make_directory(node.next)
         self._record = Record(
             generation=self._plan.generation,
             name=bundle.name,
@@ -382,7 +382,7 @@ class _Upgrade:
         )
         create_record(node.next / "record", self._record)
         for directory in ("maps", "data", "progs", "base"):
-            (node.next / directory).mkdir()
+            make_directory(node.next / directory)
         for entry in self._plan.maps:
             if entry.action == "keep":
                 self._maps[entry.name] = Map.open(map_pin(node.current, entry.was or entry.name))
@@ -610,7 +610,7 @@ class _Upgrade:
         """The carriers with the sides changed; what they keep is made new, or opened if it is ``filled``."""
         if not filled:
             remove_tree(directory)
-            directory.mkdir()
+            make_directory(directory)
         return [carrier.turned(directory / pin_name(name), not filled) for name, carrier in self._carried.items()]
 
     def _is_committed(self) -> bool:

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hitless.errors import BusyError, NodeError
+from hitless.kernel.bpffs import make_directory
 from hitless.kernel.processes import command, lock_holder
 
 __all__ = ["WriterLock"]
@@ -42,8 +43,8 @@ class WriterLock:
 
     def make(self) -> None:
         """Make the directories, if they are not there."""
-        self.directory.mkdir(exist_ok=True)
-        self._turnstile.mkdir(exist_ok=True)
+        make_directory(self.directory, exist_ok=True)
+        make_directory(self._turnstile, exist_ok=True)
 
     def remove(self) -> None:
         """Remove the directories."""
