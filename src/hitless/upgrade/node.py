@@ -17,9 +17,10 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -33,13 +34,17 @@ from hitless.kernel.programs import Program
 from hitless.kernel.rings import holders, unread_bytes
 from hitless.layout.model import MapSpec
 from hitless.upgrade.handle import Access, MapHandle
-from hitless.upgrade.model import Generation, LeftRing, LiveMap, NodeState
-from hitless.upgrade.record import map_pin, read_record
+from hitless.upgrade.model import Generation, LeftRing, LiveMap, NodeState, Record
+from hitless.upgrade.record import advice, map_pin, read_record
 
-__all__ = ["Node"]
+__all__ = ["PUBLIC", "Node", "foreign_error", "generation_record"]
+
+T = TypeVar("T")
 
 _DIRECTORIES = ("current", "next", "previous", "links", "writers")
-_PUBLIC = ("maps", "progs")
+PUBLIC = ("maps", "progs")
+"""The symbolic links under a root that lead into ``current/``, where other programs open maps and programs."""
+
 _LOOK_SECONDS = 5.0
 _SUBDIRECTORIES = ("maps", "data", "progs", "base", "back")
 
@@ -61,11 +66,15 @@ class Node:
 
         Raises NodeError if the root is no place for pins or holds what is not ours, BusyError if it never rests.
         """
+        return self.at_rest(self._look)
+
+    def at_rest(self, look: Callable[[], T]) -> T:
+        """What ``look`` sees, called again if an upgrade takes a step meanwhile. Raises BusyError if it never rests."""
         until = time.monotonic() + _LOOK_SECONDS
         while time.monotonic() < until:
             before = self._outline()
             try:
-                state = self._look()
+                state = look()
             except (HitlessError, FileNotFoundError):
                 if self._outline() == before:
                     raise
@@ -171,17 +180,23 @@ class Node:
 
     def refuse_foreign(self) -> None:
         """Raise NodeError if there is anything under the root that hitless does not put there."""
+        for path in self.foreign():
+            raise foreign_error(path)
+
+    def foreign(self) -> Iterator[Path]:
+        """What is under the root, or right under a generation, and hitless does not put there."""
         for path in _children(self.root):
             is_directory = path.is_dir() and not path.is_symlink()
-            if not (path.is_symlink() if path.name in _PUBLIC else path.name in _DIRECTORIES and is_directory):
-                raise _foreign(path)
+            if not (path.is_symlink() if path.name in PUBLIC else path.name in _DIRECTORIES and is_directory):
+                yield path
         for name in ("current", "next", "previous"):
             for path in _children(self.root / name):
                 if not (path.name == "record" or (path.name in _SUBDIRECTORIES and path.is_dir())):
-                    raise _foreign(path)
+                    yield path
 
 
-def _foreign(path: Path) -> NodeError:
+def foreign_error(path: Path) -> NodeError:
+    """The error for something at ``path`` that is not from hitless."""
     return NodeError(
         f"{path} was not made by hitless: another program uses this pin root, or it was put there by hand; "
         "choose another root (--root), or remove it",
@@ -189,12 +204,18 @@ def _foreign(path: Path) -> NodeError:
     )
 
 
-def _generation(directory: Path) -> Generation:
+def generation_record(directory: Path) -> Record:
+    """The record of the generation in ``directory``. Raises NodeError if it has none or it cannot be read."""
     if not (directory / "record").exists():
         raise NodeError(
-            f"{directory} has no record: its pins are not from hitless, or were removed by hand", path=str(directory)
+            f"{directory} has no record: its pins are not from hitless, or it was removed by hand; {advice(directory)}",
+            path=str(directory),
         )
-    record = read_record(directory / "record")
+    return read_record(directory / "record")
+
+
+def _generation(directory: Path) -> Generation:
+    record = generation_record(directory)
     maps = {}
     for name, declared in record.maps.items():
         path = map_pin(directory, name)
