@@ -16,6 +16,7 @@ import hitless
 from hitless.kernel.programs import Program
 from meshd.demo.lab import Lab
 from tests.upgrade.conftest import Release, node, release, releases
+from tests.upgrade.test_verify import kill_at
 
 __all__ = ["node", "release", "releases"]  # fixtures
 
@@ -196,6 +197,45 @@ def test_what_was_changed_by_hand_is_named_by_every_command_without_a_traceback(
     assert done.returncode == (code if code is not None else int(command == ["verify"]))
     assert words in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("step", "command", "words"),
+    [
+        ("copy", "verify", "an upgrade to 2.0 was interrupted before its commit"),
+        ("copy", "status", "an upgrade to 2.0 was interrupted in phase staging"),
+        ("copy", "gc", None),
+        ("merge", "verify", "an upgrade to 2.0 was interrupted before its commit"),
+        ("merge", "status", "an upgrade to 2.0 was interrupted in phase cutover"),
+        ("merge", "gc", "an upgrade to 2.0 was interrupted before its commit"),
+        ("clean-up", "verify", "an upgrade to 2.0 was interrupted after its commit"),
+        ("clean-up", "status", "the upgrade to 2.0 is done but not cleaned up"),
+        ("clean-up", "gc", "an upgrade to 2.0 was interrupted after its commit"),
+    ],
+)
+def test_a_killed_upgrade_is_told_by_name(
+    node: hitless.Node,
+    release: Release,
+    releases: dict[int, Path],
+    lab: Lab,
+    step: str,
+    command: str,
+    words: str | None,
+) -> None:
+    hitless.apply(node, release(1))
+    kill_at(step, node, releases[2], lab)
+    line = [sys.executable, "-m", "hitless", command, "--root", str(node.root)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == int(words is not None), done.stdout + done.stderr
+    assert (words or "next/maps/limits") in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_verify_of_a_root_that_is_being_upgraded_names_the_process(node: hitless.Node, release: Release) -> None:
+    hitless.apply(node, release(1))
+    told = []
+    hitless.apply(node, release(2), prepare=lambda node: told.append(as_json("verify", "--root", node.root, code=1)))
+    assert (told[0]["error"]["code"], told[0]["error"]["pid"]) == ("busy", os.getpid())
 
 
 def test_status_shows_what_is_left_of_earlier_generations(node: hitless.Node, release: Release) -> None:

@@ -108,6 +108,17 @@ def test_gc_drops_the_rest_of_an_upgrade_that_had_switched_no_hook(
     assert problems(node) == {}
 
 
+def test_gc_leaves_the_rest_of_an_upgrade_alone_if_somebody_pinned_something_in_it(
+    node: hitless.Node, release: Release, releases: dict[int, Path], lab: Lab
+) -> None:
+    hitless.apply(node, release(1))
+    kill_at("copy", node, releases[2], lab)
+    create(1, "theirs", 4, 4, 1).pin(node.next / "maps" / "theirs")
+    with pytest.raises(hitless.NodeError, match="next/maps/theirs was not made by hitless"):
+        hitless.gc(node)
+    assert (node.next / "maps" / "limits").exists()
+
+
 def test_gc_drops_a_next_that_has_no_record(node: hitless.Node, release: Release) -> None:
     hitless.apply(node, release(1))
     node.next.mkdir()

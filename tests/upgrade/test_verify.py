@@ -379,6 +379,21 @@ def test_a_record_of_a_newer_hitless_is_named_with_what_to_do(node: hitless.Node
             look(node)
 
 
+def test_a_damaged_record_of_the_last_generation_is_named_and_need_not_end_the_running_one(
+    node: hitless.Node, release: Release
+) -> None:
+    hitless.apply(node, release(1))
+    hitless.apply(node, release(2))
+    with Map.open(node.previous / "record") as record:
+        record.update(bytes(4), bytes(record.info.value_size))
+    advice = f"rm -r {node.previous}"
+    with pytest.raises(hitless.NodeError, match=advice):
+        status(node)
+    assert advice in problems(node)["nothing foreign"][0]
+    subprocess.run(advice, shell=True, check=True)
+    assert (problems(node), status(node).problems) == ({}, ())
+
+
 def test_a_root_with_nothing_left_after_a_reboot_is_named_with_what_to_do(
     node: hitless.Node, release: Release
 ) -> None:
@@ -411,7 +426,8 @@ def test_verify_after_a_killed_upgrade_says_that_it_was_interrupted(
     kill_at(step, node, releases[2], lab)
     with pytest.raises(hitless.InterruptedUpgradeError, match=r"an upgrade to 2\.0 was interrupted"):
         hitless.verify(node)
-    assert status(node).problems
+    (told,) = status(node).problems
+    assert "upgrade to 2.0" in told
     hitless.recover(node)
     assert problems(node) == {}
 

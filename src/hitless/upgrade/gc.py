@@ -159,11 +159,16 @@ def _replaced(directory: Path, record: Record) -> Iterator[Path]:
 
 
 def _rest(node: Node, state: NodeState) -> Iterator[_Pin]:
-    """What is left of an upgrade that had switched no hook: what recovery would remove."""
+    """What is left of an upgrade that had switched no hook: what recovery would remove.
+
+    Raises NodeError for a pin that is not its record's; without a record, all of it is the rest of a removal.
+    """
     if not state.abandoned:
         return
     pins = list(_pins(node.next))
-    if (node.next / "record").exists():
+    if state.unfinished is not None:
+        for path in strangers(node.next, state.unfinished):
+            raise foreign_error(path)
         pins.append((node.next / "record", "map"))
     for path, kind in pins:
         yield _Pin(path, kind, "rest of an upgrade that did not come to its cutover")

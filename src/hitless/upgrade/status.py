@@ -109,12 +109,14 @@ def status(node: Node) -> Status:
     names |= {program.id: name for name, program in record.pinned_programs.items()}
     if not upgrading:
         problems += [*replaced_pins(node.current, state.current), *public_problems(node)]
+    # Between two releases, links run the programs of one or the other: that is told already, and nobody else's doing.
+    settled = record.phase == "committed" and (state.unfinished is None or state.abandoned)
     hooks = []
     for hook in record.hooks:
         link = state.links.get(hook.link)
         runs = names.get(link.program_id) if link else None
         problem = hook_problem(hook, link, expected_program(hook, record, pinned), node.links)
-        if problem is not None:
+        if problem is not None and settled:
             problems.append(problem)
         hooks.append(
             HookStatus(

@@ -1,7 +1,7 @@
 """Whether pins, maps, programs, links, variables and record of a node belong together, check by check, as a value.
 
-Looks only. What maps hold is no part of it: an upgrade compares the entries that it converts before its commit, and
-programs write since.
+Looks only. What maps hold is no part of it: the carriers compare that with its conversion before the cutover, as far as
+it can be read, and afterwards nobody can, since programs write.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from hitless.upgrade.record import map_pin, read_record
 
 __all__ = ["Check", "Verification", "check_generation", "verify"]
 
+_LOOKS = 20
 _NO_IDS = (
     "the record names no ids of {}, as an older hitless wrote it: one replaced by another of the same shape is not "
     "told; the next upgrade notes them"
@@ -75,7 +76,7 @@ def verify(node: Node) -> Verification:
     while another process upgrades, InterruptedUpgradeError after one was killed.
     """
     require_bpffs(node.root)
-    while True:
+    for _ in range(_LOOKS):
         found = node.at_rest(lambda: _look(node))
         unsettled = node.at_rest(lambda: _unsettled(node))
         if unsettled is None and found is not None and not found.problems:
@@ -94,6 +95,7 @@ def verify(node: Node) -> Verification:
                 raise interrupted(node, *unsettled)
             if found is not None:
                 return found
+    raise BusyError(f"{node.root} changes too fast to be looked at; try again", path=str(node.root), pid=None)
 
 
 def check_generation(directory: Path, record: Record) -> None:
