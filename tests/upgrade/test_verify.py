@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -335,6 +336,15 @@ def test_a_public_path_that_leads_elsewhere_is_found_and_the_advice_puts_it_righ
     assert (problems(node), status(node).problems) == ({}, ())
 
 
+def test_a_directory_in_the_place_of_a_public_path_is_found(node: hitless.Node, release: Release) -> None:
+    hitless.apply(node, release(1))
+    (node.root / "progs").unlink()
+    (node.root / "progs").mkdir()
+    (told,) = problems(node)["public paths"]
+    assert "progs is no symbolic link" in told
+    assert "remove it, then put it right: ln -sfn current/progs" in told
+
+
 def test_what_others_put_under_the_root_is_found_all_of_it(node: hitless.Node, release: Release) -> None:
     hitless.apply(node, release(1))
     create(1, "theirs", 4, 4, 1).pin(node.root / "theirs")
@@ -481,8 +491,6 @@ def holding(*paths: Path) -> subprocess.Popen[str]:
 
 
 def wait_until(true: Callable[[], bool]) -> None:
-    import time
-
     until = time.monotonic() + 5
     while not true():
         assert time.monotonic() < until

@@ -141,7 +141,7 @@ def hook_problem(hook: Hook, link: LinkInfo | None, expected: int | None, links:
     if hook.hook == "cgroup" and link.attach_type != hook.attach_type:
         found = link.attach_type or link.type
         return f"link {name} is on {found}, not on {hook.attach_type}: somebody pinned another link there; {again}"
-    if not Path(hook.target).exists() and Path(hook.target).parent.is_dir():
+    if hook.hook == "cgroup" and not Path(hook.target).exists() and Path(hook.target).parent.is_dir():
         # The kernel keeps a removed cgroup, and the link on it, while sockets of its processes are open.
         return f"link {name} is on cgroup {link.cgroup_id}, and {hook.target} was removed: make it again, {again}"
     target = target_id(hook)
@@ -164,10 +164,12 @@ def public_problems(node: Node) -> Iterator[str]:
         path, wanted = node.root / name, f"current/{name}"
         found = os.readlink(path) if path.is_symlink() else None  # noqa: PTH115 - what is written, not what it means
         if found != wanted:
-            what = "is missing" if found is None else f"leads to {found}"
+            there = path.exists() and found is None
+            what = "is no symbolic link" if there else "is missing" if found is None else f"leads to {found}"
+            first = "look at what is in it, remove it, then " if there else ""
             yield (
                 f"{path} {what}, so who opens maps or programs by it does not get those of the running release; "
-                f"put it right: ln -sfn {wanted} {quote(str(path))}"
+                f"{first}put it right: ln -sfn {wanted} {quote(str(path))}"
             )
 
 
