@@ -320,18 +320,24 @@ def test_a_link_that_the_record_does_not_name_is_found(node: hitless.Node, relea
 
 
 @pytest.mark.parametrize("target", ["previous/maps", None])
-def test_a_public_path_that_leads_elsewhere_is_found_and_the_advice_puts_it_right(
+def test_a_public_path_that_is_missing_or_leads_elsewhere_is_found_and_the_advice_puts_it_right(
     node: hitless.Node, release: Release, target: str | None
 ) -> None:
     hitless.apply(node, release(1))
+    advice = f"ln -sfn current/maps {shlex.quote(str(node.root / 'maps'))}"
     (node.root / "maps").unlink()
     if target is not None:
         (node.root / "maps").symlink_to(target)
-    (told,) = problems(node)["public paths"]
+    found = problems(node)
+    assert set(found) == {"public paths"}
+    (told,) = found["public paths"]
     assert str(node.root / "maps") in told
-    assert told in status(node).problems
-    advice = f"ln -sfn current/maps {shlex.quote(str(node.root / 'maps'))}"
     assert advice in told
+    if target is None:
+        assert status(node).problems == (told,)
+    else:
+        with pytest.raises(hitless.NodeError, match=f"leads to {target}.*{advice}"):
+            status(node)
     subprocess.run(advice, shell=True, check=True)
     assert (problems(node), status(node).problems) == ({}, ())
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import TypeVar
 
 import msgspec
@@ -186,8 +187,10 @@ class Node:
     def foreign(self) -> Iterator[Path]:
         """What is under the root, or right under a generation, and hitless does not put there."""
         for path in _children(self.root):
-            is_directory = path.is_dir() and not path.is_symlink()
-            if not (path.is_symlink() if path.name in PUBLIC else path.name in _DIRECTORIES and is_directory):
+            if path.name in PUBLIC:
+                if not path.is_symlink() or path.readlink() != Path("current", path.name):
+                    yield path
+            elif path.name not in _DIRECTORIES or path.is_symlink() or not path.is_dir():
                 yield path
         for name in ("current", "next", "previous"):
             for path in _children(self.root / name):
@@ -197,6 +200,14 @@ class Node:
 
 def foreign_error(path: Path) -> NodeError:
     """The error for something at ``path`` that is not from hitless."""
+    if path.name in PUBLIC and path.is_symlink():
+        wanted = f"current/{path.name}"
+        return NodeError(
+            f"{path} was not made by hitless: it leads to {path.readlink()}, not to {wanted}, so who opens maps or "
+            f"programs by it does not get those of the running release; put it right: ln -sfn {wanted} "
+            f"{quote(str(path))}",
+            path=str(path),
+        )
     return NodeError(
         f"{path} was not made by hitless: another program uses this pin root, or it was put there by hand; "
         "choose another root (--root), or remove it",

@@ -320,7 +320,8 @@ def _check_links(node: Node, record: Record, programs: dict[str, int]) -> Check:
 
 
 def _check_foreign(node: Node, record: Record) -> Check:
-    found = [*node.foreign(), *strangers(node.current, record)]
+    public = {node.root / name for name in PUBLIC}  # which have a check of their own
+    found = [*(path for path in node.foreign() if path not in public), *strangers(node.current, record)]
     problems = [foreign_error(path).message for path in found]
     if node.previous.exists():
         try:
