@@ -29,17 +29,20 @@ from hitless.errors import (
 
 if TYPE_CHECKING:
     from hitless.bundle import Bundle
+    from hitless.upgrade.gc import Garbage, gc
     from hitless.upgrade.handle import MapHandle
     from hitless.upgrade.model import NodeState, Plan, Progress, Result
     from hitless.upgrade.node import Node
     from hitless.upgrade.pace import Pace
     from hitless.upgrade.transaction import apply, plan, recover, unload
+    from hitless.upgrade.verify import Verification, verify
 
 __all__ = [
     "Bundle",
     "BundleError",
     "BusyError",
     "ConverterError",
+    "Garbage",
     "HitlessError",
     "InterruptedUpgradeError",
     "KernelError",
@@ -54,17 +57,21 @@ __all__ = [
     "Progress",
     "Result",
     "UnsupportedError",
+    "Verification",
     "VerifyError",
     "apply",
+    "gc",
     "include_dir",
     "plan",
     "recover",
     "unload",
+    "verify",
 ]
 
 # Layouts can be read and compared where there is no libbpf, so the rest is imported when it is asked for.
 _ROOMS = {
     "Bundle": "bundle",
+    "Garbage": "upgrade.gc",
     "MapHandle": "upgrade.handle",
     "Node": "upgrade.node",
     "NodeState": "upgrade.model",
@@ -72,10 +79,13 @@ _ROOMS = {
     "Plan": "upgrade.model",
     "Progress": "upgrade.model",
     "Result": "upgrade.model",
+    "Verification": "upgrade.verify",
     "apply": "upgrade.transaction",
+    "gc": "upgrade.gc",
     "plan": "upgrade.transaction",
     "recover": "upgrade.transaction",
     "unload": "upgrade.transaction",
+    "verify": "upgrade.verify",
 }
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import hitless
+from hitless.kernel.programs import Program
 from meshd.demo.lab import Lab
 from tests.upgrade.conftest import Release, node, release, releases
+from tests.upgrade.test_verify import kill_at
 
 __all__ = ["node", "release", "releases"]  # fixtures
 
@@ -126,7 +130,130 @@ def test_a_refused_loss_is_told_with_what_to_do(
     hitless_command("apply", releases[1], *where, "--allow-loss", "tally", "--allow-loss", "limit")
 
 
-@pytest.mark.parametrize("command", ["inspect", "diff", "check", "snapshot", "plan", "apply", "status", "unload"])
+def test_verify_says_what_it_proved_and_on_how_much_and_exits_0(node: hitless.Node, release: Release) -> None:
+    hitless.apply(node, release(1))
+    hitless.apply(node, release(2))
+    text = hitless_command("verify", "--root", node.root)
+    assert "store 2.0, generation 2, under" in text
+    assert "ok  maps" in text
+    assert "not checked: what the maps hold" in text
+    assert text.endswith("all agree\n")
+    found = as_json("verify", "--root", node.root)
+    assert (found["schema"], found["generation"], found["version"], found["problems"]) == (1, 2, "2.0", [])
+    assert {check["name"]: check["looked_at"] for check in found["checks"]}["maps"] == 4
+    assert set(found["checks"][0]) == {"name", "looked_at", "proves", "problems", "untold"}
+
+
+def test_verify_names_what_is_wrong_and_exits_1(node: hitless.Node, release: Release) -> None:
+    hitless.apply(node, release(1))
+    (node.current / "maps" / "tally").unlink()
+    text = hitless_command("verify", "--root", node.root, code=1)
+    assert "wrong  maps" in text
+    assert f"problem: {node.current / 'maps' / 'tally'} is missing" in text
+    assert text.endswith("1 problem\n")
+    assert len(as_json("verify", "--root", node.root, code=1)["problems"]) == 1
+
+
+def test_gc_lists_what_goes_with_its_memory_and_a_dry_run_lists_the_same(node: hitless.Node, release: Release) -> None:
+    hitless.apply(node, release(1))
+    hitless.apply(node, release(2))
+    would = hitless_command("gc", "--root", node.root, "--dry-run")
+    assert node.previous.exists()
+    did = hitless_command("gc", "--root", node.root)
+    assert not node.previous.exists()
+    assert would.splitlines()[:-2] == did.splitlines()[:-2]
+    assert would.splitlines()[-2].startswith("would remove 5 pins; the kernel gets back about ")
+    assert did.splitlines()[-2].startswith("removed 5 pins; the kernel gets back about ")
+    assert did.splitlines()[-1] == "going back to 1.0 is no longer possible"
+    assert any("previous/maps/owner" in line and "kept by the running generation" in line for line in did.splitlines())
+    assert hitless_command("gc", "--root", node.root) == f"{node.root}: nothing to remove\n"
+    found = as_json("gc", "--root", node.root)
+    assert (found["schema"], found["dry_run"], found["items"], found["freed"]) == (1, False, [], 0)
+
+
+@pytest.mark.parametrize("command", [["status"], ["verify"], ["gc"], ["gc", "--dry-run"]])
+@pytest.mark.parametrize(
+    ("put", "code", "words"),
+    [
+        (lambda root: (root / "current" / "record").unlink(), 1, "has no record"),
+        (lambda root: (root / "maps").rename(root / "theirs"), 1, "theirs was not made by hitless"),
+        (lambda root: (root / "current" / "maps" / "owner").unlink(), 1, "owner is missing"),
+        (lambda root: hitless.unload(hitless.Node(root)), None, "nothing"),
+    ],
+    ids=["no record", "foreign", "no pin", "empty"],
+)
+def test_what_was_changed_by_hand_is_named_by_every_command_without_a_traceback(
+    node: hitless.Node,
+    release: Release,
+    command: list[str],
+    put: Callable[[Path], object],
+    code: int | None,
+    words: str,
+) -> None:
+    hitless.apply(node, release(1))
+    put(node.root)
+    line = [sys.executable, "-m", "hitless", *command, "--root", str(node.root)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == (code if code is not None else int(command == ["verify"]))
+    assert words in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("step", "command", "words"),
+    [
+        ("copy", "verify", "an upgrade to 2.0 was interrupted before its commit"),
+        ("copy", "status", "an upgrade to 2.0 was interrupted in phase staging"),
+        ("copy", "gc", None),
+        ("merge", "verify", "an upgrade to 2.0 was interrupted before its commit"),
+        ("merge", "status", "an upgrade to 2.0 was interrupted in phase cutover"),
+        ("merge", "gc", "an upgrade to 2.0 was interrupted before its commit"),
+        ("clean-up", "verify", "an upgrade to 2.0 was interrupted after its commit"),
+        ("clean-up", "status", "the upgrade to 2.0 is done but not cleaned up"),
+        ("clean-up", "gc", "an upgrade to 2.0 was interrupted after its commit"),
+    ],
+)
+def test_a_killed_upgrade_is_told_by_name(
+    node: hitless.Node,
+    release: Release,
+    releases: dict[int, Path],
+    lab: Lab,
+    step: str,
+    command: str,
+    words: str | None,
+) -> None:
+    hitless.apply(node, release(1))
+    kill_at(step, node, releases[2], lab)
+    line = [sys.executable, "-m", "hitless", command, "--root", str(node.root)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == int(words is not None), done.stdout + done.stderr
+    assert (words or "next/maps/limits") in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_verify_of_a_root_that_is_being_upgraded_names_the_process(node: hitless.Node, release: Release) -> None:
+    hitless.apply(node, release(1))
+    told = []
+    hitless.apply(node, release(2), prepare=lambda node: told.append(as_json("verify", "--root", node.root, code=1)))
+    assert (told[0]["error"]["code"], told[0]["error"]["pid"]) == ("busy", os.getpid())
+
+
+def test_status_shows_what_is_left_of_earlier_generations(node: hitless.Node, release: Release) -> None:
+    hitless.apply(node, release(1))
+    with Program.open(node.current / "progs" / "count4") as old:
+        hitless.apply(node, release(2))
+        hitless.apply(node, release(1), allow_loss=["tally", "limit", "extra"])
+        text = hitless_command("status", "--root", node.root)
+        assert "left of earlier generations:" in text
+        assert f"program  count4  {old.info.id}" in text
+        assert f"held by process {os.getpid()}" in text
+        left = as_json("status", "--root", node.root)["remnants"]
+        assert {entry["name"] for entry in left} == {"count4", "tally"}
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect", "diff", "check", "snapshot", "plan", "apply", "status", "verify", "gc", "unload"]
+)
 def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"Example: hitless {command}" in hitless_command(command, "--help")
 

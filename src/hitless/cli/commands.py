@@ -333,6 +333,41 @@ def status(root: str, as_json: bool) -> int:
     return 1 if seen.problems else 0
 
 
+@main.command(epilog="Example: hitless verify --root /sys/fs/bpf/mesh")
+@_root
+@_command(on_node=True)
+def verify(root: str, as_json: bool) -> int:
+    """Prove that pins, maps, programs, links and record belong together. Exit code: 0 all agree, 1 not, or trouble."""
+    import hitless
+    from hitless.cli.output import print_json, show_verification
+
+    found = hitless.verify(hitless.Node(root))
+    if as_json:
+        print_json(found)
+    else:
+        show_verification(found)
+    return 1 if found.problems else 0
+
+
+@main.command(epilog="Example: hitless gc --root /sys/fs/bpf/mesh --dry-run")
+@_root
+@click.option("--dry-run", is_flag=True, help="Show what would go, and change nothing.")
+@click.option(
+    "--allow-loss", multiple=True, metavar="NAME", help="What this ring buffer of the last release holds may be lost.",
+)  # fmt: skip
+@_command(on_node=True)
+def gc(root: str, dry_run: bool, allow_loss: tuple[str, ...], as_json: bool) -> None:
+    """Drop the last release's maps and programs, and what interrupted upgrades left; going back is over then."""
+    import hitless
+    from hitless.cli.output import print_json, show_garbage
+
+    found = hitless.gc(hitless.Node(root), dry_run, allow_loss)
+    if as_json:
+        print_json(found)
+    else:
+        show_garbage(found)
+
+
 @main.command(epilog="Example: hitless unload --root /sys/fs/bpf/mesh")
 @_root
 @click.option("--yes", is_flag=True, help="Do not ask on a terminal.")

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,9 +18,12 @@ from hitless.layout.show import diff_lines, show_map
 if TYPE_CHECKING:
     from hitless.compare import Comparison
     from hitless.sources import Source
+    from hitless.upgrade.gc import Garbage
     from hitless.upgrade.holders import Holder, Holders
-    from hitless.upgrade.model import HookPlan, MapPlan, Plan, Progress, Result
+    from hitless.upgrade.model import HookPlan, LeftRing, MapPlan, Plan, Progress, Result
+    from hitless.upgrade.remnants import Remnant
     from hitless.upgrade.status import Status
+    from hitless.upgrade.verify import Verification
 
 __all__ = [
     "annotation",
@@ -28,16 +32,19 @@ __all__ = [
     "progress_line",
     "show_annotations",
     "show_diffs",
+    "show_garbage",
     "show_left_behind",
     "show_plan",
     "show_result",
     "show_source",
     "show_status",
+    "show_verification",
 ]
 
 _COLOURS = {
     "keep": "green", "update": "cyan", "convert": "cyan", "create": "blue", "attach": "blue",
     "drop": "red", "discard": "red", "detach": "yellow",
+    "ok": "green", "wrong": "red",
 }  # fmt: skip
 
 _SELDOM = 5.0  # seconds between two lines about one copy, where lines stay
@@ -214,7 +221,8 @@ def show_result(result: Result) -> None:
 def show_status(status: Status) -> None:
     """What runs, then what is wrong with it."""
     if status.version is None:
-        click.echo(f"nothing of hitless runs under {status.root}")
+        gone = "pins are gone after a restart of the machine or an unload; apply a release"
+        click.echo(f"nothing of hitless runs under {status.root}: {gone}")
     else:
         previous = f", previous {status.previous}" if status.previous else ""
         click.echo(f"{status.name} {status.version}, generation {status.generation}{previous}, under {status.root}")
@@ -226,15 +234,87 @@ def show_status(status: Status) -> None:
         hooks = [(h.link, h.attach_type, h.program or "?", str(h.program_id or "-"), h.target) for h in status.hooks]
         _table("hooks", ("link", "attach type", "program", "id", "target"), hooks)
         _show_holders(status.holders)
-    for ring in status.left:
-        who = f"process {', '.join(map(str, ring.holders))}" if ring.holders else "nobody"
-        click.echo(f"ring buffer {ring.name} of {status.previous} holds {ring.unread} unread bytes; {who} has it open")
+        left = [
+            (r.kind, r.name, str(r.id), f"of generation {r.generation}", _bytes(r.memory), _kept(r))
+            for r in status.remnants
+        ]
+        _table("left of earlier generations", ("kind", "name", "id", "generation", "memory", "kept by"), left)
+    _show_rings(status.left, status.previous)
     for problem in status.problems:
         click.secho(f"problem: {problem}", fg="red")
     if status.upgrading is not None:
         click.echo(f"process {status.upgrading} is upgrading this root right now")
     if not status.problems:
         click.echo("no problems")
+
+
+def _kept(remnant: Remnant) -> str:
+    """What keeps it, as far as that can be seen."""
+    told = [
+        f"held by {_plural(len(remnant.processes), 'process')} {', '.join(map(str, remnant.processes))}"
+        if remnant.processes else "",
+        f"runs on {_plural(len(remnant.links), 'link')} {', '.join(map(str, remnant.links))}" if remnant.links else "",
+        f"used by {_plural(len(remnant.programs), 'program')} {', '.join(map(str, remnant.programs))}"
+        if remnant.programs else "",
+    ]  # fmt: skip
+    return "; ".join(filter(None, told)) or "held by what cannot be seen: a pin elsewhere, or mapped memory"
+
+
+def _show_rings(rings: Sequence[LeftRing], version: str | None) -> None:
+    for ring in rings:
+        who = f"process {', '.join(map(str, ring.holders))}" if ring.holders else "nobody"
+        click.echo(f"ring buffer {ring.name} of {version} holds {ring.unread} unread bytes; {who} has it open")
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1024:,.0f} KiB" if count >= 1024 else f"{count} B"
+
+
+def show_verification(found: Verification) -> None:
+    """What was proved, and on how many; then what is wrong."""
+    click.echo(f"{found.name} {found.version}, generation {found.generation}, under {found.root}")
+    rows = [
+        ("wrong" if check.problems else "ok", check.name, str(check.looked_at), check.proves) for check in found.checks
+    ]
+    _table("checked", ("", "what", "looked at", "what holds if ok"), rows)
+    for check in found.checks:
+        for text in check.untold:
+            click.echo(f"not told: {printable(text)}")
+    click.echo("not checked: what the maps hold, which programs change all the time")
+    for problem in found.problems:
+        click.secho(f"problem: {printable(problem)}", fg="red")
+    count = len(found.problems)
+    click.echo(f"{count} {_plural(count, 'problem')}" if count else "all agree")
+
+
+def show_garbage(found: Garbage) -> None:
+    """What goes and why, what keeps it nevertheless, and the memory that comes back."""
+    if not found.items:
+        click.echo(f"{found.root}: nothing to remove")
+        return
+    rows = [
+        (
+            str(Path(item.path).relative_to(found.root)),
+            item.kind,
+            str(item.id or "-"),
+            _bytes(item.memory),
+            f"{item.why}; kept by {item.kept_by}" if item.kept_by else item.why,
+        )
+        for item in found.items
+    ]
+    _table("garbage", ("pin", "kind", "id", "memory", "what it is"), rows)
+    _show_rings(found.left, found.version)
+    if found.blocked:
+        options = " ".join(f"--allow-loss {name}" for name in found.blocked)
+        click.echo(f"gc will refuse this: unread bytes would be lost. If that is fine, add {options}")
+    count = len(found.items)
+    click.echo(
+        f"{'would remove' if found.dry_run else 'removed'} {count} {_plural(count, 'pin')}; the kernel gets back about "
+        f"{_bytes(found.freed)}"
+    )
+    if found.version is not None:
+        when = "would no longer be" if found.dry_run else "is no longer"
+        click.echo(f"going back to {found.version} {when} possible")
 
 
 def show_left_behind(holders: Holders) -> None:

@@ -85,6 +85,14 @@ class Object:
             os.close(self.fd)
             self.fd = -1
 
+    @property
+    def memory(self) -> int:
+        """Bytes that the kernel holds for it; 0 where the kernel does not tell (links)."""
+        for line in Path(f"/proc/self/fdinfo/{self.fd}").read_text().splitlines():
+            if line.startswith("memlock:"):
+                return int(line.split()[1])
+        return 0
+
     def pin(self, path: Path) -> None:
         """Pin at ``path`` on a bpffs, for its owner alone. Raises KernelError (EEXIST if something is there)."""
         check(lib().bpf_obj_pin(self.fd, os.fsencode(path)), "BPF_OBJ_PIN", path)

@@ -87,6 +87,8 @@ ffi.cdef(
     int bpf_obj_get_info_by_fd(int fd, void *info, __u32 *info_len);
     int bpf_prog_get_fd_by_id(__u32 id);
     int bpf_btf_get_fd_by_id(__u32 id);
+    int bpf_link_get_fd_by_id(__u32 id);
+    int bpf_link_get_next_id(__u32 start_id, __u32 *next_id);
     int bpf_link_create(int prog_fd, int target_fd, int attach_type, const void *opts);
     int bpf_iter_create(int link_fd);
     int bpf_link_update(int link_fd, int new_prog_fd, const struct bpf_link_update_opts *opts);

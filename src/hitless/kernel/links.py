@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -12,7 +14,7 @@ from hitless.kernel.libbpf import Object, check, ffi, lib, options, pinned_kind
 from hitless.kernel.mounts import filesystem
 from hitless.kernel.programs import Program
 
-__all__ = ["Link", "LinkInfo", "cgroup_id"]
+__all__ = ["Link", "LinkInfo", "all_links", "cgroup_id"]
 
 _F_REPLACE = 1 << 2  # BPF_F_REPLACE
 
@@ -25,6 +27,11 @@ class LinkInfo(msgspec.Struct, frozen=True):
     program_id: int
     cgroup_id: int = 0
     attach_type: str = ""
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it runs nowhere: its cgroup was removed, or somebody detached it. Told of cgroup links only."""
+        return self.type == "cgroup" and self.cgroup_id == 0
 
 
 class Link(Object):
@@ -92,6 +99,21 @@ class Link(Object):
     def detach(self) -> None:
         """Take the program off its hook now, whoever still holds the link."""
         check(lib().bpf_link_detach(self.fd), "BPF_LINK_DETACH", f"link {self.info.id}")
+
+
+def all_links() -> Iterator[LinkInfo]:
+    """Every link that the kernel has now, whoever made it. Raises KernelError (EPERM without CAP_SYS_ADMIN)."""
+    number = ffi.new("__u32 *")
+    while True:
+        result = lib().bpf_link_get_next_id(number[0], number)
+        if result < 0 and ffi.errno == errno.ENOENT:
+            return
+        check(result, "BPF_LINK_GET_NEXT_ID", "links")
+        fd = lib().bpf_link_get_fd_by_id(number[0])
+        if fd < 0 and ffi.errno in (errno.ENOENT, errno.EAGAIN):
+            continue  # gone meanwhile, or not yet complete
+        with Link(check(fd, "BPF_LINK_GET_FD_BY_ID", f"link {number[0]}")) as link:
+            yield link.info
 
 
 def cgroup_id(path: Path) -> int:

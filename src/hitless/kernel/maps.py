@@ -182,13 +182,8 @@ class Map(Object):
 
     def most_entries(self) -> int:
         """No fewer than there are now: ``max_entries``, or less where the kernel tells how much memory is used."""
-        usage = next(
-            int(line.split()[1])
-            for line in Path(f"/proc/self/fdinfo/{self.fd}").read_text().splitlines()
-            if line.startswith("memlock:")
-        )
         least = _HASH_ENTRY + self.info.key_size + self.info.value_size
-        return min(self.info.max_entries, usage // least) if self.info.type == "hash" else self.info.max_entries
+        return min(self.info.max_entries, self.memory // least) if self.info.type == "hash" else self.info.max_entries
 
     def entries(self) -> tuple[Rows, Rows]:
         """All keys and values at once, as two arrays of rows."""

@@ -1,4 +1,4 @@
-"""Other processes, as /proc shows them: who holds a lock, who holds a map, and by which command they go."""
+"""Other processes, as /proc shows them: who holds a lock, a map or a program, and by which command they go."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-__all__ = ["command", "lock_holder", "map_holders"]
+__all__ = ["command", "holders_of", "lock_holder", "map_holders"]
 
 _MAP = "anon_inode:bpf-map"
+_IDS = {_MAP: "map_id:", "anon_inode:bpf-prog": "prog_id:"}
 
 
 def lock_holder(path: Path) -> int | None:
@@ -53,6 +54,29 @@ def map_holders(ids: Collection[int], mark: Path) -> Iterator[tuple[int, frozens
         found = held & frozenset(ids)
         if found:
             yield pid, found, marked is not None and any(_place(path) == marked for path in marks)
+
+
+def holders_of(ids: Collection[tuple[str, int]]) -> dict[tuple[str, int], tuple[int, ...]]:
+    """Ids of the other processes that hold these by a descriptor; each is ("map" or "program", the kernel's id).
+
+    Those that may not be looked at (that takes root) are left out, and so is one that has mapped a map's memory and
+    closed its descriptor.
+    """
+    found: dict[tuple[str, int], set[int]] = {one: set() for one in ids}
+    for link in Path("/proc").glob("[0-9]*/fd/*") if ids else ():
+        pid = int(link.parts[2])
+        try:
+            target = "" if pid == os.getpid() else str(link.readlink())
+            if target not in _IDS:
+                continue
+            text = (link.parents[1] / "fdinfo" / link.name).read_text()
+        except OSError:
+            continue  # closed or ended meanwhile
+        number = next((int(line.split()[1]) for line in text.splitlines() if line.startswith(_IDS[target])), 0)
+        held = ("map" if target == _MAP else "program", number)
+        if held in found:
+            found[held].add(pid)
+    return {one: tuple(sorted(pids)) for one, pids in found.items()}
 
 
 def _look(pid: int, name: str) -> tuple[frozenset[int], list[Path]]:

@@ -13,7 +13,7 @@ from hitless.errors import KernelError, NodeError, UnsupportedError
 from hitless.kernel.libbpf import Object, check, ffi, lib, messages, options, pinned_kind
 from hitless.kernel.maps import Map
 
-__all__ = ["Loaded", "Program", "ProgramInfo", "load_code", "load_object"]
+__all__ = ["Loaded", "Program", "ProgramInfo", "is_loaded", "load_code", "load_object"]
 
 _LOG_BYTES = 1 << 20
 
@@ -68,6 +68,15 @@ class Program(Object):
     def by_id(cls, program_id: int) -> Program:
         """Open the loaded program with the kernel's ``program_id``. Raises KernelError (ENOENT if it is gone)."""
         return cls(check(lib().bpf_prog_get_fd_by_id(program_id), "BPF_PROG_GET_FD_BY_ID", f"program {program_id}"))
+
+
+def is_loaded(program_id: int) -> bool:
+    """Whether the kernel still has the program with this id: something holds it."""
+    fd = lib().bpf_prog_get_fd_by_id(program_id)
+    if fd < 0 and ffi.errno == errno.ENOENT:
+        return False
+    os.close(check(fd, "BPF_PROG_GET_FD_BY_ID", f"program {program_id}"))
+    return True
 
 
 def load_code(kind: int, name: str, code: bytes, what: str, **fields: int) -> Program:

@@ -14,6 +14,7 @@ from hitless.layout.model import MapSpec, ObjectSpec
 from hitless.layout.rules import MapRules
 
 __all__ = [
+    "NOT_SWITCHED",
     "PHASES",
     "SCHEMA",
     "Cutover",
@@ -25,16 +26,22 @@ __all__ = [
     "MapPlan",
     "MapResult",
     "NodeState",
+    "PinnedMap",
+    "PinnedProgram",
     "Plan",
     "Progress",
     "Record",
     "ReplacedMap",
+    "ReplacedProgram",
     "Result",
 ]
 
 PHASES = ("staging", "copying", "cutover", "undoing", "merging-back", "undone", "committed")
 """How far a generation came. Until ``cutover`` no hook runs it; from then on it is finished forward, or, once its
 upgrader met an error, taken back through ``undoing`` (hooks), ``merging-back`` (maps) and ``undone``."""
+
+NOT_SWITCHED = ("staging", "copying", "undone")
+"""Phases in which no hook runs the new release: undoing is removing what was built."""
 
 SCHEMA = 1
 """Version of the record's format; a hitless that knows less refuses to touch what is newer."""
@@ -124,14 +131,39 @@ class ReplacedMap(msgspec.Struct, frozen=True):
     generation: int
 
 
+class ReplacedProgram(msgspec.Struct, frozen=True):
+    """A program of an earlier generation; its last ``generation`` is told by number, ``tag`` is the kernel's."""
+
+    id: int
+    name: str
+    generation: int
+    tag: str
+
+
+class PinnedMap(msgspec.Struct, frozen=True):
+    """What the kernel said of a map when it was pinned, and no object tells: its id stays while the map lives."""
+
+    id: int
+    max_entries: int
+    flags: int
+
+
+class PinnedProgram(msgspec.Struct, frozen=True):
+    """What the kernel said of a program when it was pinned; ``tag`` is its hash of the instructions, in hex."""
+
+    id: int
+    tag: str
+
+
 class Record(msgspec.Struct, frozen=True):
     """What a generation is. ``generation`` counts up from 1; ``digest`` is the bundle's.
 
     ``objects`` is the release's MapSpec snapshot; ``maps`` holds the spec of each pinned map by pin name, as the
     release defines it. ``plan``, ``rules`` and ``converters`` (sources of the bundle's modules) are set while the
     upgrade to this generation runs, so that it can be finished without the bundle. ``replaced`` are the maps of earlier
-    generations that something may still hold. ``unwritten`` are the maps that no program of the release writes, as the
-    verifier has shown.
+    generations that something may still hold, ``replaced_programs`` their programs. ``unwritten`` are the maps that no
+    program of the release writes, as the verifier has shown. ``pinned_maps`` and ``pinned_programs`` tell what is
+    pinned by its kernel's id, by name; empty in a record of a hitless that did not note them.
     """
 
     generation: int
@@ -147,6 +179,9 @@ class Record(msgspec.Struct, frozen=True):
     replaced: tuple[ReplacedMap, ...] = ()
     converters: dict[str, str] = {}
     unwritten: tuple[str, ...] = ()
+    pinned_maps: dict[str, PinnedMap] = {}
+    pinned_programs: dict[str, PinnedProgram] = {}
+    replaced_programs: tuple[ReplacedProgram, ...] = ()
     schema: int = SCHEMA
 
 
@@ -193,6 +228,11 @@ class NodeState(msgspec.Struct, frozen=True):
     litter: bool = False
     previous: str | None = None
     left: tuple[LeftRing, ...] = ()
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether ``next/`` is the rest of an upgrade that had switched no hook: undoing it is removing that."""
+        return self.litter or (self.unfinished is not None and self.unfinished.phase in NOT_SWITCHED)
 
     @property
     def version(self) -> str | None:

@@ -18,9 +18,11 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
+from typing import TypeVar
 
 import msgspec
 
@@ -34,13 +36,17 @@ from hitless.kernel.programs import Program
 from hitless.kernel.rings import holders, unread_bytes
 from hitless.layout.model import MapSpec
 from hitless.upgrade.handle import Access, MapHandle
-from hitless.upgrade.model import Generation, LeftRing, LiveMap, NodeState
-from hitless.upgrade.record import map_pin, read_record
+from hitless.upgrade.model import Generation, LeftRing, LiveMap, NodeState, Record
+from hitless.upgrade.record import advice, map_pin, read_record
 
-__all__ = ["Node"]
+__all__ = ["PUBLIC", "Node", "foreign_error", "generation_record"]
+
+T = TypeVar("T")
 
 _DIRECTORIES = ("current", "next", "previous", "links", "writers")
-_PUBLIC = ("maps", "progs")
+PUBLIC = ("maps", "progs")
+"""The symbolic links under a root that lead into ``current/``, where other programs open maps and programs."""
+
 _LOOK_SECONDS = 5.0
 _PINS = ("maps", "data", "progs")
 _SUBDIRECTORIES = (*_PINS, "base", "back")
@@ -63,11 +69,15 @@ class Node:
 
         Raises NodeError if the root is no place for pins or holds what is not ours, BusyError if it never rests.
         """
+        return self.at_rest(self._look)
+
+    def at_rest(self, look: Callable[[], T]) -> T:
+        """What ``look`` sees, called again if an upgrade takes a step meanwhile. Raises BusyError if it never rests."""
         until = time.monotonic() + _LOOK_SECONDS
         while time.monotonic() < until:
             before = self._outline()
             try:
-                state = self._look()
+                state = look()
             except (HitlessError, FileNotFoundError):
                 if self._outline() == before:
                     raise
@@ -178,27 +188,30 @@ class Node:
     def refuse_foreign(self) -> None:
         """Raise NodeError if there is anything under the root that hitless does not put there, or cannot trust."""
         self.refuse_untrusted()
+        for path in self.foreign():
+            raise foreign_error(path)
+
+    def foreign(self) -> Iterator[Path]:
+        """What is under the root, or right under a generation, and hitless does not put there."""
         for path in _children(self.root):
-            is_directory = path.is_dir() and not path.is_symlink()
-            if not (path.is_symlink() if path.name in _PUBLIC else path.name in _DIRECTORIES and is_directory):
-                raise _foreign(path)
+            if path.name in PUBLIC:
+                if not path.is_symlink() or path.readlink() != Path("current", path.name):
+                    yield path
+            elif path.name not in _DIRECTORIES or path.is_symlink() or not path.is_dir():
+                yield path
         for name in ("current", "next", "previous"):
             for path in _children(self.root / name):
                 if not (path.name == "record" or (path.name in _SUBDIRECTORIES and path.is_dir())):
-                    raise _foreign(path)
+                    yield path
 
     def refuse_untrusted(self) -> None:
-        """Raise NodeError if another user can change the root or what is in it, or if a symbolic link leads out of it.
+        """Raise NodeError if another user can change the root or what is in it, or if a symbolic link is a pin.
 
         What carriers keep is left out, which comes and goes: the lock looks at that.
         """
         require_private(self.root)
-        for name in _PUBLIC:
-            public = self.root / name
-            if public.is_symlink() and public.readlink() != Path("current", name):
-                raise _foreign(public)
         for path in _children(self.root):
-            if path.name not in _PUBLIC:
+            if path.name not in PUBLIC:
                 require_own(path)
         generations = [self.root / name for name in ("current", "next", "previous")]
         for directory in (self.links, self.access.lock.directory, *generations):
@@ -208,7 +221,16 @@ class Node:
             require_own(path)
 
 
-def _foreign(path: Path) -> NodeError:
+def foreign_error(path: Path) -> NodeError:
+    """The error for something at ``path`` that is not from hitless."""
+    if path.name in PUBLIC and path.is_symlink():
+        wanted = f"current/{path.name}"
+        return NodeError(
+            f"{path} was not made by hitless: it leads to {path.readlink()}, not to {wanted}, so who opens maps or "
+            f"programs by it does not get those of the running release; put it right: ln -sfn {wanted} "
+            f"{quote(str(path))}",
+            path=str(path),
+        )
     return NodeError(
         f"{path} was not made by hitless: another program uses this pin root, or it was put there by hand; "
         "choose another root (--root), or remove it",
@@ -216,12 +238,18 @@ def _foreign(path: Path) -> NodeError:
     )
 
 
-def _generation(directory: Path) -> Generation:
+def generation_record(directory: Path) -> Record:
+    """The record of the generation in ``directory``. Raises NodeError if it has none or it cannot be read."""
     if not (directory / "record").exists():
         raise NodeError(
-            f"{directory} has no record: its pins are not from hitless, or were removed by hand", path=str(directory)
+            f"{directory} has no record: its pins are not from hitless, or it was removed by hand; {advice(directory)}",
+            path=str(directory),
         )
-    record = read_record(directory / "record")
+    return read_record(directory / "record")
+
+
+def _generation(directory: Path) -> Generation:
+    record = generation_record(directory)
     maps = {}
     for name, declared in record.maps.items():
         path = map_pin(directory, name)

@@ -6,12 +6,14 @@ import errno
 
 import msgspec
 
-from hitless.errors import KernelError
+from hitless.errors import BusyError, KernelError
 from hitless.kernel.maps import Map
+from hitless.upgrade.drift import expected_program, hook_problem, public_problems, replaced_pins
 from hitless.upgrade.holders import Holders, find_holders
-from hitless.upgrade.model import LeftRing
+from hitless.upgrade.model import LeftRing, NodeState
 from hitless.upgrade.node import Node
 from hitless.upgrade.record import map_pin
+from hitless.upgrade.remnants import Remnant, find_remnants, remnant_problems
 
 __all__ = ["HookStatus", "MapStatus", "Status", "status"]
 
@@ -48,7 +50,9 @@ class Status(msgspec.Struct, frozen=True):
 
     ``upgrading`` is the id of the process that upgrades right now: what is between two releases is no problem then.
     ``holders`` are the processes that hold the maps, and those that still hold maps which an upgrade has replaced.
-    ``left`` are ring buffers of the last release that hold unread bytes; the next upgrade removes them.
+    ``left`` are ring buffers of the last release that hold unread bytes; the next upgrade removes them. ``remnants``
+    are maps and programs of earlier generations that the kernel still has though no pin here refers to them, and pinned
+    programs of them that something else still uses.
     """
 
     root: str
@@ -63,6 +67,7 @@ class Status(msgspec.Struct, frozen=True):
     upgrading: int | None = None
     holders: Holders = Holders()
     left: tuple[LeftRing, ...] = ()
+    remnants: tuple[Remnant, ...] = ()
     schema: int = 1
 
 
@@ -98,20 +103,21 @@ def status(node: Node) -> Status:
         )
         for name, live in state.current.maps.items()
     )
-    names = {program.id: name for name, program in state.current.programs.items()}
+    pinned = {name: program.id for name, program in state.current.programs.items()}
+    # A pin that was replaced says nothing of what runs on a hook; the record does.
+    names = {number: name for name, number in pinned.items()}
+    names |= {program.id: name for name, program in record.pinned_programs.items()}
+    if not upgrading:
+        problems += [*replaced_pins(node.current, state.current), *public_problems(node)]
+    # Between two releases, links run the programs of one or the other: that is told already, and nobody else's doing.
+    settled = record.phase == "committed" and (state.unfinished is None or state.abandoned)
     hooks = []
     for hook in record.hooks:
         link = state.links.get(hook.link)
         runs = names.get(link.program_id) if link else None
-        if link is None:
-            problems.append(f"link {hook.link} is gone: its hook runs nothing of ours; apply the same release again")
-        elif link.cgroup_id == 0:
-            problems.append(f"link {hook.link} is detached: {hook.target} was removed; apply the same release again")
-        elif runs != hook.program:
-            problems.append(
-                f"link {hook.link} runs program {link.program_id}, not {hook.program}: someone else changed it; "
-                "apply the same release again to put it right"
-            )
+        problem = hook_problem(hook, link, expected_program(hook, record, pinned), node.links)
+        if problem is not None and settled:
+            problems.append(problem)
         hooks.append(
             HookStatus(
                 link=hook.link,
@@ -122,6 +128,8 @@ def status(node: Node) -> Status:
                 program_id=link.program_id if link else None,
             )
         )
+    remnants = () if upgrading else _remnants(node, state)
+    problems += remnant_problems(remnants)
     return Status(
         root=state.root,
         name=record.name,
@@ -135,7 +143,19 @@ def status(node: Node) -> Status:
         upgrading=upgrading,
         holders=find_holders(node, state.current),
         left=state.left,
+        remnants=remnants,
     )
+
+
+def _remnants(node: Node, state: NodeState) -> tuple[Remnant, ...]:
+    try:
+        return node.at_rest(lambda: find_remnants(node, state))
+    except BusyError:
+        return ()  # upgrade after upgrade: what is left changes all the time
+    except KernelError as error:
+        if error.facts["errno"] not in (errno.EPERM, errno.ENOENT):
+            raise
+        return ()  # without CAP_SYS_ADMIN, or of a generation that an upgrade has removed since it was seen
 
 
 def _count(node: Node, name: str) -> int | None:

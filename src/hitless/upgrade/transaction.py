@@ -39,6 +39,7 @@ from hitless.layout.variables import diff_sections
 from hitless.upgrade.carrier import Carrier, Passage, Successors, Tally
 from hitless.upgrade.carriers import CARRIERS
 from hitless.upgrade.cutover import detach_hooks, switch_back, switch_hooks
+from hitless.upgrade.drift import with_ids
 from hitless.upgrade.handle import Staged
 from hitless.upgrade.model import (
     Cutover,
@@ -60,11 +61,10 @@ from hitless.upgrade.record import create_record, map_pin, pin_name, read_record
 from hitless.upgrade.ring import drain
 from hitless.upgrade.section import carry_section
 from hitless.upgrade.unwritten import prove_unwritten
+from hitless.upgrade.verify import check_generation
 
 # Seconds that the barrier takes at most: 8 to 16 ms were measured.
 _BARRIER = 0.02
-# Phases in which no hook runs the new release: undoing is removing what was built.
-_NOT_SWITCHED = ("staging", "copying", "undone")
 
 __all__ = ["apply", "plan", "recover", "unload"]
 
@@ -208,7 +208,7 @@ def _recover(node: Node, tell: Callable[[Progress], None], wait: float) -> str |
     if state.current is not None and state.current.record.phase != "committed":
         _finish(node)
         return f"finished the clean-up after the upgrade to {state.version}"
-    if state.litter or (state.unfinished is not None and state.unfinished.phase in _NOT_SWITCHED):
+    if state.abandoned:
         remove_tree(node.next)
         return "undid an upgrade that had not switched any hook"
     if state.unfinished is None:
@@ -305,6 +305,7 @@ class _Upgrade:
                 for carrier in self._carried.values():
                     carrier.verify()
                 self._verify_pins()
+                check_generation(node.next, self._phase("copying"))
                 with node.access.alone(self._wait):
                     pass  # a writer that holds its lock without an end is found before a hook changes
         except BaseException:
@@ -398,6 +399,7 @@ class _Upgrade:
             held.pin(map_pin(node.next, name))
         for name, program in self._programs.items():
             program.pin(node.next / "progs" / name)
+        self._record = with_ids(self._record, self._maps, self._programs, self._current)
 
     def _replaced(self) -> tuple[ReplacedMap, ...]:
         """The maps that nobody finds by a path after this upgrade and the last, as far as somebody holds them."""

@@ -1,0 +1,184 @@
+"""What a node is, against what its record says: which pins and links are no longer those that an upgrade left.
+
+Names and shapes do not tell a map from another like it; the kernel's ids do, which stay while the object lives. So an
+upgrade notes them in the record, and here they are compared. Each finding is a sentence with what to do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from shlex import quote
+
+import msgspec
+
+from hitless.errors import InterruptedUpgradeError, NodeError
+from hitless.kernel.links import LinkInfo, cgroup_id
+from hitless.kernel.maps import Map, is_alive
+from hitless.kernel.programs import Program, is_loaded
+from hitless.upgrade.model import Generation, Hook, PinnedMap, PinnedProgram, Record, ReplacedProgram
+from hitless.upgrade.node import PUBLIC, Node
+from hitless.upgrade.record import map_pin
+
+__all__ = [
+    "expected_program",
+    "hook_problem",
+    "interrupted",
+    "missing",
+    "other_pin",
+    "public_problems",
+    "put_back",
+    "replaced_pins",
+    "strangers",
+    "target_id",
+    "with_ids",
+]
+
+_ALIVE = {"map": is_alive, "prog": is_loaded}
+_WORDS = {"map": "map", "prog": "program"}
+
+
+def with_ids(
+    record: Record, maps: Mapping[str, Map], programs: Mapping[str, Program], before: Generation | None
+) -> Record:
+    """``record`` with the ids of what is pinned for it, and the programs that it replaces: those of ``before``.
+
+    Earlier ones stay in the list while the kernel has them.
+    """
+    replaced: tuple[ReplacedProgram, ...] = ()
+    if before is not None:
+        old = before.record
+        replaced = (
+            *(entry for entry in old.replaced_programs if is_loaded(entry.id)),
+            *(ReplacedProgram(info.id, name, old.generation, info.tag) for name, info in before.programs.items()),
+        )
+    return msgspec.structs.replace(
+        record,
+        pinned_maps={
+            name: PinnedMap(held.info.id, held.info.max_entries, held.info.flags)
+            for name, held in maps.items()
+            if name in record.maps
+        },
+        pinned_programs={name: PinnedProgram(held.info.id, held.info.tag) for name, held in programs.items()},
+        replaced_programs=replaced,
+    )
+
+
+def put_back(kind: str, number: int, path: Path) -> str:
+    """The command that pins the ``map`` or ``prog`` with the kernel's id ``number`` at ``path``, whatever is there."""
+    return f"rm -f {quote(str(path))} && bpftool {kind} pin id {number} {quote(str(path))}"
+
+
+def missing(kind: str, path: Path, record: Record, number: int | None) -> str:
+    """The ``map`` or ``prog`` that should be pinned at ``path`` is not; ``number`` is its id, if the record tells."""
+    advice = f"pin it there again (bpftool {kind} pin)" if number is None else _advice(kind, number, path)
+    what = f"the record of generation {record.generation} has it, so the pin was removed by hand"
+    return f"{path} is missing: {what}; {advice}"
+
+
+def other_pin(kind: str, path: Path, found: int, number: int) -> str:
+    """At ``path`` is ``found``, and the record has ``number``."""
+    word = _WORDS[kind]
+    return (
+        f"{path} is {word} {found}, and the record has {word} {number}: somebody pinned another one there; "
+        f"{_advice(kind, number, path)}"
+    )
+
+
+def _advice(kind: str, number: int, path: Path) -> str:
+    if _ALIVE[kind](number):
+        return f"the right one still lives, so put it back: {put_back(kind, number, path)}"
+    lost = ", with all it held" if kind == "map" else ""
+    return f"{_WORDS[kind]} {number} is gone{lost}: hitless unload, then apply a release"
+
+
+def replaced_pins(directory: Path, generation: Generation) -> Iterator[str]:
+    """Pins of ``generation`` that are another map or program than its record says."""
+    for name, noted in generation.record.pinned_maps.items():
+        if name in generation.maps and generation.maps[name].info.id != noted.id:
+            yield other_pin("map", map_pin(directory, name), generation.maps[name].info.id, noted.id)
+    for name, known in generation.record.pinned_programs.items():
+        if name in generation.programs and generation.programs[name].id != known.id:
+            yield other_pin("prog", directory / "progs" / name, generation.programs[name].id, known.id)
+
+
+def strangers(directory: Path, record: Record) -> Iterator[Path]:
+    """What is pinned among the maps, variables and programs of a generation, and is not in its record."""
+    programs = {program.name for item in record.objects for program in item.programs}
+    expected = {map_pin(directory, name) for name in record.maps}
+    expected |= {directory / "progs" / name for name in programs}
+    for room in ("maps", "data", "progs"):
+        if (directory / room).is_dir():
+            yield from sorted(set((directory / room).iterdir()) - expected)
+
+
+def expected_program(hook: Hook, record: Record, pinned: Mapping[str, int]) -> int | None:
+    """Id of the program that should run on ``hook``: what the record says, else what is ``pinned`` (ids by name)."""
+    noted = record.pinned_programs.get(hook.program)
+    return pinned.get(hook.program) if noted is None else noted.id
+
+
+def target_id(hook: Hook) -> int | None:
+    """The kernel's id of the hook's cgroup, None if none is there or this is no hook of a cgroup."""
+    with suppress(NodeError, OSError):
+        return cgroup_id(Path(hook.target)) if hook.hook == "cgroup" else None
+    return None
+
+
+def hook_problem(hook: Hook, link: LinkInfo | None, expected: int | None, links: Path) -> str | None:
+    """What is wrong with the ``link`` of ``hook`` (None: it is not pinned), whose program should be ``expected``."""
+    name = hook.link
+    again = f"remove the pin (rm {quote(str(links / name))}) and apply the same release again"
+    if link is None:
+        return f"link {name} is gone: its hook runs nothing of ours; apply the same release again"
+    if link.is_dead:
+        if Path(hook.target).is_dir():
+            why = f"somebody detached it, or {hook.target} was removed and made again; apply the same release again"
+            return f"link {name} is detached: {why}"
+        return f"link {name} is detached: {hook.target} was removed; make it again and apply the same release again"
+    if hook.hook == "cgroup" and link.attach_type != hook.attach_type:
+        found = link.attach_type or link.type
+        return f"link {name} is on {found}, not on {hook.attach_type}: somebody pinned another link there; {again}"
+    if hook.hook == "cgroup" and not Path(hook.target).exists() and Path(hook.target).parent.is_dir():
+        # The kernel keeps a removed cgroup, and the link on it, while sockets of its processes are open.
+        return f"link {name} is on cgroup {link.cgroup_id}, and {hook.target} was removed: make it again, {again}"
+    target = target_id(hook)
+    if target is not None and link.cgroup_id != target:
+        return (
+            f"link {name} is attached to cgroup {link.cgroup_id}, not to {hook.target} (cgroup {target}): somebody "
+            f"pinned another link there; {again}"
+        )
+    if expected is not None and link.program_id != expected:
+        return (
+            f"link {name} runs program {link.program_id}, not {hook.program} (program {expected}): someone else "
+            "changed it; apply the same release again to put it right"
+        )
+    return None
+
+
+def public_problems(node: Node) -> Iterator[str]:
+    """The paths that other programs open, where they do not lead into the running generation."""
+    for name in PUBLIC:
+        path, wanted = node.root / name, f"current/{name}"
+        found = os.readlink(path) if path.is_symlink() else None  # noqa: PTH115 - what is written, not what it means
+        if found != wanted:
+            there = path.exists() and found is None
+            what = "is no symbolic link" if there else "is missing" if found is None else f"leads to {found}"
+            first = "look at what is in it, remove it, then " if there else ""
+            yield (
+                f"{path} {what}, so who opens maps or programs by it does not get those of the running release; "
+                f"{first}put it right: ln -sfn {wanted} {quote(str(path))}"
+            )
+
+
+def interrupted(node: Node, version: str | None, committed: bool) -> InterruptedUpgradeError:
+    """The error for an upgrade to ``version`` that was killed, ``committed`` or before that."""
+    what = f"to {version} " if version else ""
+    when = "after its commit" if committed else "before its commit"
+    return InterruptedUpgradeError(
+        f"{node.root}: an upgrade {what}was interrupted {when}, so what is there is between two releases; apply "
+        "finishes or undoes it first: apply any release",
+        path=str(node.root),
+    )
