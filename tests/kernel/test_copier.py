@@ -70,7 +70,8 @@ def test_the_number_of_entries_a_read_works_through_is_bounded() -> None:
         seen = []
         while copier.read(64):
             seen.append(copier.done)
-        assert seen == [*range(64, 1000, 64), 1000]
+        assert seen == [*range(64, 1000, 64)]
+        assert copier.done == 1000  # the last few come with the end
         copier.close()
 
 
