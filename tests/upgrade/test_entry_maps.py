@@ -282,20 +282,20 @@ def test_the_pace_of_a_copy_can_be_limited(node: hitless.Node, make: Make) -> No
 def test_entries_that_come_and_go_while_a_copy_runs_make_the_base_grow_and_the_pass_goes_on(
     node: hitless.Node, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, new = (make(version, store(fields, "HASH"), BY_CPU) for version, fields in (("1", OLD), ("2", NEW)))
+    old, new = (make(version, store(fields, "HASH", 1024), BY_CPU) for version, fields in (("1", OLD), ("2", NEW)))
     hitless.apply(node, old)
-    node.map("held").update_many((key, {"count": key, "most": 1}) for key in range(60))
-    monkeypatch.setattr("hitless.upgrade.copy.CHUNK", 16)
+    node.map("held").update_many((key, {"count": key, "most": 1}) for key in range(400))
+    monkeypatch.setattr("hitless.upgrade.copy.CHUNK", 64)
     copied = []
 
     def come_and_go(event: hitless.Progress) -> None:
-        if event.step == "copy" and event.done and event.done < 60:
+        if event.step == "copy" and event.done and event.done < 400:
             copied.append(event.done)
             for key in range(1000, 1300):
                 node.map("held")[key] = {"count": 1, "most": 1}
                 del node.map("held")[key]
 
     result = hitless.apply(node, new, progress=come_and_go)
-    assert copied == [16, 32, 48]
-    assert result.maps[0].entries == 60
-    assert {key: value["count"] for key, value in node.map("held").items()} == {key: key for key in range(60)}
+    assert copied == [*range(64, 400, 64)]
+    assert result.maps[0].entries == 400
+    assert {key: value["count"] for key, value in node.map("held").items()} == {key: key for key in range(400)}

@@ -9,7 +9,7 @@
  *     };
  *     struct { ... } service_counter SEC(".maps") HITLESS_WAS(counter);
  *     struct { ... } session SEC(".maps") HITLESS_GROUP(auth);    carried with the others of the group or not at all
- *     struct { ... } route SEC(".maps") HITLESS_PROGRAMS_READ;    no program writes it: copied faster, with less memory
+ *     struct { ... } route SEC(".maps") HITLESS_PROGRAMS_READ;    no program writes it: copied with less memory
  *
  * It travels in the object's BTF. A compiler that cannot write such tags (clang before 14, gcc before 16) leaves them
  * out; bundle.toml can say the same.

@@ -39,7 +39,7 @@ from hitless.kernel.codegen import (
 )  # fmt: skip
 from hitless.kernel.iterators import Iterator
 from hitless.kernel.maps import Map
-from hitless.kernel.per_entry import Scratch, begin_entry, count, end_entry
+from hitless.kernel.per_entry import EACH, Scratch, begin_entry, count, end_entry
 from hitless.layout.conversion import Conversion
 
 __all__ = ["Checked", "Checker", "Copier"]
@@ -67,13 +67,13 @@ class Copier:
         self._iterator.open(old)
 
     def read(self, entries: int) -> bool:
-        """Go on for so many entries or less, as the base has room for; there must be room. False at the end.
+        """Go on for so many entries or less, as the base has room for, which must be ``EACH``. False at the end.
 
         An entry that the new map has no room for is left out of both. Raises OSError with the kernel's errno for an
         entry that could not be written for another reason.
         """
         self._scratch[_NEXT] = self._base.used  # a dual write may have taken rows since the last read
-        more = bool(self._iterator.read(min(entries, self._base.room)))
+        more = bool(self._iterator.read(min(entries, self._base.room) // EACH))
         self._base.passed(self._scratch[_NEXT])
         error = self._scratch[_ERROR]
         if error:
@@ -111,14 +111,14 @@ class Checker:
         self._iterator = Iterator.load("bpf_map_elem", code, f"check_{name}")
         self._open(0)
 
-    def read(self, rows: int) -> int:
-        """Go on for so many rows or less; returns how many, 0 at the end."""
-        while not (read := len(self._iterator.read(rows))):
+    def read(self, rows: int) -> bool:
+        """Go on for so many rows or less, but ``EACH``; False at the end."""
+        if not self._iterator.read(max(1, rows // EACH)):
             following = self._scratch[_START] + self._base.segments.each
-            if following == self._base.capacity:
-                break
+            if following >= self._base.used:
+                return False
             self._open(following)
-        return read
+        return True
 
     def _open(self, row: int) -> None:
         """Go on with the segment that begins with ``row``."""

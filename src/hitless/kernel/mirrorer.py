@@ -34,7 +34,7 @@ from hitless.kernel.codegen import (
 )
 from hitless.kernel.iterators import Iterator
 from hitless.kernel.maps import EXIST, NOEXIST, Map
-from hitless.kernel.per_entry import Scratch, begin_entry, count, end_entry, put_out
+from hitless.kernel.per_entry import EACH, Scratch, begin_entry, count, end_entry, put_out
 from hitless.layout.conversion import Conversion
 
 __all__ = ["Mirrorer", "Sweeper"]
@@ -66,8 +66,8 @@ class Mirrorer:
         self._iterator.open(self._old)
 
     def read(self, entries: int) -> bool:
-        """Go on for so many entries or less; False at the end. Raises OSError with the kernel's errno."""
-        more = bool(self._iterator.read(entries))
+        """Go on for so many entries, or a few more; False at the end. Raises OSError with the kernel's errno."""
+        more = bool(self._iterator.read(max(1, entries // EACH)))
         if self._scratch[_ERROR]:
             raise OSError(-self._scratch[_ERROR], "mirroring an entry in the kernel")
         return more
@@ -110,11 +110,11 @@ class Sweeper:
         scratch.whole[scratch.rooms[0] + _FLAG - 1] = 1
         self._iterator = Iterator.load("bpf_map_elem", _sweep_code(old, scratch, self._size), f"sweep_{name}")
 
-    def keys(self, size: int) -> Iterating[list[bytes]]:
-        """One pass: lists of such keys, each after a read of ``size`` bytes, one for a key that is in both maps."""
+    def keys(self, entries: int) -> Iterating[list[bytes]]:
+        """One pass: lists of such keys, each after a look at so many entries or less, but ``EACH``."""
         self._iterator.open(self._new)
         rest = b""
-        while part := self._iterator.read(size):
+        while part := self._iterator.read(max(1, entries // EACH)):
             rest += part
             found = []
             while (at := rest.find(1)) >= 0 and len(rest) > at + self._size:

@@ -1,7 +1,7 @@
 """What programs have in common that an iterator runs once for each entry of a map.
 
-They begin with the context in R6, the key in R7 and the value in R8, and put out a byte for each entry, so that a read
-of so many bytes is so many entries of work.
+They begin with the context in R6, the key in R7 and the value in R8, and put out a byte for every ``EACH`` entries, so
+that a read of so many bytes is so much work and no more. A byte for each entry would take longer.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import numpy as np
 from hitless.kernel.base import padded
 from hitless.kernel.codegen import (
     ADD_IMM,
+    AND_IMM,
     EXIT,
     FP,
     JEQ_IMM,
+    JNE_IMM,
     LOAD,
     MOV,
     MOV_IMM,
@@ -34,11 +36,13 @@ from hitless.kernel.libbpf import options
 from hitless.kernel.maps import Rows, create
 from hitless.layout.conversion import Conversion
 
-__all__ = ["Scratch", "begin_entry", "count", "end_entry", "put_out"]
+__all__ = ["EACH", "Scratch", "begin_entry", "count", "end_entry", "put_out"]
 
 _ARRAY = 2  # BPF_MAP_TYPE_ARRAY
 _MMAPABLE = 1 << 10  # BPF_F_MMAPABLE
 _COUNTERS = 6
+EACH = 64
+"""Entries for which a program puts out one byte."""
 
 
 class Scratch:
@@ -81,8 +85,12 @@ def begin_entry(asm: Assembler) -> None:
 
 
 def end_entry(asm: Assembler) -> None:
-    """The label ``end``, and a byte of output for this entry."""
+    """The label ``end``, and a byte of output if this entry is the last of ``EACH``."""
     asm.label("end")
+    asm.emit(LOAD[8], R1, R6, 0)  # meta
+    asm.emit(LOAD[8], R1, R1, 16)  # meta->seq_num
+    asm.emit(AND_IMM, R1, imm=EACH - 1)
+    asm.emit(JNE_IMM, R1, off="exit", imm=EACH - 1)
     asm.emit(MOV_IMM, R1, imm=0)
     asm.emit(STORE[8], FP, R1, -8)
     asm.pointer(R2, FP, -8)

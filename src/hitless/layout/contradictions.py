@@ -29,7 +29,7 @@ def check_rules(spec: MapSpec, rules: MapRules) -> None:
         raise _clash(spec, None, "group", rules.group, tags.group)
     if spec.type != "hash" and only_read(spec, rules):
         raise LayoutError(
-            f"map {spec.name}: programs = \"read\" is for maps of type hash, whose copy it spares memory and time; a "
+            f"map {spec.name}: programs = \"read\" is for maps of type hash, whose copy it spares memory; a "
             f"{spec.type} map needs no such promise",
             map=spec.name,
             field=None,

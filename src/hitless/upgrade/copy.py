@@ -17,6 +17,7 @@ from hitless.kernel.base import Base, Indices, marks, padded
 from hitless.kernel.copier import Checker, Copier
 from hitless.kernel.maps import F_LOCK, Map, Rows, possible_cpus
 from hitless.kernel.merger import Merger, require_all_cpus
+from hitless.kernel.per_entry import EACH
 from hitless.layout.conversion import Converted, Leaf, Misfit, leaves
 from hitless.layout.members import lock_offset
 from hitless.layout.model import MapSpec, Type
@@ -231,7 +232,7 @@ class Carriage(msgspec.Struct):
         more = True
         while more:
             with self.writing:
-                self.make_room(1)
+                self.make_room(EACH)
                 try:
                     more = copier.read(CHUNK)
                 except OSError as error:
@@ -273,9 +274,8 @@ class Carriage(msgspec.Struct):
 
     def _verify_in_kernel(self) -> None:
         checker = Checker(self.name, self.target, self.base, *self.translation.conversions)
-        rows = 0
-        while rows < self.base.used and (read := checker.read(CHUNK)):
-            rows += read
+        while checker.read(CHUNK):
+            pass
         found = checker.found
         checker.close()
         if found.wrong and self.target.info.type != "lru_hash":  # which evicts as it likes

@@ -32,6 +32,7 @@ __all__ = ["Mirror", "carry_mirrored"]
 
 _HASH = 1  # BPF_MAP_TYPE_HASH
 _NO_PREALLOC = 1 << 0  # BPF_F_NO_PREALLOC
+_BEYOND = 1 << 16  # entries; the kernel takes 16 bytes for each at once
 
 
 class Mirror(msgspec.Struct):
@@ -214,8 +215,18 @@ class Mirror(msgspec.Struct):
     # What the old map cannot hold
 
     def _note_beyond(self, key: bytes, old: bytes | None) -> None:
-        empty = bytes(self.source.info.value_size)
-        self.beyond.update(key, int(old is not None).to_bytes(8, sys.byteorder) + (old or empty))
+        had = int(old is not None).to_bytes(8, sys.byteorder)
+        try:
+            self.beyond.update(key, had + (old or bytes(self.source.info.value_size)))
+        except KernelError as error:
+            if error.facts["errno"] != errno.E2BIG:
+                raise
+            raise KernelError(
+                f"map {self.name}: {_BEYOND} entries were written during this upgrade that the old release's map "
+                "cannot hold, and no more can be told apart; write them after the upgrade, or leave out the promise",
+                **error.facts,
+                map=self.name,
+            ) from None
 
     def _is_beyond(self, key: bytes) -> bool:
         """Whether the target's entry is what it is although the source's is different, and that as it was then."""
@@ -241,7 +252,7 @@ def carry_mirrored(passage: Passage) -> Mirror:
     if passage.fresh:
         sizes = source.info.key_size, 8 + source.info.value_size
         flags = options("bpf_map_create_opts", map_flags=_NO_PREALLOC)
-        beyond = create(_HASH, f"beyond_{passage.name}", *sizes, target.info.max_entries, flags)
+        beyond = create(_HASH, f"beyond_{passage.name}", *sizes, _BEYOND, flags)
         beyond.pin(passage.pin)
     else:
         beyond = Map.open(passage.pin)
