@@ -43,7 +43,7 @@ def save_plan(plan: Plan, path: Path | str) -> None:
     path = Path(path)
     body = msgspec.json.encode(plan)
     data = msgspec.json.encode(_File(_KIND, SCHEMA, hashlib.sha256(body).hexdigest(), msgspec.Raw(body)))
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    beside = path.parent / f".{path.name}.{secrets.token_hex(6)}"
     try:
         with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(data + b"\n")
