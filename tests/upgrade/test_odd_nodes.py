@@ -14,7 +14,7 @@ import pytest
 import hitless
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
-from tests.upgrade.conftest import Release, everything
+from tests.upgrade.conftest import Release, empty_bpffs, everything
 
 
 @pytest.fixture
@@ -89,8 +89,7 @@ def test_after_a_restart_of_the_machine_status_says_that_nothing_runs_and_recove
     node: hitless.Node, release: Release, lab: Lab
 ) -> None:
     hitless.apply(node, release(1))
-    subprocess.run(["umount", str(lab.bpffs)], check=True)
-    subprocess.run(["mount", "-t", "bpf", "-o", "mode=0700", lab.name, str(lab.bpffs)], check=True)
+    empty_bpffs(node, lab)
     assert (status(node).version, status(node).problems) == (None, ())
     assert hitless.recover(node) is None
     assert hitless.apply(node, release(1)).start_type == "normal"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import stat
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from hitless.upgrade.fingerprint import differences
 from hitless.upgrade.model import Fingerprint, LinkFacts, MapFacts
 from meshd.demo.lab import Lab
 from tests.releases import ATTACH, COUNTING, FIRST, write_release
-from tests.upgrade.conftest import Release
+from tests.upgrade.conftest import Release, empty_bpffs
 from tests.upgrade.test_verify import kill_at
 
 BACK = ("tally", "limit")
@@ -268,6 +267,11 @@ def spoiled(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     return lambda file: file.write_bytes(change(file.read_bytes()))
 
 
+def into_directory(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
 def with_key(name: str, value: object) -> Callable[[Path], object]:
     return lambda file: file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
 
@@ -284,7 +288,7 @@ def with_key(name: str, value: object) -> Callable[[Path], object]:
         (with_key("schema", 2), hitless.UnsupportedError, r"newer hitless \(plan schema 2, this one knows 1\)"),
         (lambda file: file.chmod(0o620), hitless.PlanError, "mode 0620\\) can be changed by others"),
         (lambda file: file.unlink(), hitless.PlanError, "cannot be read: No such file"),
-        (lambda file: (file.unlink(), file.mkdir()), hitless.PlanError, "is no regular file|Is a directory"),
+        (into_directory, hitless.PlanError, "is no regular file|Is a directory"),
     ],
     ids=["half", "empty", "binary", "list", "a letter", "other kind", "newer", "writable", "gone", "directory"],
 )
@@ -305,15 +309,10 @@ def test_a_plan_file_that_is_not_as_it_was_written_is_refused_by_name(
 # A restart of the machine in between takes everything on a bpffs away; a new mount has as little on it.
 
 
-def empty_bpffs(lab: Lab) -> None:
-    subprocess.run(["umount", str(lab.bpffs)], check=True)
-    subprocess.run(["mount", "-t", "bpf", "-o", "mode=0700", lab.name, str(lab.bpffs)], check=True)
-
-
 def test_a_plan_from_before_the_bpffs_was_emptied_is_refused(
     node: hitless.Node, release: Release, planned: hitless.Plan, lab: Lab
 ) -> None:
-    empty_bpffs(lab)
+    empty_bpffs(node, lab)
     words = r"generation 1 \(release 1.0, .*\) ran, and now nothing does.*plan again"
     refused(node, release(2), planned, hitless.NodeError, words)
     assert not node.root.exists()
@@ -322,7 +321,7 @@ def test_a_plan_from_before_the_bpffs_was_emptied_is_refused(
 def test_a_plan_from_before_a_restart_of_the_machine_is_refused(
     node: hitless.Node, release: Release, planned: hitless.Plan, lab: Lab
 ) -> None:
-    empty_bpffs(lab)
+    empty_bpffs(node, lab)
     assert planned.fingerprint is not None
     earlier = msgspec.structs.replace(planned.fingerprint, boot="3f2c9a0e-0000-0000-0000-000000000000")
     stale = msgspec.structs.replace(planned, fingerprint=earlier)

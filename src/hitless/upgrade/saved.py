@@ -87,9 +87,10 @@ def load_plan(path: Path | str) -> Plan:
         )
     try:
         file = msgspec.json.decode(data, type=_File)
-        if hashlib.sha256(bytes(file.plan)).hexdigest() != file.sha256:
+        body = bytes(file.plan)
+        if hashlib.sha256(body).hexdigest() != file.sha256:
             raise _damaged(path, "is damaged or was edited: its plan is not the one that its checksum was made of")
-        return msgspec.json.decode(file.plan, type=Plan)
+        return msgspec.json.decode(body, type=Plan)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _damaged(path, f"is damaged: {error}") from None
 
