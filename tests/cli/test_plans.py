@@ -71,7 +71,7 @@ def test_recover_says_what_it_found_and_did(
     assert hitless_command("recover", "--root", node.root, "--back") == (
         "found: an upgrade to 2.0 was interrupted in phase cutover\n"
         "took back the upgrade to 2.0, which had been interrupted\n"
-        "version 1.0, generation 1 runs\n"
+        "version 1.0 runs, generation 1\n"
     )
     kill_at("merge", node, releases[2], lab)
     found = as_json("recover", "--root", node.root)
@@ -85,5 +85,5 @@ def test_recover_with_nothing_to_do_ends_with_0_and_says_so(node: hitless.Node, 
     )
     hitless.apply(node, release(1))
     assert hitless_command("recover", "--root", node.root) == (
-        f"{node.root}: nothing to recover\nversion 1.0, generation 1 runs\n"
+        f"{node.root}: nothing to recover\nversion 1.0 runs, generation 1\n"
     )

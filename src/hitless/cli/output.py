@@ -231,7 +231,7 @@ def show_recovery(found: Recovery) -> None:
     if found.version is None:
         click.echo("nothing of hitless runs there; apply a release")
     else:
-        click.echo(f"version {found.version}, generation {found.generation} runs")
+        click.echo(f"version {found.version} runs, generation {found.generation}")
 
 
 def show_status(status: Status) -> None:
