@@ -23,6 +23,7 @@ from hitless.errors import (
     LayoutError,
     LossNotAllowedError,
     NodeError,
+    PlanError,
     UnsupportedError,
     VerifyError,
 )
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from hitless.upgrade.model import NodeState, Plan, Progress, Result
     from hitless.upgrade.node import Node
     from hitless.upgrade.pace import Pace
+    from hitless.upgrade.saved import load_plan, save_plan
     from hitless.upgrade.transaction import apply, plan, recover, unload
     from hitless.upgrade.verify import Verification, verify
 
@@ -54,6 +56,7 @@ __all__ = [
     "NodeState",
     "Pace",
     "Plan",
+    "PlanError",
     "Progress",
     "Result",
     "UnsupportedError",
@@ -62,8 +65,10 @@ __all__ = [
     "apply",
     "gc",
     "include_dir",
+    "load_plan",
     "plan",
     "recover",
+    "save_plan",
     "unload",
     "verify",
 ]
@@ -82,8 +87,10 @@ _ROOMS = {
     "Verification": "upgrade.verify",
     "apply": "upgrade.transaction",
     "gc": "upgrade.gc",
+    "load_plan": "upgrade.saved",
     "plan": "upgrade.transaction",
     "recover": "upgrade.transaction",
+    "save_plan": "upgrade.saved",
     "unload": "upgrade.transaction",
     "verify": "upgrade.verify",
 }

@@ -19,6 +19,7 @@ __all__ = [
     "LayoutError",
     "LossNotAllowedError",
     "NodeError",
+    "PlanError",
     "UnsupportedError",
     "VerifyError",
 ]
@@ -69,6 +70,12 @@ class InterruptedUpgradeError(NodeError):
     """An earlier upgrade was killed after it began to switch hooks, and cannot be finished from here."""
 
     code = "interrupted"
+
+
+class PlanError(HitlessError):
+    """A saved plan is damaged, for another pin root, or none; or cannot be read or written where it was asked for."""
+
+    code = "plan"
 
 
 class LossNotAllowedError(HitlessError):

@@ -252,7 +252,7 @@ def test_status_shows_what_is_left_of_earlier_generations(node: hitless.Node, re
 
 
 @pytest.mark.parametrize(
-    "command", ["inspect", "diff", "check", "snapshot", "plan", "apply", "status", "verify", "gc", "unload"]
+    "command", ["inspect", "diff", "check", "snapshot", "plan", "apply", "recover", "status", "verify", "gc", "unload"]
 )
 def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"Example: hitless {command}" in hitless_command(command, "--help")

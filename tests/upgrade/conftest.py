@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +67,13 @@ def build(lab: Lab, tmp_path: Path) -> Make:
         return hitless.Bundle.load(directory, {"cgroup": str(lab.cgroup)})
 
     return bundle
+
+
+def empty_bpffs(node: hitless.Node, lab: Lab) -> None:
+    """Another bpffs in the place of the lab's, with nothing on it, as after a restart of the machine."""
+    node.access.lock.close()  # which a process that did not live through that does not hold
+    subprocess.run(["umount", str(lab.bpffs)], check=True)
+    subprocess.run(["mount", "-t", "bpf", "-o", "mode=0700", lab.name, str(lab.bpffs)], check=True)
 
 
 def everything(node: hitless.Node) -> object:

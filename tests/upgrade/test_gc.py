@@ -133,7 +133,7 @@ def test_gc_leaves_an_upgrade_alone_that_had_begun_to_switch_hooks(
     hitless.apply(node, release(1))
     kill_at(step, node, releases[2], lab)
     before = pins(node)
-    with pytest.raises(hitless.InterruptedUpgradeError, match=r"an upgrade to 2\.0 was interrupted.*apply finishes"):
+    with pytest.raises(hitless.InterruptedUpgradeError, match=r"an upgrade to 2\.0 was interrupted.*hitless recover"):
         hitless.gc(node)
     assert pins(node) == before
     hitless.recover(node)

@@ -106,6 +106,12 @@ _allow_loss = click.option(
 )
 
 
+_wait = click.option(
+    "--wait", type=click.FloatRange(min=0), default=10, show_default=True, metavar="SECONDS",
+    help="Wait so long for another process that upgrades this root.",
+)  # fmt: skip
+
+
 def _follows(given: list[str], option: str, value: str) -> bool:
     return any(one == option and other == value for one, other in pairwise(given))
 
@@ -241,19 +247,30 @@ def include(as_json: bool) -> None:
 @_set
 @_digest
 @_allow_loss
+@click.option("--out", metavar="FILE", help="Save the plan, for apply --plan FILE to do exactly that.")
 @_command(on_node=True)
 def plan(
-    bundle: str, root: str, variables: dict[str, str], digest: str | None, allow_loss: tuple[str, ...], as_json: bool
+    bundle: str,
+    root: str,
+    variables: dict[str, str],
+    digest: str | None,
+    allow_loss: tuple[str, ...],
+    out: str | None,
+    as_json: bool,
 ) -> int:
     """Say what apply would do on this node, and do nothing. Exit code: 0 nothing to do, 2 changes, 1 trouble."""
     import hitless
     from hitless.cli.output import print_json, show_plan
 
     decided = hitless.plan(hitless.Node(root), hitless.Bundle.load(bundle, variables, digest), allow_loss)
+    if out is not None:
+        hitless.save_plan(decided, out)
     if as_json:
         print_json(decided)
     else:
         show_plan(decided)
+        if out is not None:
+            click.echo(f"saved to {out}: apply --plan {out} does exactly this, or refuses if anything changed")
     return 2 if decided.changes_anything else 0
 
 
@@ -263,6 +280,7 @@ def plan(
 @_set
 @_digest
 @_allow_loss
+@click.option("--plan", "saved", metavar="FILE", help="Do what this plan says (plan --out), or refuse and do nothing.")
 @click.option(
     "--rate", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Copy N entries a second at most.",
 )  # fmt: skip
@@ -270,6 +288,7 @@ def plan(
     "--cpu", type=click.FloatRange(0, 100, min_open=True), default=100, metavar="PERCENT",
     help="Copy with PERCENT of one CPU at most; 100 if not given.",
 )  # fmt: skip
+@_wait
 @click.option("--yes", is_flag=True, help="Do not ask on a terminal.")
 @_command(on_node=True)
 def apply(
@@ -278,8 +297,10 @@ def apply(
     variables: dict[str, str],
     digest: str | None,
     allow_loss: tuple[str, ...],
+    saved: str | None,
     rate: float | None,
     cpu: float,
+    wait: float,
     yes: bool,
     as_json: bool,
 ) -> None:
@@ -287,13 +308,17 @@ def apply(
     import hitless
     from hitless.cli.output import print_json, progress_line, show_left_behind, show_plan, show_result
 
+    if saved is not None and allow_loss:
+        raise click.UsageError("--plan says itself what may be lost: give --allow-loss to plan --out, and look at it")
     node, release = hitless.Node(root), hitless.Bundle.load(bundle, variables, digest)
+    planned = hitless.load_plan(saved) if saved is not None else None
     if not as_json and not yes and sys.stdin.isatty():
-        hitless.recover(node)
-        show_plan(hitless.plan(node, release, allow_loss))
+        if planned is None:
+            hitless.recover(node, wait=wait)
+        show_plan(planned or hitless.plan(node, release, allow_loss))
         click.confirm("Apply this?", abort=True)
-    pace = hitless.Pace(rate, cpu / 100)
-    result = hitless.apply(node, release, allow_loss, progress=None if as_json else progress_line(), pace=pace)
+    progress, pace = None if as_json else progress_line(), hitless.Pace(rate, cpu / 100)
+    result = hitless.apply(node, release, allow_loss, progress=progress, wait=wait, pace=pace, planned=planned)
     holders = _holders(node)
     if as_json:
         print_json({**_facts(result), "left_behind": holders.left_behind if holders else None})
@@ -314,6 +339,26 @@ def _holders(node: Any) -> Any:
         return find_holders(node, current) if current is not None else None
     except HitlessError:
         return None
+
+
+@main.command(epilog="Example: hitless recover --root /sys/fs/bpf/mesh")
+@_root
+@_wait
+@click.option(
+    "--back", is_flag=True, help="Go back to the old release, where the new one is not committed yet.",
+)  # fmt: skip
+@_command(on_node=True)
+def recover(root: str, wait: float, back: bool, as_json: bool) -> None:
+    """Finish or undo an upgrade whose process was killed, as apply does first; 0 also if there is nothing to do."""
+    import hitless
+    from hitless.cli.output import print_json, show_recovery
+    from hitless.upgrade.recovery import recovery
+
+    found = recovery(hitless.Node(root), back, wait)
+    if as_json:
+        print_json(found)
+    else:
+        show_recovery(found)
 
 
 @main.command(epilog="Example: hitless status --root /sys/fs/bpf/mesh")
@@ -355,13 +400,14 @@ def verify(root: str, as_json: bool) -> int:
 @click.option(
     "--allow-loss", multiple=True, metavar="NAME", help="What this ring buffer of the last release holds may be lost.",
 )  # fmt: skip
+@_wait
 @_command(on_node=True)
-def gc(root: str, dry_run: bool, allow_loss: tuple[str, ...], as_json: bool) -> None:
+def gc(root: str, dry_run: bool, allow_loss: tuple[str, ...], wait: float, as_json: bool) -> None:
     """Drop the last release's maps and programs, and what interrupted upgrades left; going back is over then."""
     import hitless
     from hitless.cli.output import print_json, show_garbage
 
-    found = hitless.gc(hitless.Node(root), dry_run, allow_loss)
+    found = hitless.gc(hitless.Node(root), dry_run, allow_loss, wait)
     if as_json:
         print_json(found)
     else:
@@ -370,16 +416,17 @@ def gc(root: str, dry_run: bool, allow_loss: tuple[str, ...], as_json: bool) -> 
 
 @main.command(epilog="Example: hitless unload --root /sys/fs/bpf/mesh")
 @_root
+@_wait
 @click.option("--yes", is_flag=True, help="Do not ask on a terminal.")
 @_command(on_node=True)
-def unload(root: str, yes: bool, as_json: bool) -> None:
+def unload(root: str, wait: float, yes: bool, as_json: bool) -> None:
     """Detach every hook and unpin everything under the root: nothing of the bundle runs any more."""
     import hitless
     from hitless.cli.output import print_json
 
     if not as_json and not yes and sys.stdin.isatty():
         click.confirm(f"Detach all hooks of {root} and drop its maps with all they hold?", abort=True)
-    removed = hitless.unload(hitless.Node(root))
+    removed = hitless.unload(hitless.Node(root), wait)
     if as_json:
         print_json({"schema": 1, "root": root, "removed": removed})
     elif removed:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from hitless.kernel.processes import who
 from hitless.layout.show import diff_lines, show_map
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from hitless.upgrade.gc import Garbage
     from hitless.upgrade.holders import Holder, Holders
     from hitless.upgrade.model import HookPlan, LeftRing, MapPlan, Plan, Progress, Result
+    from hitless.upgrade.recovery import Recovery
     from hitless.upgrade.remnants import Remnant
     from hitless.upgrade.status import Status
     from hitless.upgrade.verify import Verification
@@ -35,6 +37,7 @@ __all__ = [
     "show_garbage",
     "show_left_behind",
     "show_plan",
+    "show_recovery",
     "show_result",
     "show_source",
     "show_status",
@@ -218,6 +221,19 @@ def show_result(result: Result) -> None:
     click.echo(f"done: generation {result.generation}, version {result.to_version}")
 
 
+def show_recovery(found: Recovery) -> None:
+    """What an interrupted upgrade had left, what was done about it, and what runs now."""
+    if found.did is None:
+        click.echo(f"{found.root}: nothing to recover")
+    else:
+        click.echo(f"found: {found.found}")
+        click.echo(f"{found.did}")
+    if found.version is None:
+        click.echo("nothing of hitless runs there; apply a release")
+    else:
+        click.echo(f"version {found.version} runs, generation {found.generation}")
+
+
 def show_status(status: Status) -> None:
     """What runs, then what is wrong with it."""
     if status.version is None:
@@ -243,7 +259,7 @@ def show_status(status: Status) -> None:
     for problem in status.problems:
         click.secho(f"problem: {problem}", fg="red")
     if status.upgrading is not None:
-        click.echo(f"process {status.upgrading} is upgrading this root right now")
+        click.echo(printable(f"{who(status.upgrading)} is upgrading this root right now"))
     if not status.problems:
         click.echo("no problems")
 

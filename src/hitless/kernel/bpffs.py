@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from shlex import quote
 
 from hitless.errors import NodeError
 from hitless.kernel.libbpf import check, libc
-from hitless.kernel.mounts import filesystem
+from hitless.kernel.mounts import filesystem, is_read_only
 
 __all__ = [
     "exchange",
@@ -18,6 +19,7 @@ __all__ = [
     "require_bpffs",
     "require_own",
     "require_private",
+    "require_writable",
 ]
 
 _AT_FDCWD = -100
@@ -26,7 +28,11 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def require_bpffs(path: Path) -> None:
-    """Raise NodeError unless ``path``, or the nearest of its parents that exists, is a directory on a bpffs."""
+    """Raise NodeError unless ``path``, or the nearest of its parents that exists, is a directory on a bpffs.
+
+    It must not be read-only as a whole, since the kernel opens no map there then. What is read-only by its mount alone,
+    as in a container that may only look, is fine here; see :func:`require_writable`.
+    """
     existing = path
     while not _exists(existing):
         existing = existing.parent
@@ -40,6 +46,8 @@ def require_bpffs(path: Path) -> None:
             path=str(path),
             filesystem=kind,
         )
+    if is_read_only(existing):
+        raise _read_only(path, existing, "maps cannot even be opened, nor anything be pinned,")
     if "." in path.name:
         raise NodeError(f"pin root {path}: a bpffs refuses names with a dot; choose another name", path=str(path))
     if not _exists(path.parent):
@@ -48,6 +56,23 @@ def require_bpffs(path: Path) -> None:
         raise NodeError(
             f"pin root {path} is a whole bpffs mount: choose a directory in it, such as {path / 'mesh'}", path=str(path)
         )
+
+
+def require_writable(path: Path) -> None:
+    """Raise NodeError if nothing can be changed at ``path``, or made there, since its mount is read-only."""
+    existing = path if path.exists() else path.parent
+    if os.statvfs(existing).f_flag & os.ST_RDONLY:
+        raise _read_only(path, existing, "nothing can be pinned or unpinned")
+
+
+def _read_only(root: Path, existing: Path, what: str) -> NodeError:
+    mount = next(place for place in (existing, *existing.parents) if place.is_mount())
+    return NodeError(
+        f"the bpffs at {mount} is mounted read-only, so that {what} under {root}; nothing was changed, and hooks run "
+        f"on: mount -o remount,rw {quote(str(mount))}, then try again",
+        path=str(root),
+        mount=str(mount),
+    )
 
 
 def _exists(path: Path) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Container
+from pathlib import Path
 
 from hitless.carry import VISITED, visiting
 from hitless.errors import KernelError, UnsupportedError
@@ -14,12 +16,22 @@ from hitless.kernel.sockets import probe_sockets
 from hitless.kernel.storage import probe_storage
 from hitless.layout.answers import ANSWERS, answer
 
-__all__ = ["ITERATE_HASH", "features"]
+__all__ = ["ITERATE_HASH", "boot_id", "features", "release"]
 
 ITERATE_HASH = "iter/bpf_map_elem"
 """A program of ours can be run for each entry of a hash map."""
 
 _HASH = 1  # BPF_MAP_TYPE_HASH
+
+
+def release() -> str:
+    """The release of the kernel that runs, as ``uname -r`` prints it."""
+    return os.uname().release
+
+
+def boot_id() -> str:
+    """The kernel's id of this run of the machine: after the next start it is another one, and so are all its ids."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def features() -> Container[str]:

@@ -26,6 +26,7 @@ _HINTS = {
     errno_names.EPERM: "run as root with CAP_SYS_ADMIN, and in no user namespace",
     errno_names.ENOSPC: "the kernel has no room for it",
     errno_names.ENOMEM: "the kernel has no memory for it; see the memory limit of this cgroup",
+    errno_names.EROFS: "the bpffs is mounted read-only: mount -o remount,rw",
     errno_names.E2BIG: "the map is full; raise its max_entries",
     ENOTSUPP: "this kernel does not support it",
 }

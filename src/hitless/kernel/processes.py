@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-__all__ = ["command", "holders_of", "lock_holder", "map_holders"]
+__all__ = ["command", "holders_of", "is_stopped", "lock_holder", "map_holders", "who"]
 
 _MAP = "anon_inode:bpf-map"
 _IDS = {_MAP: "map_id:", "anon_inode:bpf-prog": "prog_id:"}
@@ -32,6 +32,23 @@ def command(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
         return "gone meanwhile"
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped (SIGSTOP, a terminal's ^Z, a debugger): it keeps its locks and does nothing."""
+    try:
+        # The state follows the name in parentheses, which may hold anything.
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] in ("T", "t")
+    except OSError:
+        return False
+
+
+def who(pid: int | None) -> str:
+    """A process in words, with its command, and what to do about it if it is stopped; None is one not to be seen."""
+    if pid is None:
+        return "another process"
+    text = f"process {pid} ({command(pid)})"
+    return f"{text}, which is stopped (kill -CONT {pid} lets it go on)" if is_stopped(pid) else text
 
 
 def map_holders(ids: Collection[int], mark: Path) -> Iterator[tuple[int, frozenset[int], bool] | int]:

@@ -18,18 +18,20 @@ from hitless.errors import InterruptedUpgradeError, NodeError
 from hitless.kernel.links import LinkInfo, cgroup_id
 from hitless.kernel.maps import Map, is_alive
 from hitless.kernel.programs import Program, is_loaded
-from hitless.upgrade.model import Generation, Hook, PinnedMap, PinnedProgram, Record, ReplacedProgram
+from hitless.upgrade.model import Generation, Hook, NodeState, PinnedMap, PinnedProgram, Record, ReplacedProgram
 from hitless.upgrade.node import PUBLIC, Node
 from hitless.upgrade.record import map_pin
 
 __all__ = [
     "expected_program",
+    "half_done",
     "hook_problem",
     "interrupted",
     "missing",
     "other_pin",
     "public_problems",
     "put_back",
+    "recovering",
     "replaced_pins",
     "strangers",
     "target_id",
@@ -173,12 +175,26 @@ def public_problems(node: Node) -> Iterator[str]:
             )
 
 
+def half_done(node: Node, state: NodeState) -> str | None:
+    """What of an upgrade was seen begun and not ended, in words; None if there is none."""
+    if state.current is not None and state.current.record.phase != "committed":
+        return f"the upgrade to {state.version} is done but not cleaned up"
+    if state.unfinished is not None:
+        return f"an upgrade to {state.unfinished.version} was interrupted in phase {state.unfinished.phase}"
+    return f"{node.next} is the rest of an interrupted upgrade" if state.litter else None
+
+
+def recovering(node: Node) -> str:
+    """What to do about an upgrade that was interrupted."""
+    return f"hitless recover --root {quote(str(node.root))} finishes or undoes it (the next apply does so too, first)"
+
+
 def interrupted(node: Node, version: str | None, committed: bool) -> InterruptedUpgradeError:
     """The error for an upgrade to ``version`` that was killed, ``committed`` or before that."""
     what = f"to {version} " if version else ""
     when = "after its commit" if committed else "before its commit"
     return InterruptedUpgradeError(
-        f"{node.root}: an upgrade {what}was interrupted {when}, so what is there is between two releases; apply "
-        "finishes or undoes it first: apply any release",
+        f"{node.root}: an upgrade {what}was interrupted {when}, so what is there is between two releases: "
+        f"{recovering(node)}",
         path=str(node.root),
     )

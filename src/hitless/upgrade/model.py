@@ -18,11 +18,14 @@ __all__ = [
     "PHASES",
     "SCHEMA",
     "Cutover",
+    "Fingerprint",
     "Generation",
     "Hook",
     "HookPlan",
     "LeftRing",
+    "LinkFacts",
     "LiveMap",
+    "MapFacts",
     "MapPlan",
     "MapResult",
     "NodeState",
@@ -86,8 +89,53 @@ class HookPlan(msgspec.Struct, frozen=True):
     expected: int | None = None
 
 
+class MapFacts(msgspec.Struct, frozen=True):
+    """What a plan relies on of a live map. ``layout`` stands for its key, value and inner maps; see LiveMap."""
+
+    id: int
+    type: str
+    max_entries: int
+    flags: int
+    layout: str
+    filled: tuple[int, ...] = ()
+
+
+class LinkFacts(msgspec.Struct, frozen=True):
+    """What a plan relies on of a link: where it is attached, and the program that it runs."""
+
+    id: int
+    program_id: int
+    cgroup_id: int
+    attach_type: str
+
+
+class Fingerprint(msgspec.Struct, frozen=True):
+    """The node that a plan was made for, as the facts that the plan rests on: what differs later can be named.
+
+    ``boot`` is the kernel's id of this run of the machine, ``kernel`` its release, ``features`` what the plan asked
+    of it. ``digest`` is the running release's. ``cgroups`` has the id of each target, ``programs`` those of the pinned
+    ones, ``rings`` the names of ring buffers of the last generation that hold bytes and that no process has open. How
+    many entries maps have is no part of it: that changes all the time.
+    """
+
+    boot: str = ""
+    kernel: str = ""
+    generation: int | None = None
+    version: str | None = None
+    digest: str | None = None
+    maps: Mapping[str, MapFacts] = {}
+    programs: Mapping[str, int] = {}
+    links: Mapping[str, LinkFacts] = {}
+    cgroups: Mapping[str, int] = {}
+    features: Mapping[str, bool] = {}
+    rings: tuple[str, ...] = ()
+
+
 class Plan(msgspec.Struct, frozen=True):
-    """What ``apply`` would do on one node. ``start_type`` is ``normal``, ``restart`` or ``update``."""
+    """What ``apply`` would do on one node. ``start_type`` is ``normal``, ``restart`` or ``update``.
+
+    ``digest`` is the bundle's. ``fingerprint`` is of the node; None in a plan of a hitless that took none.
+    """
 
     root: str
     name: str
@@ -98,6 +146,7 @@ class Plan(msgspec.Struct, frozen=True):
     generation: int = 1
     maps: tuple[MapPlan, ...] = ()
     hooks: tuple[HookPlan, ...] = ()
+    fingerprint: Fingerprint | None = None
     schema: int = 1
 
     @property

@@ -28,10 +28,10 @@ import msgspec
 
 from hitless.carry import is_global
 from hitless.errors import BusyError, HitlessError, NodeError
-from hitless.kernel.bpffs import make_private, require_bpffs, require_own, require_private
+from hitless.kernel.bpffs import make_private, require_bpffs, require_own, require_private, require_writable
 from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
-from hitless.kernel.processes import command, lock_holder
+from hitless.kernel.processes import lock_holder, who
 from hitless.kernel.programs import Program
 from hitless.kernel.rings import holders, unread_bytes
 from hitless.layout.model import MapSpec
@@ -148,6 +148,7 @@ class Node:
 
         Raises BusyError naming the holder, NodeError if somebody else can change the root or put something into it.
         """
+        require_writable(self.root)
         require_private(self.root)
         descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
@@ -178,9 +179,8 @@ class Node:
 
     def _busy(self, seconds: float) -> BusyError:
         pid = self.holder()
-        who = "another process" if pid is None else f"process {pid} ({command(pid)})"
         return BusyError(
-            f"{self.root} is being upgraded by {who}; waited {seconds:g} s; try again when it is done",
+            f"{self.root} is being upgraded by {who(pid)}; waited {seconds:g} s; try again when it is done",
             path=str(self.root),
             pid=pid,
         )

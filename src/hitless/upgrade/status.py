@@ -8,7 +8,7 @@ import msgspec
 
 from hitless.errors import BusyError, KernelError
 from hitless.kernel.maps import Map
-from hitless.upgrade.drift import expected_program, hook_problem, public_problems, replaced_pins
+from hitless.upgrade.drift import expected_program, half_done, hook_problem, public_problems, recovering, replaced_pins
 from hitless.upgrade.holders import Holders, find_holders
 from hitless.upgrade.model import LeftRing, NodeState
 from hitless.upgrade.node import Node
@@ -75,17 +75,9 @@ def status(node: Node) -> Status:
     """Look at ``node`` and judge. Raises NodeError if the root cannot be read as one of hitless."""
     state, upgrading = node.observe_with_holder()
     problems = []
-    if state.current is not None and state.current.record.phase != "committed":
-        version = state.current.record.version
-        problems.append(f"the upgrade to {version} is done but not cleaned up: the next apply does that")
-    elif state.unfinished is not None:
-        record = state.unfinished
-        problems.append(
-            f"an upgrade to {record.version} was interrupted in phase {record.phase}: "
-            "the next apply finishes or undoes it first"
-        )
-    elif state.litter:
-        problems.append(f"{node.next} is the rest of an interrupted upgrade: the next apply removes it")
+    found = half_done(node, state)
+    if found is not None:
+        problems.append(f"{found}: {recovering(node)}")
     if state.current is None:
         told = () if upgrading else tuple(problems)
         return Status(state.root, None, None, None, state.previous, None, (), (), told, upgrading)

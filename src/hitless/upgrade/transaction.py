@@ -25,10 +25,11 @@ from hitless.errors import (
     VerifyError,
 )
 from hitless.kernel.barrier import wait_for_running_programs
-from hitless.kernel.bpffs import exchange, make_directory, remove_tree, require_bpffs
-from hitless.kernel.features import features
+from hitless.kernel.bpffs import exchange, make_directory, remove_tree, require_bpffs, require_writable
+from hitless.kernel.features import boot_id, features, release
 from hitless.kernel.links import Link, cgroup_id
 from hitless.kernel.maps import Map, is_alive
+from hitless.kernel.processes import who
 from hitless.kernel.programs import Program, load_object
 from hitless.kernel.queues import count_elements
 from hitless.kernel.sockets import list_sockets
@@ -39,7 +40,8 @@ from hitless.layout.variables import diff_sections
 from hitless.upgrade.carrier import Carrier, Passage, Successors, Tally
 from hitless.upgrade.carriers import CARRIERS
 from hitless.upgrade.cutover import detach_hooks, switch_back, switch_hooks
-from hitless.upgrade.drift import with_ids
+from hitless.upgrade.drift import interrupted, recovering, with_ids
+from hitless.upgrade.fingerprint import Asked, fingerprint, require_meant, require_same, require_unchanged
 from hitless.upgrade.handle import Staged
 from hitless.upgrade.model import (
     Cutover,
@@ -70,7 +72,7 @@ __all__ = ["apply", "plan", "recover", "unload"]
 
 
 def plan(node: Node, bundle: Bundle, allow_loss: Collection[str] = ()) -> Plan:
-    """What :func:`apply` would do now; looks only.
+    """What :func:`apply` would do now; looks only. It may be kept (:func:`save_plan`) and given to apply.
 
     Raises HitlessError by kind, BusyError while another process upgrades, InterruptedUpgradeError after one was killed.
     """
@@ -78,25 +80,37 @@ def plan(node: Node, bundle: Bundle, allow_loss: Collection[str] = ()) -> Plan:
     if state.unfinished is not None or state.litter:
         if pid is not None:
             raise BusyError(
-                f"{node.root} is being upgraded by process {pid}, so what runs is about to change; plan again when "
-                "it is done",
+                f"{node.root} is being upgraded by {who(pid)}, so what runs is about to change; plan again when it is "
+                "done",
                 path=str(node.root),
                 pid=pid,
             )
         what = f"to {state.unfinished.version} " if state.unfinished else ""
         raise InterruptedUpgradeError(
-            f"{node.root}: an upgrade {what}was interrupted, so what runs is about to change; "
-            "apply finishes or undoes it first, alone: apply any release, then plan again",
+            f"{node.root}: an upgrade {what}was interrupted, so what runs is about to change: {recovering(node)}; then "
+            "plan again",
             path=str(node.root),
         )
     return _plan(node, state, bundle, allow_loss)
 
 
-def _plan(node: Node, state: NodeState, bundle: Bundle, allow_loss: Collection[str]) -> Plan:
+def _plan(
+    node: Node, state: NodeState, bundle: Bundle, allow_loss: Collection[str], planned: Plan | None = None
+) -> Plan:
+    """What is to be done; with a plan made before that or nothing, decided anew and not taken from it."""
+    asked, machine = Asked(features()), (release(), boot_id())
+    if planned is not None:
+        require_meant(planned, state.root, bundle)
+        allow_loss = {entry.name for entry in planned.maps if entry.allowed}
     cgroups = {entry.target: cgroup_id(Path(entry.target)) for entry in bundle.attach}
-    decided = make_plan(state, bundle, cgroups, features(), allow_loss)
+    if planned is not None and planned.fingerprint is not None:
+        able = {name: name in asked for name in planned.fingerprint.features}
+        require_unchanged(planned, fingerprint(state, cgroups, able, *machine))
+    decided = make_plan(state, bundle, cgroups, asked, allow_loss)
+    if planned is not None:
+        require_same(planned, decided)
     _refuse_overfull(node, state, bundle, decided)
-    return decided
+    return msgspec.structs.replace(decided, fingerprint=fingerprint(state, cgroups, asked.answers, *machine))
 
 
 def apply(
@@ -107,6 +121,7 @@ def apply(
     progress: Callable[[Progress], None] | None = None,
     wait: float = 10.0,
     pace: Pace | None = None,
+    planned: Plan | None = None,
 ) -> Result:
     """Bring ``node`` to ``bundle``: from nothing, from the same release, or from another one.
 
@@ -114,21 +129,25 @@ def apply(
     a control plane fills or corrects them through ``node.map()``, and may go on writing from other threads.
     ``progress`` is told what goes on. Waits up to ``wait`` seconds for another upgrade of the same root, and as long
     for writers in other processes before the commit. ``pace`` limits how fast entries are worked through before hooks
-    switch.
+    switch. With ``planned``, a plan made before, exactly that is done or nothing: it says itself what may be lost.
 
+    With ``planned`` it raises BundleError if the bundle is another than was planned, NodeError with what changed if
+    the node did, PlanError if the plan is for another root, InterruptedUpgradeError if there is something to recover.
     Raises LossNotAllowedError when the plan loses what ``allow_loss`` does not name, and other HitlessErrors; then
     the old release runs as before, complete.
     """
     tell = progress or _nobody
-    _plan_first(node, bundle, allow_loss)
+    _plan_first(node, bundle, allow_loss, planned)
     made = not node.root.exists()
     make_directory(node.root, exist_ok=True)
     with node.lock(wait):
         try:
             node.access.lock.make()
+            if planned is not None:
+                _refuse_unfinished(node)
             recovered = _recover(node, tell, wait)
             state = node.observe()
-            decided = _plan(node, state, bundle, allow_loss)
+            decided = _plan(node, state, bundle, allow_loss, planned)
             _refuse_loss(decided)
             upgrade = _Upgrade(node, decided, state.current, tell, wait, pace)
             if decided.start_type == "restart":
@@ -143,12 +162,28 @@ def apply(
             raise
 
 
-def _plan_first(node: Node, bundle: Bundle, allow_loss: Collection[str]) -> None:
+def _plan_first(node: Node, bundle: Bundle, allow_loss: Collection[str], planned: Plan | None) -> None:
     """Find what is wrong before anything is locked, made or recovered."""
+    if planned is not None and allow_loss:
+        raise LossNotAllowedError(
+            f"what may be lost was said when this was planned, and {', '.join(allow_loss)} cannot be added now: plan "
+            "again with all that may be lost",
+            maps=list(allow_loss),
+        )
     require_bpffs(node.root)
+    require_writable(node.root)
     state = node.observe()
     if state.unfinished is None and not state.litter:
-        _refuse_loss(_plan(node, state, bundle, allow_loss))
+        _refuse_loss(_plan(node, state, bundle, allow_loss, planned))
+
+
+def _refuse_unfinished(node: Node) -> None:
+    """What a plan was made for is not what there is after a recovery, so who has a plan looks at that first."""
+    state = node.observe()
+    if state.current is not None and state.current.record.phase != "committed":
+        raise interrupted(node, state.version, committed=True)
+    if state.unfinished is not None or state.litter:
+        raise interrupted(node, state.unfinished.version if state.unfinished else None, committed=False)
 
 
 def _refuse_overfull(node: Node, state: NodeState, bundle: Bundle, decided: Plan) -> None:
@@ -194,18 +229,34 @@ def _refuse_loss(decided: Plan) -> None:
     )
 
 
-def recover(node: Node, progress: Callable[[Progress], None] | None = None, wait: float = 10.0) -> str | None:
-    """Finish or undo an upgrade whose process was killed; says what was done, None if nothing was to do."""
+def recover(
+    node: Node, progress: Callable[[Progress], None] | None = None, wait: float = 10.0, back: bool = False
+) -> str | None:
+    """Finish or undo an upgrade whose process was killed; says what was done, None if nothing was to do.
+
+    What had begun to switch hooks is finished, or taken ``back`` with what the new release learned meanwhile. Who is
+    killed here leaves what the next one finishes, in the same direction.
+
+    Raises InterruptedUpgradeError if it cannot be: without a record's plan, or ``back`` once it was committed;
+    NodeError if the root is no place for pins, BusyError.
+    """
+    require_bpffs(node.root)
     if not node.root.exists():
         return None
     with node.lock(wait):
         node.access.lock.make()
-        return _recover(node, progress or _nobody, wait)
+        return _recover(node, progress or _nobody, wait, back)
 
 
-def _recover(node: Node, tell: Callable[[Progress], None], wait: float) -> str | None:
+def _recover(node: Node, tell: Callable[[Progress], None], wait: float, back: bool = False) -> str | None:
     state = node.observe()
     if state.current is not None and state.current.record.phase != "committed":
+        if back:
+            raise InterruptedUpgradeError(
+                f"{node.root}: the upgrade to {state.version} was committed before it was interrupted, so it cannot be "
+                "taken back any more, and nothing was done: recover without --back, then apply the old release",
+                path=str(node.root),
+            )
         _finish(node)
         return f"finished the clean-up after the upgrade to {state.version}"
     if state.abandoned:
@@ -223,9 +274,11 @@ def _recover(node: Node, tell: Callable[[Progress], None], wait: float) -> str |
     tell(Progress("recover"))
     upgrade = _Upgrade(node, record.plan, state.current, tell, wait)
     upgrade.reopen(record)
-    if record.phase in ("undoing", "merging-back"):
+    failed = record.phase in ("undoing", "merging-back")
+    if failed or back:
         upgrade.take_back(filled=record.phase == "merging-back")
-        return "; ".join((f"took back the upgrade to {record.version}, which had failed", *upgrade.left_behind))
+        why = ", which had failed" if failed else ", which had been interrupted"
+        return "; ".join((f"took back the upgrade to {record.version}{why}", *upgrade.left_behind))
     upgrade.switch()
     return f"finished the interrupted upgrade to {record.version}"
 

@@ -17,6 +17,7 @@ from hitless.errors import BusyError, HitlessError, NodeError, VerifyError
 from hitless.kernel.bpffs import require_bpffs
 from hitless.kernel.links import Link, LinkInfo
 from hitless.kernel.maps import Map
+from hitless.kernel.processes import who
 from hitless.kernel.programs import Program
 from hitless.layout.diff import diff_map
 from hitless.layout.model import MapSpec
@@ -85,8 +86,8 @@ def verify(node: Node) -> Verification:
         pid = node.holder()
         if pid is not None:
             raise BusyError(
-                f"{node.root} is being upgraded by process {pid}, so what is there is about to change; verify again "
-                "when it is done",
+                f"{node.root} is being upgraded by {who(pid)}, so what is there is about to change; "
+                "verify again when it is done",
                 path=str(node.root),
                 pid=pid,
             )

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from hitless.errors import BusyError, NodeError
 from hitless.kernel.bpffs import make_directory
-from hitless.kernel.processes import command, lock_holder
+from hitless.kernel.processes import lock_holder, who
 
 __all__ = ["WriterLock"]
 
@@ -122,10 +122,9 @@ class WriterLock:
                     raise
             if time.monotonic() > deadline:
                 pid = lock_holder(path)
-                who = "another process" if pid is None else f"process {pid} ({command(pid)})"
                 raise BusyError(
-                    f"{who} has been writing to the maps of {self.directory.parent} for {seconds:g} s without an end, "
-                    "and an upgrade cannot commit meanwhile; let it go on or end it, then apply again",
+                    f"{who(pid)} has been writing to the maps of {self.directory.parent} for {seconds:g} s without an "
+                    "end, and an upgrade cannot commit meanwhile; let it go on or end it, then apply again",
                     path=str(self.directory.parent),
                     pid=pid,
                 )
