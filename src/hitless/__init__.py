@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hitless.upgrade.model import NodeState, Plan, Progress, Result
     from hitless.upgrade.node import Node
     from hitless.upgrade.pace import Pace
-    from hitless.upgrade.transaction import apply, plan, recover, unload
+    from hitless.upgrade.transaction import apply, plan, plan_rollback, recover, rollback, unload
     from hitless.upgrade.verify import Verification, verify
 
 __all__ = [
@@ -63,7 +63,9 @@ __all__ = [
     "gc",
     "include_dir",
     "plan",
+    "plan_rollback",
     "recover",
+    "rollback",
     "unload",
     "verify",
 ]
@@ -83,7 +85,9 @@ _ROOMS = {
     "apply": "upgrade.transaction",
     "gc": "upgrade.gc",
     "plan": "upgrade.transaction",
+    "plan_rollback": "upgrade.transaction",
     "recover": "upgrade.transaction",
+    "rollback": "upgrade.transaction",
     "unload": "upgrade.transaction",
     "verify": "upgrade.verify",
 }

@@ -78,6 +78,11 @@ def status(node: Node) -> Status:
     if state.current is not None and state.current.record.phase != "committed":
         version = state.current.record.version
         problems.append(f"the upgrade to {version} is done but not cleaned up: the next apply does that")
+    elif state.unfinished is not None and state.recovery == "put-back":
+        problems.append(
+            f"a rollback to {state.unfinished.version} was interrupted before its cutover: the next apply or rollback "
+            "undoes it first"
+        )
     elif state.unfinished is not None:
         record = state.unfinished
         problems.append(
