@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hitless.upgrade.node import Node
     from hitless.upgrade.pace import Pace
     from hitless.upgrade.saved import load_plan, save_plan
-    from hitless.upgrade.transaction import apply, plan, recover, unload
+    from hitless.upgrade.transaction import apply, plan, plan_rollback, recover, rollback, unload
     from hitless.upgrade.verify import Verification, verify
 
 __all__ = [
@@ -67,7 +67,9 @@ __all__ = [
     "include_dir",
     "load_plan",
     "plan",
+    "plan_rollback",
     "recover",
+    "rollback",
     "save_plan",
     "unload",
     "verify",
@@ -89,7 +91,9 @@ _ROOMS = {
     "gc": "upgrade.gc",
     "load_plan": "upgrade.saved",
     "plan": "upgrade.transaction",
+    "plan_rollback": "upgrade.transaction",
     "recover": "upgrade.transaction",
+    "rollback": "upgrade.transaction",
     "save_plan": "upgrade.saved",
     "unload": "upgrade.transaction",
     "verify": "upgrade.verify",

@@ -17,8 +17,8 @@ from hitless.layout.rules import FieldRule, MapRules, inner_rules, inner_spec
 from hitless.layout.variables import Pair, Part, SectionDiff, make_part
 
 __all__ = [
-    "CGROUP_STORAGE", "VISITED", "SectionWay", "Way", "converts", "is_global", "losses", "mirrored", "obstacle",
-    "refusals", "section_way", "translated", "visiting", "way",
+    "CGROUP_STORAGE", "VISITED", "SectionWay", "Way", "converts", "emptied", "is_global", "losses", "mirrored",
+    "obstacle", "refusals", "section_way", "translated", "visiting", "way",
 ]  # fmt: skip
 
 #: Storage that the kernel gives a program when it is attached to a cgroup, and that an update of the link leaves to its
@@ -59,6 +59,19 @@ class Way(msgspec.Struct, frozen=True):
 
 #: Kinds whose contents only a program can visit, so that the kernel must have an iterator over them.
 VISITED = ("storage", "sockets")
+
+
+#: Kinds of carriers whose maps are emptied when they are filled once more, on the way back.
+_EMPTIED = ("entries", "inner-maps", "queue", "references", "storage")
+
+
+def emptied(kind: str) -> bool:
+    """Whether a map of type ``kind`` that is left of the last release is emptied before a rollback fills it.
+
+    Sockets stay in a sockmap or sockhash: those that are in there were added under the programs of that release, which
+    serve them by that map until they close. What a reader has not taken from a ring buffer is his.
+    """
+    return answer(kind).kind in _EMPTIED
 
 
 def visiting(kind: str) -> str:
@@ -172,6 +185,8 @@ def refusals(diff: MapDiff, new: MapSpec, rules: MapRules) -> tuple[str, ...]:
     if answer(new.type).kind not in ("", "entries"):
         return (f"converters for maps of type {new.type} are not supported yet",)
     module, _, name = (rules.convert or "").partition(":")
+    if rules.function() is None:  # a manifest's rule always has it, so that this is the way back
+        return (f"{module}.py has no function {name}_back, which would convert them back",)
     missing = f"; {module}.py has no function {name}_key, which would convert the key"
     return tuple(
         f"{change.reason}{missing if change.path else ''}"
@@ -211,7 +226,8 @@ def translated(found: Way, diff: MapDiff, rules: MapRules) -> Way:
             f"best-effort on the way back: {why}, so that after a failed cutover the old map has what the old release "
             "wrote and not what the new one did, and writes of this process meanwhile reach the new map only"
         )
-    method = f"{rules.convert} in batches, merge in the kernel" if by_user else "merge in the kernel"
+    merge = "merge in the kernel"
+    method = f"{rules.function()} in batches, {merge}" if by_user else merge
     return Way("entries", method, "; ".join((found.exactness, *words)))
 
 

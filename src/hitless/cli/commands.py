@@ -104,6 +104,13 @@ _digest = click.option(
 _allow_loss = click.option(
     "--allow-loss", multiple=True, metavar="MAP", help="This map may lose what the plan says it loses."
 )
+_rate = click.option(
+    "--rate", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Copy N entries a second at most.",
+)  # fmt: skip
+_cpu = click.option(
+    "--cpu", type=click.FloatRange(0, 100, min_open=True), default=100, metavar="PERCENT",
+    help="Copy with PERCENT of one CPU at most; 100 if not given.",
+)  # fmt: skip
 
 
 _wait = click.option(
@@ -281,13 +288,8 @@ def plan(
 @_digest
 @_allow_loss
 @click.option("--plan", "saved", metavar="FILE", help="Do what this plan says (plan --out), or refuse and do nothing.")
-@click.option(
-    "--rate", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Copy N entries a second at most.",
-)  # fmt: skip
-@click.option(
-    "--cpu", type=click.FloatRange(0, 100, min_open=True), default=100, metavar="PERCENT",
-    help="Copy with PERCENT of one CPU at most; 100 if not given.",
-)  # fmt: skip
+@_rate
+@_cpu
 @_wait
 @click.option("--yes", is_flag=True, help="Do not ask on a terminal.")
 @_command(on_node=True)
@@ -306,7 +308,7 @@ def apply(
 ) -> None:
     """Bring the node to BUNDLE: start it, adopt it after a restart, or upgrade what runs."""
     import hitless
-    from hitless.cli.output import print_json, progress_line, show_left_behind, show_plan, show_result
+    from hitless.cli.output import progress_line, show_plan
 
     if saved is not None and allow_loss:
         raise click.UsageError("--plan says itself what may be lost: give --allow-loss to plan --out, and look at it")
@@ -319,6 +321,53 @@ def apply(
         click.confirm("Apply this?", abort=True)
     progress, pace = None if as_json else progress_line(), hitless.Pace(rate, cpu / 100)
     result = hitless.apply(node, release, allow_loss, progress=progress, wait=wait, pace=pace, planned=planned)
+    _show_done(node, result, as_json)
+
+
+@main.command(epilog="Example: hitless rollback --root /sys/fs/bpf/mesh --dry-run")
+@_root
+@_allow_loss
+@_rate
+@_cpu
+@_wait
+@click.option("--dry-run", is_flag=True, help="Show what would happen, and change nothing; exit codes as of plan.")
+@click.option("--yes", is_flag=True, help="Do not ask on a terminal.")
+@_command(on_node=True)
+def rollback(
+    root: str,
+    allow_loss: tuple[str, ...],
+    rate: float | None,
+    cpu: float,
+    wait: float,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> int:
+    """Go back to the last release, with the state that the running one has; the next rollback goes forth again."""
+    import hitless
+    from hitless.cli.output import print_json, progress_line, show_plan
+
+    node = hitless.Node(root)
+    if dry_run:
+        decided = hitless.plan_rollback(node, allow_loss)
+        if as_json:
+            print_json(decided)
+        else:
+            show_plan(decided)
+        return 2
+    if not as_json and not yes and sys.stdin.isatty():
+        hitless.recover(node, wait=wait)
+        show_plan(hitless.plan_rollback(node, allow_loss))
+        click.confirm("Go back?", abort=True)
+    progress, pace = None if as_json else progress_line(), hitless.Pace(rate, cpu / 100)
+    _show_done(node, hitless.rollback(node, allow_loss, progress, wait, pace), as_json)
+    return 0
+
+
+def _show_done(node: Any, result: Any, as_json: bool) -> None:
+    """The result of an apply or a rollback, and who still holds the maps that it replaced."""
+    from hitless.cli.output import print_json, show_left_behind, show_result
+
     holders = _holders(node)
     if as_json:
         print_json({**_facts(result), "left_behind": holders.left_behind if holders else None})

@@ -153,7 +153,8 @@ def show_plan(plan: Plan) -> None:
     _show_hooks(plan.hooks)
     if plan.blocked:
         options = " ".join(f"--allow-loss {entry.name}" for entry in plan.blocked)
-        click.echo(f"apply will refuse this: it loses state. If that is fine, add {options}")
+        command = "rollback" if plan.start_type == "rollback" else "apply"
+        click.echo(f"{command} will refuse this: it loses state. If that is fine, add {options}")
     elif not plan.changes_anything:
         click.echo("Nothing to do.")
 
@@ -163,7 +164,7 @@ def _headline(name: str, start_type: str, before: str | None, after: str, root: 
         return f"{name} {after} runs under {root} already (restart)"
     if before is None:
         return f"{name} {after} starts under {root} (normal)"
-    return f"{name} {before} -> {after} under {root} (update)"
+    return f"{name} {before} -> {after} under {root} ({start_type})"
 
 
 def _show_maps(maps: Sequence[MapPlan]) -> None:
@@ -177,6 +178,8 @@ def _show_maps(maps: Sequence[MapPlan]) -> None:
             click.echo(f"  {entry.name} is converted by {entry.converter}")
         if entry.exactness != "exact":
             click.echo(f"  {entry.name} is {entry.exactness}")
+        for note in entry.notes:
+            click.echo(f"  {entry.name}: {note}")
 
 
 def _changes(entry: MapPlan) -> str:

@@ -134,6 +134,15 @@ class Map(Object):
         check(result, "BPF_MAP_DELETE_ELEM", self.info.name)
         return True
 
+    def pop(self) -> bytes | None:
+        """Take the next element out of a queue or stack; None if it is empty."""
+        value = bytearray(self.info.value_size)
+        result = lib().bpf_map_lookup_and_delete_elem(self.fd, ffi.NULL, ffi.from_buffer(value))
+        if result < 0 and ffi.errno == errno.ENOENT:
+            return None
+        check(result, "BPF_MAP_LOOKUP_AND_DELETE_ELEM", self.info.name)
+        return bytes(value)
+
     def all_keys(self) -> set[bytes]:
         """All keys, one by one with BPF_MAP_GET_NEXT_KEY: for maps that know no batches. Those of an array are all."""
         found: set[bytes] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 __all__ = ["command", "holders_of", "is_stopped", "lock_holder", "map_holders", "who"]
@@ -80,7 +81,7 @@ def holders_of(ids: Collection[tuple[str, int]]) -> dict[tuple[str, int], tuple[
     closed its descriptor.
     """
     found: dict[tuple[str, int], set[int]] = {one: set() for one in ids}
-    for link in Path("/proc").glob("[0-9]*/fd/*") if ids else ():
+    for link in _descriptors() if ids else ():
         pid = int(link.parts[2])
         try:
             target = "" if pid == os.getpid() else str(link.readlink())
@@ -94,6 +95,13 @@ def holders_of(ids: Collection[tuple[str, int]]) -> dict[tuple[str, int], tuple[
         if held in found:
             found[held].add(pid)
     return {one: tuple(sorted(pids)) for one, pids in found.items()}
+
+
+def _descriptors() -> Iterator[Path]:
+    """Every descriptor of every process that may be looked at."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile, which a glob over both would not forgive
+            yield from (process / "fd").iterdir()
 
 
 def _look(pid: int, name: str) -> tuple[frozenset[int], list[Path]]:

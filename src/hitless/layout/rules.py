@@ -58,6 +58,7 @@ class MapRules(msgspec.Struct, frozen=True):
     ``old_value_type`` are those types. ``convert`` is the user's function as ``module:name``, and ``functions`` are
     the names in its module of those that belong to it: see :mod:`hitless.layout.structured`. Maps of one ``group``
     are carried together or not at all. ``programs`` ``read`` promises that no program of the release writes the map.
+    ``turned``: these are rules for going back, on which the functions for the way back are those for the way there.
     """
 
     was: str | None = None
@@ -74,9 +75,15 @@ class MapRules(msgspec.Struct, frozen=True):
     functions: tuple[str, ...] = ()
     group: str | None = None
     programs: Programs | None = None
+    turned: bool = False
 
     def function(self, suffix: str = "") -> str | None:
-        """The user's function ``<name of convert><suffix>`` as ``module:name``, None if there is none."""
+        """The user's function ``<name of convert><suffix>`` as ``module:name``, None if there is none.
+
+        Where the rules are ``turned``, what converts there is called ``_back``, and what converts back has no suffix.
+        """
+        if self.turned:
+            suffix = suffix.removesuffix("_back") if suffix.endswith("_back") else f"{suffix}_back"
         if self.convert is None or self.convert.partition(":")[2] + suffix not in self.functions:
             return None
         return self.convert + suffix

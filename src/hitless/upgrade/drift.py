@@ -47,13 +47,14 @@ def with_ids(
 ) -> Record:
     """``record`` with the ids of what is pinned for it, and the programs that it replaces: those of ``before``.
 
-    Earlier ones stay in the list while the kernel has them.
+    Earlier ones stay in the list while the kernel has them, but for those that run again.
     """
     replaced: tuple[ReplacedProgram, ...] = ()
+    own = {held.info.id for held in programs.values()}
     if before is not None:
         old = before.record
         replaced = (
-            *(entry for entry in old.replaced_programs if is_loaded(entry.id)),
+            *(entry for entry in old.replaced_programs if entry.id not in own and is_loaded(entry.id)),
             *(ReplacedProgram(info.id, name, old.generation, info.tag) for name, info in before.programs.items()),
         )
     return msgspec.structs.replace(

@@ -25,6 +25,7 @@ from hitless.upgrade.model import LeftRing, NodeState, Record
 from hitless.upgrade.node import Node, foreign_error
 from hitless.upgrade.record import map_pin, read_record
 from hitless.upgrade.remnants import pinned_under
+from hitless.upgrade.staging import give_up
 
 __all__ = ["Garbage", "GarbageItem", "gc"]
 
@@ -80,7 +81,12 @@ def gc(node: Node, dry_run: bool = False, allow_loss: Collection[str] = (), wait
     with node.lock(wait):
         state = node.observe()
         _refuse_unfinished(node, state)
-        pins = [*_last(node), *_rest(node, state), *_scratch(node), *_dead_links(node, state)]
+        moved = state.recovery == "put-back"  # by a rollback that was killed: it is the last generation still
+        if moved and not dry_run:
+            give_up(node)
+            state, moved = node.observe(), False
+        last = node.next if moved else node.previous
+        pins = [*_last(last), *_rest(node, state), *_scratch(node), *_dead_links(node, state)]
         found = _judge(node, state, pins, dry_run, allow_loss)
         if dry_run:
             return found
@@ -124,9 +130,8 @@ def _refuse_loss(found: Garbage) -> None:
     )
 
 
-def _last(node: Node) -> Iterator[_Pin]:
-    """The pins of the last generation. Raises NodeError unless all of them are its record's."""
-    directory = node.previous
+def _last(directory: Path) -> Iterator[_Pin]:
+    """The pins of the last generation, in ``directory``. Raises NodeError unless all of them are its record's."""
     pins = list(_pins(directory))
     if not (directory / "record").exists():
         if pins:
@@ -163,7 +168,7 @@ def _rest(node: Node, state: NodeState) -> Iterator[_Pin]:
 
     Raises NodeError for a pin that is not its record's; without a record, all of it is the rest of a removal.
     """
-    if not state.abandoned:
+    if state.recovery != "remove":
         return
     pins = list(_pins(node.next))
     if state.unfinished is not None:

@@ -12,13 +12,13 @@ from hitless.kernel.programs import ProgramInfo
 from hitless.layout.diff import Change
 from hitless.layout.model import MapSpec, ObjectSpec
 from hitless.layout.rules import MapRules
+from hitless.upgrade.phases import Recovery, recovery
 
 __all__ = [
-    "NOT_SWITCHED",
-    "PHASES",
     "SCHEMA",
     "Cutover",
     "Fingerprint",
+    "Former",
     "Generation",
     "Hook",
     "HookPlan",
@@ -39,13 +39,6 @@ __all__ = [
     "Result",
 ]
 
-PHASES = ("staging", "copying", "cutover", "undoing", "merging-back", "undone", "committed")
-"""How far a generation came. Until ``cutover`` no hook runs it; from then on it is finished forward, or, once its
-upgrader met an error, taken back through ``undoing`` (hooks), ``merging-back`` (maps) and ``undone``."""
-
-NOT_SWITCHED = ("staging", "copying", "undone")
-"""Phases in which no hook runs the new release: undoing is removing what was built."""
-
 SCHEMA = 1
 """Version of the record's format; a hitless that knows less refuses to touch what is newer."""
 
@@ -57,7 +50,8 @@ class MapPlan(msgspec.Struct, frozen=True):
     ``drop`` (the release has it no more), ``discard`` (a new empty map takes its place). ``method`` is how
     entries travel, ``exactness`` what is promised of them meanwhile. ``loss`` names each thing that is lost;
     ``allowed`` tells whether all of it may be. ``kind`` names the carrier of a map that is converted, ``converter`` the
-    user's function for it.
+    user's function for it. ``notes`` say, on the way back, what becomes of fields, variables and maps of which the
+    running release knows nothing.
     """
 
     name: str
@@ -71,6 +65,7 @@ class MapPlan(msgspec.Struct, frozen=True):
     changes: tuple[Change, ...] = ()
     kind: str = ""
     converter: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 class HookPlan(msgspec.Struct, frozen=True):
@@ -132,9 +127,10 @@ class Fingerprint(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What ``apply`` would do on one node. ``start_type`` is ``normal``, ``restart`` or ``update``.
+    """What ``apply`` or ``rollback`` would do on one node.
 
-    ``digest`` is the bundle's. ``fingerprint`` is of the node; None in a plan of a hitless that took none.
+    ``start_type`` is ``normal``, ``restart``, ``update`` or ``rollback``. ``digest`` is the bundle's. ``fingerprint`` is
+    of the node; None in a plan that is not saved, or of a hitless that took none.
     """
 
     root: str
@@ -204,15 +200,28 @@ class PinnedProgram(msgspec.Struct, frozen=True):
     tag: str
 
 
+class Former(msgspec.Struct, frozen=True):
+    """What a rollback changed in the record of ``previous/``: enough to make it again what it was."""
+
+    generation: int
+    rules: dict[str, MapRules] = {}
+    converters: dict[str, str] = {}
+    replaced: tuple[ReplacedMap, ...] = ()
+    replaced_programs: tuple[ReplacedProgram, ...] = ()
+
+
 class Record(msgspec.Struct, frozen=True):
     """What a generation is. ``generation`` counts up from 1; ``digest`` is the bundle's.
 
     ``objects`` is the release's MapSpec snapshot; ``maps`` holds the spec of each pinned map by pin name, as the
-    release defines it. ``plan``, ``rules`` and ``converters`` (sources of the bundle's modules) are set while the
-    upgrade to this generation runs, so that it can be finished without the bundle. ``replaced`` are the maps of earlier
-    generations that something may still hold, ``replaced_programs`` their programs. ``unwritten`` are the maps that no
-    program of the release writes, as the verifier has shown. ``pinned_maps`` and ``pinned_programs`` tell what is
-    pinned by its kernel's id, by name; empty in a record of a hitless that did not note them.
+    release defines it. ``rules`` are those by which the generation before became this one, and ``converters`` the
+    sources of the modules that they name: so the upgrade can be finished without the bundle, and the way back is known.
+    ``own_rules`` are those of the release's manifest, which are other ones after a rollback. ``plan`` is set while the
+    upgrade to this generation runs, and ``former`` if that goes back to ``previous/``, which it was.
+    ``replaced`` are the maps of earlier generations that something may still hold, ``replaced_programs`` their
+    programs. ``unwritten`` are the maps that no program of the release writes, as the verifier has shown.
+    ``pinned_maps`` and ``pinned_programs`` tell what is pinned by its kernel's id, by name; empty in a record of a
+    hitless that did not note them.
     """
 
     generation: int
@@ -231,6 +240,8 @@ class Record(msgspec.Struct, frozen=True):
     pinned_maps: dict[str, PinnedMap] = {}
     pinned_programs: dict[str, PinnedProgram] = {}
     replaced_programs: tuple[ReplacedProgram, ...] = ()
+    own_rules: dict[str, MapRules] = {}
+    former: Former | None = None
     schema: int = SCHEMA
 
 
@@ -279,9 +290,18 @@ class NodeState(msgspec.Struct, frozen=True):
     left: tuple[LeftRing, ...] = ()
 
     @property
+    def recovery(self) -> Recovery:
+        """What recovery would do now, if nobody upgrades: see :mod:`hitless.upgrade.phases`."""
+        phase = self.current.record.phase if self.current is not None else None
+        there = self.litter or self.unfinished is not None
+        if self.unfinished is None:
+            return recovery(phase, there, None, returning=False)
+        return recovery(phase, there, self.unfinished.phase, self.unfinished.former is not None)
+
+    @property
     def abandoned(self) -> bool:
-        """Whether ``next/`` is the rest of an upgrade that had switched no hook: undoing it is removing that."""
-        return self.litter or (self.unfinished is not None and self.unfinished.phase in NOT_SWITCHED)
+        """Whether ``next/`` is the rest of an upgrade that had switched no hook."""
+        return self.recovery in ("remove", "put-back")
 
     @property
     def version(self) -> str | None:

@@ -138,6 +138,27 @@ class Node:
             left=_left_rings(self.previous, current) if previous.exists() else (),
         )
 
+    def last(self) -> Generation:
+        """The last generation, complete. Raises NodeError if there is none, or not all of it any more."""
+        instead = "apply the older release's bundle instead"
+        if not (self.previous / "record").exists():
+            raise NodeError(
+                f"{self.root} has no last release to go back to: nothing was upgraded yet, or gc has removed it; "
+                f"{instead}",
+                path=str(self.previous),
+            )
+        record = read_record(self.previous / "record")
+        pins = [map_pin(self.previous, name) for name in record.maps]
+        pins += [self.previous / "progs" / hook.program for hook in record.hooks]
+        for path in pins:
+            if not path.exists():
+                raise NodeError(
+                    f"{path} is missing, so that {record.version} is no longer complete: a gc was killed, or the pin "
+                    f"was removed by hand; run gc, then {instead}",
+                    path=str(path),
+                )
+        return _generation(self.previous)
+
     def map(self, name: str) -> MapHandle:
         """A handle on the map ``name`` of the running release; writes reach both releases during an upgrade."""
         return MapHandle(self.access, name)

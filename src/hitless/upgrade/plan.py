@@ -15,6 +15,7 @@ from hitless.bundle import Attach, Bundle, unite_maps
 from hitless.carry import (
     CGROUP_STORAGE,
     converts,
+    emptied,
     is_global,
     losses,
     mirrored,
@@ -42,8 +43,11 @@ def make_plan(
     cgroups: Mapping[str, int],
     features: Container[str],
     allow_loss: Collection[str] = (),
+    into: Generation | None = None,
 ) -> Plan:
     """Decide what becomes of each map and hook when ``bundle`` is applied to what ``state`` shows.
+
+    ``into`` is the last generation, if ``bundle`` is its release: a rollback, which fills the maps that are there.
 
     ``cgroups`` has the kernel's id of each target of the bundle's hooks; ``features`` are what it can
     do (:mod:`hitless.kernel.features`), by which the methods are chosen; ``allow_loss`` names maps that may lose
@@ -56,12 +60,12 @@ def make_plan(
         start_type = "normal"
         maps = tuple(_created(name) for name in bundle.maps)
         hooks = tuple(_hook(entry, bundle, "attach") for entry in bundle.attach)
-    elif (current.record.version, current.record.digest) == (bundle.version, bundle.digest):
+    elif into is None and (current.record.version, current.record.digest) == (bundle.version, bundle.digest):
         start_type = "restart"
         maps = tuple(MapPlan(name, "keep", method="same map") for name in current.record.maps)
         hooks = _plan_hooks(state, current, bundle, cgroups, restart=True)
     else:
-        start_type = "update"
+        start_type = "update" if into is None else "rollback"
         if current.record.name != bundle.name:
             raise BundleError(
                 f"{state.root} runs bundle {current.record.name!r}, and this one is {bundle.name!r}: a pin root "
@@ -70,8 +74,10 @@ def make_plan(
                 bundle=bundle.name,
             )
         # In a start or restart nothing can be lost, and the same command must do on every node, and twice.
-        _check_names(current, bundle, allow_loss, state.left)
-        maps = _with_left_rings(_plan_maps(current, bundle, features, allow_loss), state, bundle, allow_loss)
+        left = state.left if into is None else ()  # a rollback keeps the rings of the last generation
+        _check_names(current, bundle, allow_loss, left)
+        maps = _plan_maps(current, bundle, features, allow_loss, into)
+        maps = _with_left_rings(maps, left, state.previous, bundle, allow_loss)
         hooks = _plan_hooks(state, current, bundle, cgroups, restart=False)
         _check_cgroup_storage(maps, hooks, bundle)
     return Plan(
@@ -129,19 +135,66 @@ def _created(name: str) -> MapPlan:
 
 
 def _plan_maps(
-    current: Generation, bundle: Bundle, features: Container[str], allow_loss: Collection[str]
+    current: Generation,
+    bundle: Bundle,
+    features: Container[str],
+    allow_loss: Collection[str],
+    into: Generation | None,
 ) -> tuple[MapPlan, ...]:
+    apart = _apart(current, into)
     old = {name: live.spec for name, live in current.maps.items()}
     new = {name: msgspec.structs.replace(spec, name=name) for name, spec in bundle.maps.items()}
     sections = {item.diff.name: item for item in diff_sections(old.values(), new.values(), bundle.rules)}
     plans = [
         _plan_section(sections[diff.name], old, new, bundle, allow_loss)
         if diff.name in sections
-        else _plan_map(diff, old, bundle, features, allow_loss, current.record.unwritten)
+        else _plan_map(diff, old, bundle, features, allow_loss, current.record.unwritten, apart)
         for diff in diff_maps(list(old.values()), list(new.values()), bundle.rules)
     ]
     plans = [_with_slots(entry, current) for entry in plans]
-    return _whole_groups(_without_unpinned(plans, current, bundle, allow_loss), current, bundle)
+    planned = _whole_groups(_without_unpinned(plans, current, bundle, allow_loss), current, bundle)
+    return planned if into is None else tuple(_with_last(entry, current, into) for entry in planned)
+
+
+def _apart(current: Generation, into: Generation | None) -> frozenset[str]:
+    """Maps of the last generation that are not maps of the running one as well."""
+    if into is None:
+        return frozenset()
+    shared = {live.info.id for live in current.maps.values()}
+    return frozenset(name for name, live in into.maps.items() if live.info.id not in shared)
+
+
+def _with_last(entry: MapPlan, current: Generation, into: Generation) -> MapPlan:
+    """The plan of one map when the map that takes its place is there, and holds what it held."""
+    there, running = into.maps.get(entry.name), current.maps.get(entry.was or entry.name)
+    if there is None:
+        return entry
+    if running is not None and running.info.id == there.info.id:
+        return MapPlan(entry.name, "keep", entry.was, entry.verdict, "same map", changes=entry.changes)
+    left = f"as {into.record.version} left it"
+    match entry.action:
+        case "convert":
+            return msgspec.structs.replace(entry, notes=_notes(entry, current, into))
+        case "keep":  # variables that did not change, in a map that did
+            loss = ("every variable: the running release has them in a map of its own",)
+            return msgspec.structs.replace(entry, action="discard", method=left, loss=loss)
+        case "discard" if not is_global(entry.name) and emptied(there.info.type):
+            return entry
+        case "create" if not is_global(entry.name):
+            note = f"what is in it is {left}: {current.record.version} has no such map"
+            return msgspec.structs.replace(entry, method=left, notes=(note,))
+        case "create" | "discard":
+            return msgspec.structs.replace(entry, method=left)
+    return entry
+
+
+def _notes(entry: MapPlan, current: Generation, into: Generation) -> tuple[str, ...]:
+    """What becomes of the fields and variables that the running release does not have."""
+    added = [change.path for change in entry.changes if change.kind == "added" and change.path]
+    if not added:
+        return ()
+    fate = f"as {into.record.version} left it" if entry.kind == "variables" else "its default, or zero, in every entry"
+    return tuple(f"{path} is {fate}: {current.record.version} does not have it" for path in added)
 
 
 def _whole_groups(plans: tuple[MapPlan, ...], current: Generation, bundle: Bundle) -> tuple[MapPlan, ...]:
@@ -243,6 +296,7 @@ def _plan_map(
     features: Container[str],
     allow_loss: Collection[str],
     unwritten: Collection[str],
+    apart: Collection[str],
 ) -> MapPlan:
     rules = bundle.rules.get(diff.name, MapRules())
     allowed = _is_allowed(diff.name, diff.was, bundle, allow_loss)
@@ -262,11 +316,11 @@ def _plan_map(
     if diff.verdict == "identical" and answer(bundle.maps[diff.name].type).anew:
         # libbpf fills the slots that the object names when it loads: in a kept array that would go live at once.
         return planned("discard", "from the release's object")
-    if diff.verdict == "identical":
+    if diff.verdict == "identical" and diff.name not in apart:
         return planned("keep", "same map")
     if refused := refusals(diff, bundle.maps[diff.name], rules):
         return planned("discard", "empty", loss=tuple(f"all entries: {reason}" for reason in refused))
-    if diff.verdict in ("lossless", "lossy") or converts(diff, rules):
+    if diff.verdict in ("identical", "lossless", "lossy") or converts(diff, rules):
         spec = old[diff.was or diff.name]
         found = way(spec, bundle.maps[diff.name], rules, features)
         if isinstance(found, str):
@@ -275,7 +329,7 @@ def _plan_map(
         if spec.name in unwritten and only_read(bundle.maps[diff.name], rules):
             found = mirrored(found, spec, bundle.maps[diff.name], diff)
         made = planned("convert", found.method, found.exactness, lost, found.kind)
-        return msgspec.structs.replace(made, converter=rules.convert if converts(diff, rules) else None)
+        return msgspec.structs.replace(made, converter=rules.function() if converts(diff, rules) else None)
     if diff.verdict == "not-carried" and not lost:
         return planned("discard", "from the release's object")
     reasons = tuple(f"all entries: {change.reason}" for change in diff.changes if change.reason)
@@ -283,14 +337,18 @@ def _plan_map(
 
 
 def _with_left_rings(
-    plans: tuple[MapPlan, ...], state: NodeState, bundle: Bundle, allow_loss: Collection[str]
+    plans: tuple[MapPlan, ...],
+    left: Collection[LeftRing],
+    last: str | None,
+    bundle: Bundle,
+    allow_loss: Collection[str],
 ) -> tuple[MapPlan, ...]:
     """The plans with what the generation that an upgrade removes, the one before the running, still holds unread."""
     out = {entry.name: entry for entry in plans}
-    for ring in state.left:
+    for ring in left:
         if ring.holders:
             continue  # it lives on until they are done with it
-        loss = f"{ring.unread} bytes in the ring buffer of {state.previous}, which nobody read and nobody holds open"
+        loss = f"{ring.unread} bytes in the ring buffer of {last}, which nobody read and nobody holds open"
         entry = out.get(ring.name)
         if entry is None:
             allowed = ring.name in allow_loss or bundle.rules.get(ring.name, MapRules()).on_loss == "discard"

@@ -1,74 +1,66 @@
 """An upgrade from start to end, its undoing, and what finishes it when its process was killed.
 
-Until the phase ``cutover`` is in the record of ``next/``, no hook runs the new release and undoing is removing
-``next/``. From then on it is finished forward by whoever comes next, or, after an error, taken back together with
-what the new programs learned meanwhile. The exchange of ``current`` and ``next`` is the commit.
+What a phase means, in which order they come, and what is done with what a kill left, is told as data in
+:mod:`hitless.upgrade.phases`; here each phase is written into the record of ``next/`` before its work begins. A
+rollback is the same upgrade, but for its beginning and for the end of its undoing: ``next/`` is not made and removed,
+it is ``previous/``, moved there and back (:mod:`hitless.upgrade.staging`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
 
-from hitless.bundle import Bundle, unite_maps
-from hitless.carry import CGROUP_STORAGE, is_global, section_way
-from hitless.errors import (
-    BusyError,
-    InterruptedUpgradeError,
-    LossNotAllowedError,
-    NodeError,
-    UnsupportedError,
-    VerifyError,
-)
+from hitless.bundle import Bundle
+from hitless.errors import BusyError, InterruptedUpgradeError, LossNotAllowedError, NodeError
 from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.bpffs import exchange, make_directory, remove_tree, require_bpffs, require_writable
 from hitless.kernel.features import boot_id, features, release
 from hitless.kernel.links import Link, cgroup_id
-from hitless.kernel.maps import Map, is_alive
+from hitless.kernel.maps import Map
 from hitless.kernel.processes import who
-from hitless.kernel.programs import Program, load_object
-from hitless.kernel.queues import count_elements
-from hitless.kernel.sockets import list_sockets
-from hitless.layout.diff import diff_map
-from hitless.layout.model import MapSpec
-from hitless.layout.rules import MapRules
-from hitless.layout.variables import diff_sections
-from hitless.upgrade.carrier import Carrier, Passage, Successors, Tally
-from hitless.upgrade.carriers import CARRIERS
+from hitless.kernel.programs import Program
+from hitless.upgrade.carrier import Carrier, Tally
+from hitless.upgrade.checks import (
+    refuse_loss,
+    refuse_overfull,
+    refuse_replaced_pins,
+    verify_hooks,
+    verify_pins,
+)
 from hitless.upgrade.cutover import detach_hooks, switch_back, switch_hooks
-from hitless.upgrade.drift import interrupted, recovering, with_ids
+from hitless.upgrade.drift import interrupted, recovering
 from hitless.upgrade.fingerprint import Asked, fingerprint, require_meant, require_same, require_unchanged
 from hitless.upgrade.handle import Staged
 from hitless.upgrade.model import (
     Cutover,
     Generation,
-    Hook,
     MapPlan,
     MapResult,
     NodeState,
     Plan,
     Progress,
     Record,
-    ReplacedMap,
     Result,
 )
 from hitless.upgrade.node import Node
 from hitless.upgrade.pace import Pace
+from hitless.upgrade.passages import make_carriers
 from hitless.upgrade.plan import make_plan
-from hitless.upgrade.record import create_record, map_pin, pin_name, read_record, write_record
+from hitless.upgrade.record import map_pin, pin_name, read_record, write_record
+from hitless.upgrade.release import last_release
 from hitless.upgrade.ring import drain
-from hitless.upgrade.section import carry_section
-from hitless.upgrade.unwritten import prove_unwritten
+from hitless.upgrade.staging import Built, build_next, give_up, open_programs, restage_last
 from hitless.upgrade.verify import check_generation
 
 # Seconds that the barrier takes at most: 8 to 16 ms were measured.
 _BARRIER = 0.02
 
-__all__ = ["apply", "plan", "recover", "unload"]
+__all__ = ["apply", "plan", "plan_rollback", "recover", "rollback", "unload"]
 
 
 def plan(node: Node, bundle: Bundle, allow_loss: Collection[str] = ()) -> Plan:
@@ -76,6 +68,16 @@ def plan(node: Node, bundle: Bundle, allow_loss: Collection[str] = ()) -> Plan:
 
     Raises HitlessError by kind, BusyError while another process upgrades, InterruptedUpgradeError after one was killed.
     """
+    return _plan(node, _settled(node), bundle, allow_loss)
+
+
+def plan_rollback(node: Node, allow_loss: Collection[str] = ()) -> Plan:
+    """What :func:`rollback` would do now; looks only. Raises as :func:`plan`, and NodeError if there is no way back."""
+    return node.at_rest(lambda: _plan_back(node, _settled(node), allow_loss)[0])
+
+
+def _settled(node: Node) -> NodeState:
+    """What is live, if no upgrade is going on or was killed."""
     state, pid = node.observe_with_holder()
     if state.unfinished is not None or state.litter:
         if pid is not None:
@@ -91,7 +93,7 @@ def plan(node: Node, bundle: Bundle, allow_loss: Collection[str] = ()) -> Plan:
             "plan again",
             path=str(node.root),
         )
-    return _plan(node, state, bundle, allow_loss)
+    return state
 
 
 def _plan(
@@ -102,15 +104,34 @@ def _plan(
     if planned is not None:
         require_meant(planned, state.root, bundle)
         allow_loss = {entry.name for entry in planned.maps if entry.allowed}
-    cgroups = {entry.target: cgroup_id(Path(entry.target)) for entry in bundle.attach}
+    cgroups = _cgroups(bundle)
     if planned is not None and planned.fingerprint is not None:
         able = {name: name in asked for name in planned.fingerprint.features}
         require_unchanged(planned, fingerprint(state, cgroups, able, *machine))
+    if state.current is not None:
+        refuse_replaced_pins(node.current, state.current)
     decided = make_plan(state, bundle, cgroups, asked, allow_loss)
     if planned is not None:
         require_same(planned, decided)
-    _refuse_overfull(node, state, bundle, decided)
+    refuse_overfull(node, state, bundle, decided)
     return msgspec.structs.replace(decided, fingerprint=fingerprint(state, cgroups, asked.answers, *machine))
+
+
+def _plan_back(node: Node, state: NodeState, allow_loss: Collection[str]) -> tuple[Plan, Bundle]:
+    """The plan of a rollback, and the release that it goes back to."""
+    if state.current is None:
+        raise NodeError(f"nothing of hitless runs under {node.root}, so there is no way back", path=str(node.root))
+    refuse_replaced_pins(node.current, state.current)
+    last = node.last()
+    refuse_replaced_pins(node.previous, last)
+    release = last_release(last, state.current, node.previous)
+    decided = make_plan(state, release, _cgroups(release), features(), allow_loss, last)
+    refuse_overfull(node, state, release, decided)
+    return decided, release
+
+
+def _cgroups(bundle: Bundle) -> dict[str, int]:
+    return {entry.target: cgroup_id(Path(entry.target)) for entry in bundle.attach}
 
 
 def apply(
@@ -148,12 +169,12 @@ def apply(
             recovered = _recover(node, tell, wait)
             state = node.observe()
             decided = _plan(node, state, bundle, allow_loss, planned)
-            _refuse_loss(decided)
+            refuse_loss(decided)
             upgrade = _Upgrade(node, decided, state.current, tell, wait, pace)
             if decided.start_type == "restart":
                 result = upgrade.restart(prepare)
             else:
-                upgrade.build(bundle, prepare)
+                upgrade.build(lambda: build_next(node, bundle, decided, state.current), prepare)
                 result = upgrade.switch()
             return msgspec.structs.replace(result, recovered=recovered)
         except BaseException:
@@ -174,7 +195,7 @@ def _plan_first(node: Node, bundle: Bundle, allow_loss: Collection[str], planned
     require_writable(node.root)
     state = node.observe()
     if state.unfinished is None and not state.litter:
-        _refuse_loss(_plan(node, state, bundle, allow_loss, planned))
+        refuse_loss(_plan(node, state, bundle, allow_loss, planned))
 
 
 def _refuse_unfinished(node: Node) -> None:
@@ -186,47 +207,51 @@ def _refuse_unfinished(node: Node) -> None:
         raise interrupted(node, state.unfinished.version if state.unfinished else None, committed=False)
 
 
-def _refuse_overfull(node: Node, state: NodeState, bundle: Bundle, decided: Plan) -> None:
-    """A smaller map must have room for what is there now; one that evicts makes room by itself."""
-    for entry in decided.maps:
-        if entry.action != "convert" or state.current is None or is_global(entry.name):
-            continue
-        was, room = entry.was or entry.name, bundle.maps[entry.name].max_entries
-        listed = entry.kind.startswith(("entries", "mirrored")) and "hash" in bundle.maps[entry.name].type
-        if room >= state.current.maps[was].info.max_entries or not (listed or entry.kind in ("queue", "sockets")):
-            continue
-        with Map.open(node.current / "maps" / was) as live:
-            entries = _count(live, entry.kind)
-        if entries > room and "lru" not in bundle.maps[entry.name].type:
-            raise LossNotAllowedError(
-                f"map {was} has {entries} entries, and release {bundle.version} has room for {room} "
-                f"(max_entries of {entry.name}); nothing was changed: raise it, or delete entries first",
-                maps=[entry.name],
-                entries=entries,
-                room=room,
+def rollback(
+    node: Node,
+    allow_loss: Collection[str] = (),
+    progress: Callable[[Progress], None] | None = None,
+    wait: float = 10.0,
+    pace: Pace | None = None,
+) -> Result:
+    """Upgrade ``node`` to the last release, kept in ``previous/``, with all that the running one has learned.
+
+    Entries come back by the reverse of the conversion that brought them; the running release becomes the last one, so
+    that the next rollback goes forth again. Its programs and maps are used as they are, no bundle is needed. For
+    ``allow_loss``, ``progress``, ``wait`` and ``pace`` see :func:`apply`.
+
+    Raises NodeError if there is no last release, LossNotAllowedError when it has no place for something that
+    ``allow_loss`` does not name, and other HitlessErrors; then the running release runs as before, complete, and there
+    still is a way back.
+    """
+    tell = progress or _nobody
+    require_bpffs(node.root)
+
+    def look() -> int | None:
+        state = node.observe()
+        if state.recovery == "nothing":
+            refuse_loss(_plan_back(node, state, allow_loss)[0])
+        return state.generation
+
+    seen = node.at_rest(look)  # find what is wrong before anything is locked or moved
+    with node.lock(wait):
+        node.access.lock.make()
+        recovered = _recover(node, tell, wait)
+        state = node.observe()
+        if recovered is None and state.generation != seen:  # else of two rollbacks at once one would undo the other
+            raise BusyError(
+                f"{node.root} was changed by another process meanwhile, and runs {state.version}, generation "
+                f"{state.generation}, now: see whether that is to be gone back from",
+                path=str(node.root),
+                pid=None,
             )
-
-
-def _count(live: Map, kind: str) -> int:
-    if kind == "queue":
-        return count_elements(live)
-    if kind == "sockets":
-        return len(list_sockets(live))
-    return sum(len(keys) for keys, _ in live.batches())
-
-
-def _refuse_loss(decided: Plan) -> None:
-    if not decided.blocked:
-        return
-    lines = [f"  {entry.name} loses: {loss}" for entry in decided.blocked for loss in entry.loss]
-    options = " ".join(f"--allow-loss {entry.name}" for entry in decided.blocked)
-    raise LossNotAllowedError(
-        f"going from {decided.from_version} to {decided.to_version} would lose state:\n"
-        + "\n".join(lines)
-        + f"\nnothing was changed; if that is fine, say so: {options}",
-        maps=[entry.name for entry in decided.blocked],
-        losses={entry.name: list(entry.loss) for entry in decided.blocked},
-    )
+        decided, release = _plan_back(node, state, allow_loss)
+        refuse_loss(decided)
+        current = state.current
+        assert current is not None  # or there is no plan
+        upgrade = _Upgrade(node, decided, current, tell, wait, pace)
+        upgrade.build(lambda: restage_last(node, release, decided, current), None)
+        return msgspec.structs.replace(upgrade.switch(), recovered=recovered)
 
 
 def recover(
@@ -250,21 +275,27 @@ def recover(
 
 def _recover(node: Node, tell: Callable[[Progress], None], wait: float, back: bool = False) -> str | None:
     state = node.observe()
-    if state.current is not None and state.current.record.phase != "committed":
-        if back:
-            raise InterruptedUpgradeError(
-                f"{node.root}: the upgrade to {state.version} was committed before it was interrupted, so it cannot be "
-                "taken back any more, and nothing was done: recover without --back, then apply the old release",
-                path=str(node.root),
-            )
-        _finish(node)
-        return f"finished the clean-up after the upgrade to {state.version}"
-    if state.abandoned:
-        remove_tree(node.next)
-        return "undid an upgrade that had not switched any hook"
-    if state.unfinished is None:
-        return None
+    match state.recovery:
+        case "nothing":
+            return None
+        case "clean-up":
+            if back:
+                raise InterruptedUpgradeError(
+                    f"{node.root}: the upgrade to {state.version} was committed before it was interrupted, so it "
+                    "cannot be taken back any more, and nothing was done: recover without --back, then roll back "
+                    "(hitless rollback)",
+                    path=str(node.root),
+                )
+            _finish(node)
+            return f"finished the clean-up after the upgrade to {state.version}"
+        case "remove":
+            give_up(node)
+            return "undid an upgrade that had not switched any hook"
+        case "put-back":
+            give_up(node)
+            return "undid a rollback that had not switched any hook"
     record = state.unfinished
+    assert record is not None  # a phase to go on from
     if record.plan is None:
         raise InterruptedUpgradeError(
             f"{node.next}: the record of the interrupted upgrade to {record.version} has no plan, so it cannot be "
@@ -274,7 +305,7 @@ def _recover(node: Node, tell: Callable[[Progress], None], wait: float, back: bo
     tell(Progress("recover"))
     upgrade = _Upgrade(node, record.plan, state.current, tell, wait)
     upgrade.reopen(record)
-    failed = record.phase in ("undoing", "merging-back")
+    failed = state.recovery == "take-back"
     if failed or back:
         upgrade.take_back(filled=record.phase == "merging-back")
         why = ", which had failed" if failed else ", which had been interrupted"
@@ -329,7 +360,7 @@ class _Upgrade:
 
     def restart(self, prepare: Callable[[Node], None] | None) -> Result:
         """The same release runs already: use all of it, attach or correct what hangs loose."""
-        self._programs = self._open_programs(self._node.current)
+        self._programs = open_programs(self._node.current)
         with self._step("prepare"):
             if prepare is not None:
                 prepare(self._node)
@@ -338,17 +369,19 @@ class _Upgrade:
             detach_hooks([hook.link for hook in self._plan.hooks if hook.action == "detach"], self._node.links)
         return self._result(Cutover(sum(hook.action != "keep" for hook in self._plan.hooks), gap))
 
-    def build(self, bundle: Bundle, prepare: Callable[[Node], None] | None) -> None:
-        """Everything that comes before a hook changes; undone by an error."""
+    def build(self, stage: Callable[[], Built], prepare: Callable[[Node], None] | None) -> None:
+        """Everything that comes before a hook changes, beginning with ``stage``; undone by an error."""
         node = self._node
         try:
             with self._step("stage"):
-                self._stage(bundle)
+                built = stage()
+                self._record, self._maps, self._programs = built.record, built.maps, built.programs
             with self._step("copy"):
-                write_record(node.next / "record", self._phase("copying"))
-                self._carry(bundle.maps, bundle.rules, fresh=True)
+                copying = self._phase("copying")
+                write_record(node.next / "record", copying)
+                self._carry(fresh=True)
                 with node.access.writing:
-                    node.access.staged = Staged(self._maps, self._specs(), self._carried)
+                    node.access.staged = Staged(self._maps, copying.maps, self._carried)
                 for carrier in self._carried.values():
                     self._copy(carrier)
             with self._step("prepare"):
@@ -357,8 +390,8 @@ class _Upgrade:
             with self._step("verify"):
                 for carrier in self._carried.values():
                     carrier.verify()
-                self._verify_pins()
-                check_generation(node.next, self._phase("copying"))
+                verify_pins(node, self._current, self._maps)
+                check_generation(node.next, copying)
                 with node.access.alone(self._wait):
                     pass  # a writer that holds its lock without an end is found before a hook changes
         except BaseException:
@@ -370,8 +403,8 @@ class _Upgrade:
         self._record = record
         for name in record.maps:
             self._maps[name] = Map.open(map_pin(self._node.next, name))
-        self._programs = self._open_programs(self._node.next)
-        self._carry(record.maps, record.rules, fresh=False)
+        self._programs = open_programs(self._node.next)
+        self._carry(fresh=False)
 
     def switch(self) -> Result:
         """Cutover, barrier, catch-up, commit; taken back by an error that comes before the commit."""
@@ -392,7 +425,7 @@ class _Upgrade:
                     stale = (time.perf_counter() - started) * 1e6
                 with self._step("commit"):
                     self._verify_hooks()
-                    self._verify_pins()
+                    verify_pins(node, self._current, self._maps)
                     self._commit()
         except BaseException as error:
             if not self._is_committed():
@@ -412,148 +445,10 @@ class _Upgrade:
 
     # The steps
 
-    def _stage(self, bundle: Bundle) -> None:
-        """Pin kept maps again, create the others, load all programs: the verifier accepts, nothing live changes."""
-        node = self._node
-        make_directory(node.next)
-        self._record = Record(
-            generation=self._plan.generation,
-            name=bundle.name,
-            version=bundle.version,
-            digest=bundle.digest,
-            phase="staging",
-            objects=tuple(item.spec for item in bundle.objects),
-            maps=bundle.maps,
-            hooks=tuple(
-                Hook(hook.link, hook.program, hook.hook, hook.target, hook.attach_type)
-                for hook in self._plan.hooks
-                if hook.action != "detach"
-            ),
-            plan=self._plan,
-            rules=bundle.rules,
-            converters=bundle.converters,
-            replaced=self._replaced(),
-        )
-        create_record(node.next / "record", self._record)
-        for directory in ("maps", "data", "progs", "base"):
-            make_directory(node.next / directory)
-        for entry in self._plan.maps:
-            if entry.action == "keep":
-                self._maps[entry.name] = Map.open(map_pin(node.current, entry.was or entry.name))
-        for item in bundle.objects:
-            sections = {name: spec.value_size for name, spec in unite_maps([item.spec]).items() if is_global(name)}
-            loaded = load_object(item.data, item.spec.name, self._maps, sections)
-            self._maps = {**loaded.maps, **self._maps}
-            self._programs.update(loaded.programs)
-        self._refuse_foreign_storage()
-        unwritten = [name for item in bundle.objects for name in prove_unwritten(item, bundle.rules, self._maps)]
-        self._record = msgspec.structs.replace(self._record, unwritten=tuple(dict.fromkeys(unwritten)))
-        for name, held in self._maps.items():
-            held.pin(map_pin(node.next, name))
-        for name, program in self._programs.items():
-            program.pin(node.next / "progs" / name)
-        self._record = with_ids(self._record, self._maps, self._programs, self._current)
-
-    def _replaced(self) -> tuple[ReplacedMap, ...]:
-        """The maps that nobody finds by a path after this upgrade and the last, as far as somebody holds them."""
-        if self._current is None:
-            return ()
-        record = self._current.record
-        kept = {entry.was or entry.name for entry in self._plan.maps if entry.action == "keep"}
-        now = [
-            ReplacedMap(live.info.id, name, record.generation)
-            for name, live in self._current.maps.items()
-            if name not in kept
-        ]
-        return (*(entry for entry in record.replaced if is_alive(entry.id)), *now)
-
-    def _refuse_foreign_storage(self) -> None:
-        """A link updated in place keeps the cgroup storage of the program that it was made with."""
-        live = self._current.maps.values() if self._current else ()
-        infos = [held.info for held in (*self._maps.values(), *live)]
-        storage = {info.id for info in infos if info.type in CGROUP_STORAGE}
-        for hook in self._plan.hooks if storage else ():
-            if hook.action == "update" and hook.expected is not None:
-                with Program.by_id(hook.expected) as old:
-                    foreign = self._programs[hook.program].map_ids & storage - old.map_ids
-                if foreign:
-                    raise UnsupportedError(
-                        f"program {hook.program} uses cgroup storage that the program on link {hook.link} does not "
-                        "use, and the kernel gives it only to programs that are newly attached; use cgrp_storage, or "
-                        "give the hook a link name of its own",
-                        feature="added cgroup storage",
-                        link=hook.link,
-                    )
-
-    def _carry(self, specs: Mapping[str, MapSpec], rules: Mapping[str, MapRules], fresh: bool) -> None:
+    def _carry(self, fresh: bool) -> None:
         """Prepare the maps to be converted; ``fresh`` is false if another process had filled what they keep."""
-        assert self._record is not None  # made by _stage or given to reopen
-        successors = self._successors()
-        for entry in self._plan.maps:
-            if entry.action != "convert":
-                continue
-            if self._current is None:
-                raise NodeError(f"map {entry.name} is to be converted, but nothing runs", map=entry.name)
-            name, was = entry.name, entry.was or entry.name
-            if entry.kind == "variables":
-                self._carried[name] = self._carry_section(entry, specs, rules, fresh)
-                continue
-            old, new = self._current.maps[was].spec, msgspec.structs.replace(specs[name], name=name)
-            rule = rules.get(name, MapRules())
-            self._carried[name] = CARRIERS[entry.kind](
-                Passage(
-                    name=name,
-                    source=Map.open(map_pin(self._node.current, was)),
-                    target=self._maps[name],
-                    old=old,
-                    new=new,
-                    diff=diff_map(old, new, rule),
-                    rules=rule,
-                    pin=self._node.next / "base" / name,
-                    fresh=fresh,
-                    lossy_allowed=entry.allowed,
-                    writing=self._node.access.writing,
-                    pace=self._pace,
-                    code=self._record.converters.get((rule.convert or "").partition(":")[0], ""),
-                    successors=successors,
-                )
-            )
-
-    def _carry_section(
-        self, entry: MapPlan, specs: Mapping[str, MapSpec], rules: Mapping[str, MapRules], fresh: bool
-    ) -> Carrier:
-        assert self._current is not None  # what has a source
-        old = {name: live.spec for name, live in self._current.maps.items()}
-        new = {name: msgspec.structs.replace(spec, name=name) for name, spec in specs.items()}
-        (section,) = (item for item in diff_sections(old.values(), new.values(), rules) if item.diff.name == entry.name)
-        passages = [
-            Passage(
-                name=entry.name,
-                source=Map.open(map_pin(self._node.current, part.source)),
-                target=self._maps[entry.name],
-                old=part.old,
-                new=part.new,
-                diff=part.diff,
-                rules=part.rules,
-                pin=self._node.next / "base" / pin_name(entry.name) / str(index),
-                fresh=fresh,
-                lossy_allowed=entry.allowed,
-                writing=self._node.access.writing,
-                pace=self._pace,
-            )
-            for index, part in enumerate(section_way(section, old, new, rules).parts)
-        ]
-        return carry_section(entry.name, passages)
-
-    def _successors(self) -> Successors:
-        """The maps of both releases by what takes their place: outer maps may hold them, in slots of any key."""
-        found: Successors = {}
-        for entry in self._plan.maps:
-            was = entry.was or entry.name
-            if self._current is not None and was in self._current.maps and entry.name in self._maps:
-                old, new = Map.open(map_pin(self._node.current, was)), self._maps[entry.name]
-                found[old.info.id, None], found[new.info.id, None] = new, old
-        return found
+        assert self._record is not None  # what was staged, or given to reopen
+        self._carried = make_carriers(self._node, self._record, self._maps, self._current, self._pace, fresh)
 
     def _copy(self, carrier: Carrier) -> None:
         started = time.perf_counter()
@@ -583,43 +478,8 @@ class _Upgrade:
                     path = self._node.previous / "maps" / (entry.was or entry.name)
                     self._carried[entry.name].tally.unread = drain(path)
 
-    def _verify_pins(self) -> None:
-        """The maps under both generations' paths are still those that were seen and made, not somebody else's."""
-        seen = self._current.maps if self._current is not None else {}
-        expected = {map_pin(self._node.current, name): live.info.id for name, live in seen.items()}
-        expected |= {map_pin(self._node.next, name): held.info.id for name, held in self._maps.items()}
-        for path, wanted in expected.items():
-            if not path.exists():
-                raise VerifyError(
-                    f"{path} was removed by somebody else while the upgrade ran; the old release goes on as it was: "
-                    "pin its map there again (bpftool map pin), then apply again",
-                    path=str(path), expected=wanted, found=None,
-                )  # fmt: skip
-            with Map.open(path) as held:
-                found = held.info.id
-            if found != wanted:
-                raise VerifyError(
-                    f"{path} is map {found}, and was map {wanted} when the upgrade began: somebody else pinned another "
-                    "one there; the old release goes on as it was: find out who did, then apply again",
-                    path=str(path), expected=wanted, found=found,
-                )  # fmt: skip
-
     def _verify_hooks(self) -> None:
-        for hook in self._plan.hooks:
-            if hook.action not in ("attach", "update"):
-                continue
-            pin = self._node.links / hook.link
-            renamed = self._node.links / hook.was if hook.was else pin
-            with Link.open(pin if pin.exists() else renamed) as link:
-                expected, runs = self._programs[hook.program].info.id, link.info.program_id
-            if runs != expected:
-                raise VerifyError(
-                    f"link {hook.link} runs program {runs}, not {expected}, just after it was switched: someone else "
-                    "changes this pin root's links; find out who, then apply again",
-                    link=hook.link,
-                    program=runs,
-                    expected=expected,
-                )
+        verify_hooks(self._plan.hooks, self._programs, self._node.links)
 
     def _commit(self) -> None:
         node = self._node
@@ -636,7 +496,7 @@ class _Upgrade:
         """Undo before the cutover: nothing public changed."""
         with self._node.access.writing:
             self._node.access.staged = None
-        remove_tree(self._node.next)
+        give_up(self._node)
 
     def take_back(self, filled: bool = False) -> None:
         """Undo after the cutover: old programs back on the hooks, then what the new ones learned into the old maps.
@@ -677,17 +537,10 @@ class _Upgrade:
 
     # Small things
 
-    def _open_programs(self, generation: Path) -> dict[str, Program]:
-        return {path.name: Program.open(path) for path in (generation / "progs").iterdir()}
-
     def _phase(self, phase: str) -> Record:
-        assert self._record is not None  # made by _stage or given to reopen
+        assert self._record is not None  # what was staged, or given to reopen
         self._record = msgspec.structs.replace(self._record, phase=phase)
         return self._record
-
-    def _specs(self) -> dict[str, MapSpec]:
-        assert self._record is not None
-        return self._record.maps
 
     @contextmanager
     def _step(self, name: str) -> Iterator[None]:
@@ -743,7 +596,7 @@ def _finish(node: Node) -> None:
     kept = {hook.link for hook in record.hooks}
     present = [path.name for path in node.links.iterdir()] if node.links.exists() else []
     detach_hooks([name for name in present if name not in kept], node.links)
-    committed = msgspec.structs.replace(record, phase="committed", plan=None, rules={}, converters={})
+    committed = msgspec.structs.replace(record, phase="committed", plan=None, former=None)
     write_record(node.current / "record", committed)
 
 

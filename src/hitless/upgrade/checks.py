@@ -1,0 +1,119 @@
+"""What must hold before an upgrade begins, and before its steps: else it stops, and the old release goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from hitless.bundle import Bundle
+from hitless.carry import is_global
+from hitless.errors import LossNotAllowedError, NodeError, VerifyError
+from hitless.kernel.links import Link
+from hitless.kernel.maps import Map
+from hitless.kernel.programs import Program
+from hitless.kernel.queues import count_elements
+from hitless.kernel.sockets import list_sockets
+from hitless.upgrade.drift import replaced_pins
+from hitless.upgrade.model import Generation, HookPlan, NodeState, Plan
+from hitless.upgrade.node import Node
+from hitless.upgrade.record import map_pin
+
+__all__ = ["refuse_loss", "refuse_overfull", "refuse_replaced_pins", "verify_hooks", "verify_pins"]
+
+
+def refuse_replaced_pins(directory: Path, generation: Generation) -> None:
+    """Raise NodeError if a pin of the generation is another map or program than its record says."""
+    problems = list(replaced_pins(directory, generation))
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise NodeError(f"{problems[0]}{more}; nothing was changed", path=str(directory), problems=problems)
+
+
+def refuse_overfull(node: Node, state: NodeState, bundle: Bundle, decided: Plan) -> None:
+    """A smaller map must have room for what is there now; one that evicts makes room by itself.
+
+    Raises LossNotAllowedError.
+    """
+    for entry in decided.maps:
+        if entry.action != "convert" or state.current is None or is_global(entry.name):
+            continue
+        was, room = entry.was or entry.name, bundle.maps[entry.name].max_entries
+        listed = entry.kind.startswith(("entries", "mirrored")) and "hash" in bundle.maps[entry.name].type
+        if room >= state.current.maps[was].info.max_entries or not (listed or entry.kind in ("queue", "sockets")):
+            continue
+        with Map.open(node.current / "maps" / was) as live:
+            entries = _count(live, entry.kind)
+        if entries > room and "lru" not in bundle.maps[entry.name].type:
+            raise LossNotAllowedError(
+                f"map {was} has {entries} entries, and release {bundle.version} has room for {room} "
+                f"(max_entries of {entry.name}); nothing was changed: raise it, or delete entries first",
+                maps=[entry.name],
+                entries=entries,
+                room=room,
+            )
+
+
+def _count(live: Map, kind: str) -> int:
+    if kind == "queue":
+        return count_elements(live)
+    if kind == "sockets":
+        return len(list_sockets(live))
+    return sum(len(keys) for keys, _ in live.batches())
+
+
+def refuse_loss(decided: Plan) -> None:
+    """Raise LossNotAllowedError if the plan loses what nobody allowed to be lost."""
+    if not decided.blocked:
+        return
+    lines = [f"  {entry.name} loses: {loss}" for entry in decided.blocked for loss in entry.loss]
+    options = " ".join(f"--allow-loss {entry.name}" for entry in decided.blocked)
+    raise LossNotAllowedError(
+        f"going from {decided.from_version} to {decided.to_version} would lose state:\n"
+        + "\n".join(lines)
+        + f"\nnothing was changed; if that is fine, say so: {options}",
+        maps=[entry.name for entry in decided.blocked],
+        losses={entry.name: list(entry.loss) for entry in decided.blocked},
+    )
+
+
+def verify_pins(node: Node, current: Generation | None, maps: Mapping[str, Map]) -> None:
+    """The maps under both generations' paths are still those that were seen and made, not somebody else's.
+
+    Raises VerifyError.
+    """
+    seen = current.maps if current is not None else {}
+    expected = {map_pin(node.current, name): live.info.id for name, live in seen.items()}
+    expected |= {map_pin(node.next, name): held.info.id for name, held in maps.items()}
+    for path, wanted in expected.items():
+        if not path.exists():
+            raise VerifyError(
+                f"{path} was removed by somebody else while the upgrade ran; the old release goes on as it was: "
+                "pin its map there again (bpftool map pin), then apply again",
+                path=str(path), expected=wanted, found=None,
+            )  # fmt: skip
+        with Map.open(path) as held:
+            found = held.info.id
+        if found != wanted:
+            raise VerifyError(
+                f"{path} is map {found}, and was map {wanted} when the upgrade began: somebody else pinned another "
+                "one there; the old release goes on as it was: find out who did, then apply again",
+                path=str(path), expected=wanted, found=found,
+            )  # fmt: skip
+
+def verify_hooks(hooks: Collection[HookPlan], programs: Mapping[str, Program], links: Path) -> None:
+    """Each hook runs its new program. Raises VerifyError."""
+    for hook in hooks:
+        if hook.action not in ("attach", "update"):
+            continue
+        pin = links / hook.link
+        renamed = links / hook.was if hook.was else pin
+        with Link.open(pin if pin.exists() else renamed) as link:
+            expected, runs = programs[hook.program].info.id, link.info.program_id
+        if runs != expected:
+            raise VerifyError(
+                f"link {hook.link} runs program {runs}, not {expected}, just after it was switched: someone else "
+                "changes this pin root's links; find out who, then apply again",
+                link=hook.link,
+                program=runs,
+                expected=expected,
+            )

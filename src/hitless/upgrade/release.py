@@ -1,0 +1,150 @@
+"""The last release as one that can be applied again: what is pinned of it, and the rules for the way back. Pure.
+
+Its objects are not kept, and need not be: its programs are pinned, and bound to its maps. What is wanted is what a
+manifest says. How entries come back is the reverse of how they came; what else holds for its fields is the release's
+own word. A ``was`` of its own manifest is passed over: that told of the release before it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from hitless.bundle import Attach, Bundle, BundleObject
+from hitless.carry import is_global
+from hitless.layout.diff import diff_maps, resolve
+from hitless.layout.model import MapSpec, Record
+from hitless.layout.rules import INNER, FieldRule, MapRules, bind_old
+from hitless.layout.variables import diff_sections
+from hitless.upgrade.model import Generation, Hook
+
+__all__ = ["last_release"]
+
+_KEY = "key."
+
+
+def last_release(previous: Generation, current: Generation, path: Path) -> Bundle:
+    """The release of ``previous``, pinned at ``path``, with the rules that lead from ``current`` to it.
+
+    Raises LayoutError if the rules by which ``current`` came do not fit what is there.
+    """
+    record, arrival = previous.record, current.record.rules
+    maps = {name: msgspec.structs.replace(spec, name=name) for name, spec in record.maps.items()}
+    newer = {name: live.spec for name, live in current.maps.items()}
+    became = _matched(maps, newer, arrival)
+    for name, later in became.items():
+        maps[name] = bind_old(maps[name], arrival.get(later, MapRules()))
+    rules = {name: _way_back(name, maps[name], became, arrival, record.own_rules) for name in maps}
+    for name, fields in _variables(maps, newer, arrival).items():
+        rules[name] = msgspec.structs.replace(rules[name], fields=_merged(fields, rules[name].fields))
+    for name, own in record.own_rules.items():  # what the release says of maps that only the running one has
+        rules.setdefault(name, MapRules(on_loss=own.on_loss))
+    for name in record.unwritten:
+        rules[name] = msgspec.structs.replace(rules[name], programs="read")
+    return Bundle(
+        path=path,
+        name=record.name,
+        version=record.version,
+        digest=record.digest,
+        objects=tuple(BundleObject(spec, b"") for spec in record.objects),
+        maps=maps,
+        programs={program.name: program for item in record.objects for program in item.programs},
+        attach=tuple(_attach(hook, record.hooks, current.record.hooks) for hook in record.hooks),
+        rules={name: rule for name, rule in rules.items() if rule != MapRules()},
+        converters=current.record.converters,
+    )
+
+
+def _matched(old: Mapping[str, MapSpec], new: Mapping[str, MapSpec], rules: Mapping[str, MapRules]) -> dict[str, str]:
+    """What each old map became: new name by old name."""
+    out = {}
+    for diff in diff_maps(list(old.values()), list(new.values()), rules):
+        was = diff.was or diff.name
+        if diff.verdict not in ("added", "removed") and was in old and is_global(was) == is_global(diff.name):
+            out[was] = diff.name
+    return out
+
+
+def _way_back(
+    name: str, spec: MapSpec, became: Mapping[str, str], arrival: Mapping[str, MapRules], own: Mapping[str, MapRules]
+) -> MapRules:
+    """The rules for one map; those for variables come on top."""
+    later = became.get(name)
+    came, mine = arrival.get(later or "", MapRules()), own.get(name, MapRules())
+    turned = {} if is_global(name) else _turned(came.fields, spec)
+    fields = {path: FieldRule(merge=rule.merge, default=rule.default) for path, rule in mine.fields.items()}
+    return MapRules(
+        was=later if later != name else None,
+        on_loss=mine.on_loss,
+        fields=_merged(turned, fields),
+        on_collision=mine.on_collision or came.on_collision,
+        convert=came.convert,
+        functions=came.functions,
+        group=mine.group or came.group,
+        turned=came.convert is not None and not came.turned,
+    )
+
+
+def _turned(fields: Mapping[str, FieldRule], spec: MapSpec) -> dict[str, FieldRule]:
+    """Rules for the fields of the newer layout as rules for those of ``spec``, as far as that has them."""
+    turned = {rule.was or path: FieldRule(path if rule.was else None, rule.merge) for path, rule in fields.items()}
+    return {path: rule for path, rule in turned.items() if _has(spec, path)}
+
+
+def _has(spec: MapSpec, path: str) -> bool:
+    if path.startswith(INNER) and spec.inner is not None:
+        return _has(spec.inner, path.removeprefix(INNER))
+    if spec.value is not None and (resolve(spec.value, path) is not None or _is_whole(spec, path)):
+        return True
+    return path.startswith(_KEY) and spec.key is not None and resolve(spec.key, path.removeprefix(_KEY)) is not None
+
+
+def _is_whole(spec: MapSpec, path: str) -> bool:
+    return path == "value" and not isinstance(spec.value, Record)
+
+
+def _variables(
+    old: Mapping[str, MapSpec], new: Mapping[str, MapSpec], arrival: Mapping[str, MapRules]
+) -> dict[str, dict[str, FieldRule]]:
+    """Rules for the variables of the older release, by section: where each has gone, and how it is merged."""
+    out: dict[str, dict[str, FieldRule]] = {}
+    for section in diff_sections(old.values(), new.values(), arrival):
+        name = section.diff.name
+        fields = arrival.get(name, MapRules()).fields
+        for pair in section.pairs:
+            if not is_global(pair.source):
+                continue
+            found = out.setdefault(pair.source, {})
+            rule = fields.get(pair.new.name, FieldRule())
+            moved = (pair.source, pair.old.name) != (name, pair.new.name)
+            if moved or rule.merge is not None:
+                found[pair.old.name] = FieldRule(f"{name}.{pair.new.name}" if moved else None, rule.merge)
+            prefixes = f"{pair.new.name}.", f"{pair.new.name}["
+            inside = {path: each for path, each in fields.items() if path.startswith(prefixes)}
+            found |= _turned(inside, old[pair.source])
+    return out
+
+
+def _merged(turned: Mapping[str, FieldRule], own: Mapping[str, FieldRule]) -> dict[str, FieldRule]:
+    """The release's own word on its fields, with where they come from."""
+    out = dict(turned)
+    for path, rule in own.items():
+        came = turned.get(path, FieldRule())
+        out[path] = FieldRule(came.was, rule.merge or came.merge, rule.default)
+    return {path: rule for path, rule in out.items() if rule != FieldRule()}
+
+
+def _attach(hook: Hook, hooks: Iterable[Hook], current: Iterable[Hook]) -> Attach:
+    """The hook, and the link that it has now: under another name if it is the only one at its place."""
+    names, taken = {one.link for one in hooks}, {one.link for one in current}
+    places = Counter(_place(one) for one in hooks if one.link not in taken)
+    renamed = [one.link for one in current if one.link not in names and _place(one) == _place(hook)]
+    alone = hook.link not in taken and len(renamed) == 1 and places[_place(hook)] == 1
+    return Attach(hook.program, hook.hook, hook.target, hook.link, renamed[0] if alone else None)
+
+
+def _place(hook: Hook) -> tuple[str, str, str]:
+    return hook.hook, hook.target, hook.attach_type
