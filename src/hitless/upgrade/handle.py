@@ -378,17 +378,37 @@ def _write_both(live: Map, carriage: Carriage, key: bytes, value: bytes) -> None
         return
     # Fields that only the old release has keep what they hold.
     old_value = carriage.back(_row(key), _row(value), _row(held) if held is not None else None).tobytes()
-    live.update(key, value)
     if not carriage.translation.by_types:
         carriage.unchecked.add(key)
+    before = carriage.base.get(old_key)
     try:
         carriage.source.update(old_key, old_value)
     except KernelError as error:
         if error.facts["errno"] != errno.E2BIG:
             raise
-        return  # only the new release has room for it: that is what the map was made larger for
-    # The base moves along, so that the merge sees no difference and leaves what was written in the new map alone.
+        live.update(key, value)  # only the new release has room for it: that is what the map was made larger for
+        return
+    # The base moves along, so that the merge sees no difference and leaves alone what is written to the new map, which
+    # comes last: a kill can come in between, and then the merge brings this write or nothing. With the new map first
+    # it would bring a counter's difference once more.
     carriage.base.put(old_key, old_value)
+    try:
+        live.update(key, value)
+    except KernelError:
+        _unwrite(carriage, old_key, held, before)
+        raise
+
+
+def _unwrite(carriage: Carriage, old_key: bytes, held: bytes | None, before: bytes | None) -> None:
+    """Put back what the new map refused, as if it had never been written."""
+    if held is None:
+        carriage.source.delete(old_key)
+    else:
+        carriage.source.update(old_key, held)
+    if before is None:
+        carriage.base.erase(old_key)
+    else:
+        carriage.base.put(old_key, before)
 
 
 def _delete_both(live: Map, carriage: Carriage, key: bytes) -> bool:
