@@ -369,10 +369,8 @@ def _programs(state: State, world: World) -> Iterator[Step]:
 
 
 def _writer(state: State, world: World) -> Iterator[Step]:
-    if state.write == 1:
-        yield from _second(state, world)
-    elif state.write == 2:
-        yield from _third(state, world)
+    if state.write:
+        yield _dual(state, world)
     elif state.todo and state.writes and world.writer:
         for value in (SET_BY_STRANGER,) if world.writer == "foreign" else (SET, None):
             yield from _first(state._replace(writes=state.writes - 1), value, world)
@@ -382,8 +380,9 @@ def _first(state: State, value: Value, world: World) -> Iterator[Step]:
     what = "deletes B" if value is None else f"sets B to {value}"
     if world.writer == "dual":
         if state.staged and not state.alone and state.read is None:
-            begun = state._replace(write=1, setting=value, words=Words(both=state.words.accepted | {value}))
-            yield f"a dual write {what}: {_FIRST[_order(begun, world)]}", _half(begun, 0, world)
+            begun = state._replace(setting=value, words=Words(both=state.words.accepted | {value}))
+            label, after = _dual(begun, world)
+            yield f"{label}, which {what}", after
     elif world.writer == "locked":
         if not state.alone:
             side = state.public[1]
@@ -398,32 +397,25 @@ def _first(state: State, value: Value, world: World) -> Iterator[Step]:
         yield f"a stranger {what}: old map", written._replace(words=state.words._replace(old=accepted))
 
 
-def _second(state: State, world: World) -> Iterator[Step]:
-    yield "the dual write goes on", _half(state._replace(write=2), 1, world)
-
-
-def _third(state: State, world: World) -> Iterator[Step]:
+def _dual(state: State, world: World) -> Step:
+    """The next effect of handle._write_both or _delete_both."""
+    order = ("merge", "old", "base", "new")
+    if state.setting is None or world.fault == "new map first":  # deleting twice changes nothing, so it need not care
+        order = ("new", "old", "base")
+    match order[state.write]:
+        case "merge":
+            after = _merged(state._replace(read=(state.old[1],)), "merge", 1, world)
+        case "base":
+            after = state._replace(base=_with(state.base, 1, state.setting))
+        case side:
+            after = _put(state, side, 1, state.setting)
+    label = f"a dual write: {order[state.write]}"
+    if state.write + 1 < len(order):
+        return label, after._replace(write=state.write + 1)
     words, value = state.words, frozenset({state.setting})
     # A program that wrote B meanwhile came before or after this write.
     said = words._replace(both=value, old=words.old | value if words.old | words.new else words.old)
-    after = _half(state, 2, world)
-    yield "the dual write ends", after._replace(write=0, setting=None, words=said)
-
-
-_FIRST = {"old, base, new": "old map", "new, old, base": "new map"}
-
-
-def _order(state: State, world: World) -> str:
-    """In which order handle._write_both and _delete_both go; deleting twice changes nothing, so it need not care."""
-    return "new, old, base" if state.setting is None or world.fault == "new map first" else "old, base, new"
-
-
-def _half(state: State, at: int, world: World) -> State:
-    match _order(state, world).split(", ")[at]:
-        case "base":
-            return state._replace(base=_with(state.base, 1, state.setting))
-        case side:
-            return _put(state, side, 1, state.setting)
+    return f"{label}, its end", after._replace(write=0, setting=None, words=said)
 
 
 # What must hold
@@ -464,12 +456,14 @@ def rank(state: State) -> tuple[int, ...]:
     """What gets less with every step, so that none of them can go on for ever."""
     return (
         state.kills, state.errors, state.todo == ("recover",), len(state.todo), state.runs, len(state.flights),
-        state.writes, -state.write % 3,
+        state.writes, -state.write % 4,
     )  # fmt: skip
 
 
 def _said(state: State, side: str, value: Value) -> State:
     word = frozenset({value})
+    if state.write:  # what programs do between two effects of a write goes with it if it is cut off
+        word |= state.words.both
     return state._replace(words=state.words._replace(**{side: word}))
 
 

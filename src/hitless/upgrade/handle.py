@@ -381,6 +381,9 @@ def _write_both(live: Map, carriage: Carriage, key: bytes, value: bytes) -> None
     if not carriage.translation.by_types:
         carriage.unchecked.add(key)
     before = carriage.base.get(old_key)
+    if carriage.base.settled and held != before:
+        carriage.refresh(old_key)  # or what programs did to it would be forgotten, should a kill come before the end
+        before = carriage.base.get(old_key)
     try:
         carriage.source.update(old_key, old_value)
     except KernelError as error:
