@@ -20,7 +20,7 @@ Value = int | None
 Values = tuple[Value, Value]
 KEYS = "AB"
 NOTHING: Values = (None, None)
-ONE_OF_B = 1  # what B holds at the start, and when a program inserts it
+ONE_OF_B, NEW_OF_B = 1, 4  # what B holds at the start and when a program inserts it; a program of the new release
 SET, SET_BY_STRANGER = 2, 3  # what writers in user space set it to
 
 FAULTS = {
@@ -110,8 +110,13 @@ class Words(NamedTuple):
 
     @property
     def accepted(self) -> frozenset[Value]:
-        """What B may be at the end: if programs of both releases wrote it, the word of either stands."""
+        """What B may be: if programs of both releases wrote it, the word of either stands."""
         return self.old | self.new or self.both
+
+    @property
+    def accepted_of_new(self) -> frozenset[Value]:
+        """What it may be in the new map: a value that a program of the new release wrote there stands."""
+        return self.new if self.new and None not in self.new else self.accepted
 
 
 class State(NamedTuple):
@@ -363,7 +368,8 @@ def _programs(state: State, world: World) -> Iterator[Step]:
             counted = landed._replace(counted=state.counted + 1)
             yield f"it counts A in the {program} map", _put(counted, program, 0, (held[0] or 0) + 1)
         if "B" in world.keys:
-            value = ONE_OF_B if held[1] is None else None
+            inserted = ONE_OF_B if program == "old" else NEW_OF_B
+            value = inserted if held[1] is None else None
             what = "deletes B from" if value is None else "inserts B into"
             yield f"it {what} the {program} map", _said(_put(landed, program, 1, value), program, value)
 
@@ -400,7 +406,7 @@ def _first(state: State, value: Value, world: World) -> Iterator[Step]:
 def _dual(state: State, world: World) -> Step:
     """The next effect of handle._write_both or _delete_both."""
     order = ("merge", "old", "base", "new")
-    if state.setting is None or world.fault == "new map first":  # deleting twice changes nothing, so it need not care
+    if world.fault == "new map first":
         order = ("new", "old", "base")
     match order[state.write]:
         case "merge":
@@ -446,8 +452,9 @@ def _problem_at_the_end(state: State, world: World) -> str | None:
     if "A" in world.keys and (held[0] or 0) != state.counted:
         how = "lost" if (held[0] or 0) < state.counted else "counted twice"
         return f"A is {held[0]}, and {state.counted} were counted: an increment is {how}"
-    if "B" in world.keys and held[1] not in state.words.accepted:
-        wanted_values = " or ".join(sorted(map(str, state.words.accepted)))
+    accepted = state.words.accepted_of_new if committed else state.words.accepted
+    if "B" in world.keys and held[1] not in accepted:
+        wanted_values = " or ".join(sorted(map(str, accepted)))
         return f"B is {held[1]}, and by those who wrote it must be {wanted_values}"
     return None
 

@@ -10,7 +10,7 @@ SCENARIOS = {
     "counting": World(),
     "counting a new key": World(starts=None, kills=1),
     "a hook is new": World(hooks=("attach", "update"), kills=1),
-    "inserting and deleting": World(keys="B", kills=1),
+    "inserting and deleting": World(keys="B", runs=3, kills=1),
     "both keys": World(keys="AB", hooks=("update",), kills=1, errors=0),
     "a thread that writes to both maps": World(keys="B", runs=1, writer="dual", writes=1),
     "a thread that sets a counter": World(keys="B", runs=0, writer="dual", writes=2, policy="sum"),

@@ -380,10 +380,8 @@ def _write_both(live: Map, carriage: Carriage, key: bytes, value: bytes) -> None
     old_value = carriage.back(_row(key), _row(value), _row(held) if held is not None else None).tobytes()
     if not carriage.translation.by_types:
         carriage.unchecked.add(key)
+    _settle(carriage, old_key, held)
     before = carriage.base.get(old_key)
-    if carriage.base.settled and held != before:
-        carriage.refresh(old_key)  # or what programs did to it would be forgotten, should a kill come before the end
-        before = carriage.base.get(old_key)
     try:
         carriage.source.update(old_key, old_value)
     except KernelError as error:
@@ -415,14 +413,20 @@ def _unwrite(carriage: Carriage, old_key: bytes, held: bytes | None, before: byt
 
 
 def _delete_both(live: Map, carriage: Carriage, key: bytes) -> bool:
-    there = live.delete(key)
     old_key = _back_key(carriage, key)
     if old_key is None:
         carriage.unchecked.add(key)
-        return there
-    there |= carriage.source.delete(old_key)
+        return live.delete(key)
+    _settle(carriage, old_key, carriage.source.lookup(old_key))
+    there = carriage.source.delete(old_key)  # in the order of a write, for the same reason
     carriage.base.erase(old_key)
-    return there
+    return live.delete(key) or there
+
+
+def _settle(carriage: Carriage, old_key: bytes, held: bytes | None) -> None:
+    """Merge what programs did to this entry, or it would be forgotten, should a kill come before a write's end."""
+    if carriage.base.settled and held != carriage.base.get(old_key):
+        carriage.refresh(old_key)
 
 
 def _back_key(carriage: Carriage, key: bytes) -> bytes | None:
