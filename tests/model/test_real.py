@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 import hitless
 from hitless.kernel.maps import Map
+from hitless.kernel.merger import Merger
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.upgrade.conftest import Release, node, release, releases
@@ -266,12 +267,17 @@ def test_a_write_to_both_maps_that_a_kill_cut_in_half_is_there_once_or_not_at_al
 
 
 def _die_behind(effects: int) -> None:
-    """Let this process be killed when it has written so many map entries."""
-    update, written = Map.update, itertools.count(1)
+    """Let this process be killed when it has written so many map entries, or merged them."""
+    done = itertools.count(1)
 
-    def write(self: Map, *given: Any, **options: Any) -> None:
-        update(self, *given, **options)
-        if next(written) == effects:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def watch(*given: Any) -> Any:
+            result = call(*given)
+            if next(done) == effects:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
 
-    Map.update = write  # type: ignore[method-assign]
+        return watch
+
+    Map.update = watched(Map.update)  # type: ignore[method-assign]
+    Merger._run = watched(Merger._run)  # type: ignore[method-assign]

@@ -23,6 +23,7 @@ from hitless.layout.codec import Codec
 from hitless.layout.model import MapSpec
 from hitless.upgrade.carrier import Carrier
 from hitless.upgrade.copy import Carriage
+from hitless.upgrade.merge import merge_value
 from hitless.upgrade.mirror import Mirror
 from hitless.upgrade.record import map_pin, read_record
 from hitless.upgrade.writers import WriterLock
@@ -380,7 +381,6 @@ def _write_both(live: Map, carriage: Carriage, key: bytes, value: bytes) -> None
     old_value = carriage.back(_row(key), _row(value), _row(held) if held is not None else None).tobytes()
     if not carriage.translation.by_types:
         carriage.unchecked.add(key)
-    _settle(carriage, old_key, held)
     before = carriage.base.get(old_key)
     try:
         carriage.source.update(old_key, old_value)
@@ -389,15 +389,27 @@ def _write_both(live: Map, carriage: Carriage, key: bytes, value: bytes) -> None
             raise
         live.update(key, value)  # only the new release has room for it: that is what the map was made larger for
         return
-    # The base moves along, so that the merge sees no difference and leaves alone what is written to the new map, which
-    # comes last: a kill can come in between, and then the merge brings this write or nothing. With the new map first
-    # it would bring a counter's difference once more.
-    carriage.base.put(old_key, old_value)
     try:
+        # The base moves along, so that the merge sees no difference and leaves what is written to the new map alone.
+        if not _is_merged(carriage, old_key, old_value):
+            carriage.base.put(old_key, old_value)
         live.update(key, value)
     except KernelError:
         _unwrite(carriage, old_key, held, before)
         raise
+
+
+def _is_merged(carriage: Carriage, old_key: bytes, written: bytes | None) -> bool:
+    """Bring what was written to the old map over to the new one by a merge, which moves the base in the same run.
+
+    After the cutover a kill can come between any two steps of a write to both maps, and what it leaves is merged: with
+    the base a step before or behind the new map, a counter's difference would come twice, or a deletion never. Not
+    while the first pass fills the base, when a kill undoes the upgrade; nor in a trie, where a merge lists all of it.
+    """
+    if not carriage.base.settled or carriage.target.info.type == "lpm_trie":
+        return False
+    merge_value(carriage, old_key, written)
+    return True
 
 
 def _unwrite(carriage: Carriage, old_key: bytes, held: bytes | None, before: bytes | None) -> None:
@@ -417,16 +429,10 @@ def _delete_both(live: Map, carriage: Carriage, key: bytes) -> bool:
     if old_key is None:
         carriage.unchecked.add(key)
         return live.delete(key)
-    _settle(carriage, old_key, carriage.source.lookup(old_key))
-    there = carriage.source.delete(old_key)  # in the order of a write, for the same reason
-    carriage.base.erase(old_key)
+    there = carriage.source.delete(old_key)
+    if not _is_merged(carriage, old_key, None):
+        carriage.base.erase(old_key)
     return live.delete(key) or there
-
-
-def _settle(carriage: Carriage, old_key: bytes, held: bytes | None) -> None:
-    """Merge what programs did to this entry, or it would be forgotten, should a kill come before a write's end."""
-    if carriage.base.settled and held != carriage.base.get(old_key):
-        carriage.refresh(old_key)
 
 
 def _back_key(carriage: Carriage, key: bytes) -> bytes | None:
