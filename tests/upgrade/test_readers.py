@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import hitless
+from hitless.upgrade.record import read_record, write_record
 from meshd.demo.lab import Lab
 from tests.bpf import pin_below
 from tests.releases import ATTACH, write_release
@@ -139,3 +143,24 @@ def test_an_upgrade_that_is_taken_back_shows_readers_nothing(node: hitless.Node,
     for seen in told:
         assert seen["missing"] == []
         assert {tuple(ids) for ids, _ in seen["sets"]} == {before}
+
+
+def test_a_record_that_is_being_written_is_read_as_it_was_before_or_after(
+    node: hitless.Node, release: Release
+) -> None:
+    hitless.apply(node, release(1))
+    path = node.current / "record"
+    committed = read_record(path)
+    other = msgspec.structs.replace(committed, phase="cutover", version="9.9")
+    writer = os.fork()
+    if writer == 0:
+        while True:
+            write_record(path, committed)
+            write_record(path, other)
+    try:
+        until = time.monotonic() + 3  # without a second look, one in some thousand readings is half of each
+        while time.monotonic() < until:
+            assert read_record(path) in (committed, other)
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
