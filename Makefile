@@ -25,7 +25,7 @@ fuzz: setup
 
 # The long runs of tests that make up their cases: PAIRS of structs for the compiler to judge, then UPGRADES of meshd
 # under at least OPERATIONS of its clients, then KILLS of an upgrader, then UNDONE upgrades that fail and are taken back.
-# Whatever is random begins with SEED.
+# Whatever is random begins with SEED. Before that UPGRADES under the eyes of readers, and with a count of what they leave.
 PAIRS ?= 2000
 SEED ?= 1
 UPGRADES ?= 1000
@@ -34,6 +34,8 @@ KILLS ?= 100
 UNDONE ?= 20
 soak: setup
 	@HITLESS_ORACLE_PAIRS=$(PAIRS) HITLESS_ORACLE_SEED=$(SEED) $(BIN)/python -m pytest tests/layout/test_compiler_oracle.py
+	@HITLESS_UPGRADES=$(UPGRADES) $(BIN)/python -m pytest -s tests/upgrade/test_readers.py tests/upgrade/test_leaks.py
+	@HITLESS_EXAMPLES=100 $(BIN)/python -m pytest tests/model/test_real.py
 	@$(BIN)/python -m tests.soak --upgrades $(UPGRADES) --operations $(OPERATIONS) --kills $(KILLS) --undone $(UNDONE) \
 	  --seed $(SEED) $(SOAK_ARGS)
 

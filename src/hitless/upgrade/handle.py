@@ -23,6 +23,7 @@ from hitless.layout.codec import Codec
 from hitless.layout.model import MapSpec
 from hitless.upgrade.carrier import Carrier
 from hitless.upgrade.copy import Carriage
+from hitless.upgrade.merge import merge_value
 from hitless.upgrade.mirror import Mirror
 from hitless.upgrade.record import map_pin, read_record
 from hitless.upgrade.writers import WriterLock
@@ -378,28 +379,60 @@ def _write_both(live: Map, carriage: Carriage, key: bytes, value: bytes) -> None
         return
     # Fields that only the old release has keep what they hold.
     old_value = carriage.back(_row(key), _row(value), _row(held) if held is not None else None).tobytes()
-    live.update(key, value)
     if not carriage.translation.by_types:
         carriage.unchecked.add(key)
+    before = carriage.base.get(old_key)
     try:
         carriage.source.update(old_key, old_value)
     except KernelError as error:
         if error.facts["errno"] != errno.E2BIG:
             raise
-        return  # only the new release has room for it: that is what the map was made larger for
-    # The base moves along, so that the merge sees no difference and leaves what was written in the new map alone.
-    carriage.base.put(old_key, old_value)
+        live.update(key, value)  # only the new release has room for it: that is what the map was made larger for
+        return
+    try:
+        # The base moves along, so that the merge sees no difference and leaves what is written to the new map alone.
+        if not _is_merged(carriage, old_key, old_value):
+            carriage.base.put(old_key, old_value)
+        live.update(key, value)
+    except KernelError:
+        _unwrite(carriage, old_key, held, before)
+        raise
+
+
+def _is_merged(carriage: Carriage, old_key: bytes, written: bytes | None) -> bool:
+    """Bring what was written to the old map over to the new one by a merge, which moves the base in the same run.
+
+    After the cutover a kill can come between any two steps of a write to both maps, and what it leaves is merged: with
+    the base a step before or behind the new map, a counter's difference would come twice, or a deletion never. Not
+    while the first pass fills the base, when a kill undoes the upgrade; nor in a trie, where a merge lists all of it.
+    """
+    if not carriage.base.settled or carriage.target.info.type == "lpm_trie":
+        return False
+    merge_value(carriage, old_key, written)
+    return True
+
+
+def _unwrite(carriage: Carriage, old_key: bytes, held: bytes | None, before: bytes | None) -> None:
+    """Put back what the new map refused, as if it had never been written."""
+    if held is None:
+        carriage.source.delete(old_key)
+    else:
+        carriage.source.update(old_key, held)
+    if before is None:
+        carriage.base.erase(old_key)
+    else:
+        carriage.base.put(old_key, before)
 
 
 def _delete_both(live: Map, carriage: Carriage, key: bytes) -> bool:
-    there = live.delete(key)
     old_key = _back_key(carriage, key)
     if old_key is None:
         carriage.unchecked.add(key)
-        return there
-    there |= carriage.source.delete(old_key)
-    carriage.base.erase(old_key)
-    return there
+        return live.delete(key)
+    there = carriage.source.delete(old_key)
+    if not _is_merged(carriage, old_key, None):
+        carriage.base.erase(old_key)
+    return live.delete(key) or there
 
 
 def _back_key(carriage: Carriage, key: bytes) -> bytes | None:

@@ -21,7 +21,7 @@ from hitless.kernel.maps import Rows, possible_cpus
 from hitless.kernel.merger import Mode
 from hitless.upgrade.copy import Carriage, match_rows
 
-__all__ = ["merge_entry", "merge_round"]
+__all__ = ["merge_entry", "merge_round", "merge_value"]
 
 _SLACK = 512  # rows beyond a chunk in which its keys are looked for
 
@@ -69,7 +69,12 @@ def merge_round(carriage: Carriage, last: bool = False) -> int:
 
 def merge_entry(carriage: Carriage, key: bytes) -> None:
     """Merge what differs at one key of the source, so that the target's entry is as new as can be."""
-    old, row = carriage.source.lookup(key), carriage.base.find(key)
+    merge_value(carriage, key, carriage.source.lookup(key))
+
+
+def merge_value(carriage: Carriage, key: bytes, old: bytes | None) -> None:
+    """Merge ``old``, which the source had at ``key`` a moment ago; None if it had nothing there."""
+    row = carriage.base.find(key)
     keys = np.frombuffer(key, np.uint8).reshape(1, -1)
     if row is None and old is None:
         return

@@ -64,7 +64,22 @@ def write_record(path: Path, record: Record) -> None:
 def read_record(path: Path) -> Record:
     """The record pinned at ``path``. Raises NodeError if it is none of ours, damaged, or of a newer hitless."""
     with Map.open(path) as pinned:
-        data = pinned.lookup(_KEY) if pinned.info.type == "array" and pinned.info.key_size == 4 else None
+        data = _content(pinned)
+        while True:
+            try:
+                return _unpack(path, data)
+            except NodeError:
+                # The kernel copies an entry without a lock: it may have been half of one phase and half of the next.
+                before, data = data, _content(pinned)
+                if data == before:
+                    raise
+
+
+def _content(pinned: Map) -> bytes | None:
+    return pinned.lookup(_KEY) if pinned.info.type == "array" and pinned.info.key_size == 4 else None
+
+
+def _unpack(path: Path, data: bytes | None) -> Record:
     if data is None or len(data) < _HEADER.size or not data.startswith(_MAGIC):
         raise NodeError(
             f"{path} is not a record of hitless: another program pinned or overwrote it; {advice(path.parent)}",
