@@ -180,6 +180,8 @@ def half_done(node: Node, state: NodeState) -> str | None:
     """What of an upgrade was seen begun and not ended, in words; None if there is none."""
     if state.current is not None and state.current.record.phase != "committed":
         return f"the upgrade to {state.version} is done but not cleaned up"
+    if state.unfinished is not None and state.recovery == "put-back":
+        return f"a rollback to {state.unfinished.version} was interrupted before its cutover"
     if state.unfinished is not None:
         return f"an upgrade to {state.unfinished.version} was interrupted in phase {state.unfinished.phase}"
     return f"{node.next} is the rest of an interrupted upgrade" if state.litter else None

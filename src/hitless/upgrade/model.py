@@ -130,7 +130,7 @@ class Plan(msgspec.Struct, frozen=True):
     """What ``apply`` or ``rollback`` would do on one node.
 
     ``start_type`` is ``normal``, ``restart``, ``update`` or ``rollback``. ``digest`` is the bundle's. ``fingerprint`` is
-    of the node; None in a plan that is not saved, or of a hitless that took none.
+    of the node; None in a plan of a rollback, or of a hitless that took none.
     """
 
     root: str
