@@ -129,8 +129,8 @@ class Fingerprint(msgspec.Struct, frozen=True):
 class Plan(msgspec.Struct, frozen=True):
     """What ``apply`` or ``rollback`` would do on one node.
 
-    ``start_type`` is ``normal``, ``restart``, ``update`` or ``rollback``. ``digest`` is the bundle's. ``fingerprint`` is
-    of the node; None in a plan of a rollback, or of a hitless that took none.
+    ``start_type`` is ``normal``, ``restart``, ``update`` or ``rollback``. ``digest`` is the bundle's. ``fingerprint``
+    is of the node; None in a plan of a rollback, or of a hitless that took none.
     """
 
     root: str
