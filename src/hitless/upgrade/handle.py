@@ -32,11 +32,15 @@ __all__ = ["Access", "MapHandle", "Staged"]
 
 
 class Staged(msgspec.Struct, eq=False):
-    """The maps of a generation that is being built, and those of them that are carried from the old one."""
+    """The maps of a generation that is being built, and those of them that are carried from the old one.
+
+    ``switching``: hooks may run it, so that what a kill leaves is merged and not undone.
+    """
 
     maps: dict[str, Map]
     specs: dict[str, MapSpec]
     carried: dict[str, Carrier]
+    switching: bool = False
 
 
 class _Opened:
@@ -341,7 +345,7 @@ def _write(opened: _Opened, key: bytes, value: bytes) -> None:
         case Mirror() as mirror:
             mirror.write(key, value)
         case carriage:
-            _write_both(opened.map, carriage, key, value)
+            _write_both(opened, carriage, key, value)
 
 
 def _delete(opened: _Opened, key: bytes) -> bool:
@@ -351,7 +355,7 @@ def _delete(opened: _Opened, key: bytes) -> bool:
         case Mirror() as mirror:
             return mirror.delete(key)
         case carriage:
-            return _delete_both(opened.map, carriage, key)
+            return _delete_both(opened, carriage, key)
 
 
 def _refresh(carriage: Carriage, key: bytes) -> None:
@@ -362,7 +366,8 @@ def _refresh(carriage: Carriage, key: bytes) -> None:
         carriage.catch_up()  # nobody can tell which entry of the old map it is
 
 
-def _write_both(live: Map, carriage: Carriage, key: bytes, value: bytes) -> None:
+def _write_both(opened: _Opened, carriage: Carriage, key: bytes, value: bytes) -> None:
+    live = opened.map
     old_key = _back_key(carriage, key)
     if old_key is None:
         live.update(key, value)
@@ -391,7 +396,7 @@ def _write_both(live: Map, carriage: Carriage, key: bytes, value: bytes) -> None
         return
     try:
         # The base moves along, so that the merge sees no difference and leaves what is written to the new map alone.
-        if not _is_merged(carriage, old_key, old_value):
+        if not _is_merged(opened, carriage, old_key, old_value):
             carriage.base.put(old_key, old_value)
         live.update(key, value)
     except KernelError:
@@ -399,14 +404,15 @@ def _write_both(live: Map, carriage: Carriage, key: bytes, value: bytes) -> None
         raise
 
 
-def _is_merged(carriage: Carriage, old_key: bytes, written: bytes | None) -> bool:
+def _is_merged(opened: _Opened, carriage: Carriage, old_key: bytes, written: bytes | None) -> bool:
     """Bring what was written to the old map over to the new one by a merge, which moves the base in the same run.
 
     After the cutover a kill can come between any two steps of a write to both maps, and what it leaves is merged: with
     the base a step before or behind the new map, a counter's difference would come twice, or a deletion never. Not
-    while the first pass fills the base, when a kill undoes the upgrade; nor in a trie, where a merge lists all of it.
+    before it, when a kill undoes the upgrade; nor in a trie, where a merge lists all of it.
     """
-    if not carriage.base.settled or carriage.target.info.type == "lpm_trie":
+    switching = isinstance(opened.token, Staged) and opened.token.switching
+    if not switching or carriage.target.info.type == "lpm_trie":
         return False
     merge_value(carriage, old_key, written)
     return True
@@ -424,13 +430,14 @@ def _unwrite(carriage: Carriage, old_key: bytes, held: bytes | None, before: byt
         carriage.base.put(old_key, before)
 
 
-def _delete_both(live: Map, carriage: Carriage, key: bytes) -> bool:
+def _delete_both(opened: _Opened, carriage: Carriage, key: bytes) -> bool:
+    live = opened.map
     old_key = _back_key(carriage, key)
     if old_key is None:
         carriage.unchecked.add(key)
         return live.delete(key)
     there = carriage.source.delete(old_key)
-    if not _is_merged(carriage, old_key, None):
+    if not _is_merged(opened, carriage, old_key, None):
         carriage.base.erase(old_key)
     return live.delete(key) or there
 

@@ -410,7 +410,10 @@ class _Upgrade:
         """Cutover, barrier, catch-up, commit; taken back by an error that comes before the commit."""
         node = self._node
         try:
-            write_record(node.next / "record", self._phase("cutover"))
+            with node.access.writing:  # a write that a kill cuts is undone before this, and merged after it
+                write_record(node.next / "record", self._phase("cutover"))
+                if node.access.staged is not None:
+                    node.access.staged.switching = True
             make_directory(node.links, exist_ok=True)
             with self._step("cutover"):
                 started = time.perf_counter()
