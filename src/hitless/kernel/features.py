@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 from collections.abc import Container
 
@@ -20,10 +21,15 @@ ITERATE_HASH = "iter/bpf_map_elem"
 """A program of ours can be run for each entry of a hash map."""
 
 _HASH = 1  # BPF_MAP_TYPE_HASH
+# Later the same may succeed: a plan made without the feature would promise less than this kernel can keep.
+_PASSING = (errno.ENOMEM, errno.ENOSPC, errno.EBUSY, errno.EINTR, errno.EAGAIN)
 
 
 def features() -> Container[str]:
-    """The names of all features that this kernel has and this process may use; each is tried when first asked for."""
+    """The names of all features that this kernel has and this process may use; each is tried when first asked for.
+
+    Asking raises KernelError where trying failed for another reason than that the kernel has not got it (ENOMEM).
+    """
     return _Features()
 
 
@@ -43,13 +49,13 @@ def _iterates_hash() -> bool:
     asm.emit(EXIT)
     try:
         iterator = Iterator.load(ITERATE_HASH.removeprefix("iter/"), asm.code(), "probe")
-    except (KernelError, UnsupportedError):
-        return False
+    except (KernelError, UnsupportedError) as error:
+        return _is_absent(error)
     try:
         with create(_HASH, "probe", 4, 4, 1) as probe:
             iterator.run(probe)
-    except KernelError:
-        return False
+    except KernelError as error:
+        return _is_absent(error)
     finally:
         iterator.close()
     return True
@@ -61,9 +67,16 @@ def _visits(kind: str) -> bool:
             probe_sockets()
         else:
             probe_storage(kind)
-    except (KernelError, UnsupportedError):
-        return False
+    except (KernelError, UnsupportedError) as error:
+        return _is_absent(error)
     return True
+
+
+def _is_absent(error: KernelError | UnsupportedError) -> bool:
+    """False, the answer of a probe; but raises ``error`` where it says nothing of what the kernel can do."""
+    if error.facts.get("errno") in _PASSING:
+        raise error
+    return False
 
 
 _PROBES = {ITERATE_HASH: _iterates_hash} | {

@@ -14,7 +14,7 @@ from typing import Any
 from hitless.errors import KernelError, NodeError, UnsupportedError
 from hitless.kernel._libbpf import ffi as _generated
 
-__all__ = ["ENOTSUPP", "Object", "check", "ffi", "lib", "libc", "messages", "options", "pinned_kind"]
+__all__ = ["ENOTSUPP", "Object", "check", "ffi", "lib", "libc", "messages", "options", "pinned_kind", "system_call"]
 
 # C values have no static types.
 ffi: Any = _generated
@@ -64,6 +64,16 @@ def check(result: int, call: str, what: object) -> int:
     )
 
 
+@contextmanager
+def system_call(call: str, what: object) -> Iterator[None]:
+    """Let an OSError of the block, which makes system call ``call`` on ``what`` by Python, be a KernelError."""
+    try:
+        yield
+    except OSError as error:
+        ffi.errno = error.errno or 0
+        check(-1, call, what)
+
+
 def options(struct: str, **fields: object) -> Any:
     """A zeroed libbpf options structure with its size and ``fields`` filled in."""
     made = ffi.new(f"struct {struct} *")
@@ -96,7 +106,8 @@ class Object:
     def pin(self, path: Path) -> None:
         """Pin at ``path`` on a bpffs, for its owner alone. Raises KernelError (EEXIST if something is there)."""
         check(lib().bpf_obj_pin(self.fd, os.fsencode(path)), "BPF_OBJ_PIN", path)
-        path.chmod(0o600)  # what the kernel makes of it, if no umask takes from that
+        with system_call("chmod", path):
+            path.chmod(0o600)  # what the kernel makes of it, if no umask takes from that
 
     def __enter__(self) -> Any:
         return self
@@ -113,12 +124,8 @@ def pinned_kind(path: Path) -> tuple[int, str]:
 
     Raises NodeError if ``path`` is a symbolic link, KernelError, also when it is no pin.
     """
-    try:
+    with system_call("BPF_OBJ_GET", path):
         place = os.open(path, os.O_PATH | os.O_NOFOLLOW)
-    except OSError as error:
-        ffi.errno = error.errno
-        check(-1, "BPF_OBJ_GET", path)
-        raise
     try:
         if stat.S_ISLNK(os.fstat(place).st_mode):
             raise NodeError(

@@ -25,8 +25,9 @@ from hitless.errors import (
     VerifyError,
 )
 from hitless.kernel.barrier import wait_for_running_programs
-from hitless.kernel.bpffs import exchange, make_directory, remove_tree, require_bpffs
+from hitless.kernel.bpffs import exchange, make_directory, move, remove_tree, require_bpffs
 from hitless.kernel.features import features
+from hitless.kernel.libbpf import system_call
 from hitless.kernel.links import Link, cgroup_id
 from hitless.kernel.maps import Map, is_alive
 from hitless.kernel.programs import Program, load_object
@@ -60,6 +61,7 @@ from hitless.upgrade.plan import make_plan
 from hitless.upgrade.record import create_record, map_pin, pin_name, read_record, write_record
 from hitless.upgrade.ring import drain
 from hitless.upgrade.section import carry_section
+from hitless.upgrade.steps import in_step
 from hitless.upgrade.unwritten import prove_unwritten
 from hitless.upgrade.verify import check_generation
 
@@ -92,6 +94,7 @@ def plan(node: Node, bundle: Bundle, allow_loss: Collection[str] = ()) -> Plan:
     return _plan(node, state, bundle, allow_loss)
 
 
+@in_step("plan")
 def _plan(node: Node, state: NodeState, bundle: Bundle, allow_loss: Collection[str]) -> Plan:
     cgroups = {entry.target: cgroup_id(Path(entry.target)) for entry in bundle.attach}
     decided = make_plan(state, bundle, cgroups, features(), allow_loss)
@@ -99,6 +102,7 @@ def _plan(node: Node, state: NodeState, bundle: Bundle, allow_loss: Collection[s
     return decided
 
 
+@in_step("begin")
 def apply(
     node: Node,
     bundle: Bundle,
@@ -143,6 +147,7 @@ def apply(
             raise
 
 
+@in_step("plan")
 def _plan_first(node: Node, bundle: Bundle, allow_loss: Collection[str]) -> None:
     """Find what is wrong before anything is locked, made or recovered."""
     require_bpffs(node.root)
@@ -194,6 +199,7 @@ def _refuse_loss(decided: Plan) -> None:
     )
 
 
+@in_step("recover")
 def recover(node: Node, progress: Callable[[Progress], None] | None = None, wait: float = 10.0) -> str | None:
     """Finish or undo an upgrade whose process was killed; says what was done, None if nothing was to do."""
     if not node.root.exists():
@@ -203,6 +209,7 @@ def recover(node: Node, progress: Callable[[Progress], None] | None = None, wait
         return _recover(node, progress or _nobody, wait)
 
 
+@in_step("recover")
 def _recover(node: Node, tell: Callable[[Progress], None], wait: float) -> str | None:
     state = node.observe()
     if state.current is not None and state.current.record.phase != "committed":
@@ -230,6 +237,7 @@ def _recover(node: Node, tell: Callable[[Progress], None], wait: float) -> str |
     return f"finished the interrupted upgrade to {record.version}"
 
 
+@in_step("unload")
 def unload(node: Node, wait: float = 10.0) -> list[str]:
     """Detach every hook and unpin everything under the root (exit type Normal); returns the paths removed.
 
@@ -285,6 +293,7 @@ class _Upgrade:
             detach_hooks([hook.link for hook in self._plan.hooks if hook.action == "detach"], self._node.links)
         return self._result(Cutover(sum(hook.action != "keep" for hook in self._plan.hooks), gap))
 
+    @in_step("stage")
     def build(self, bundle: Bundle, prepare: Callable[[Node], None] | None) -> None:
         """Everything that comes before a hook changes; undone by an error."""
         node = self._node
@@ -312,6 +321,7 @@ class _Upgrade:
             self._drop()
             raise
 
+    @in_step("recover")
     def reopen(self, record: Record) -> None:
         """Take up what a killed process had built, from the pins in ``next/``."""
         self._record = record
@@ -320,6 +330,7 @@ class _Upgrade:
         self._programs = self._open_programs(self._node.next)
         self._carry(record.maps, record.rules, fresh=False)
 
+    @in_step("cutover")
     def switch(self) -> Result:
         """Cutover, barrier, catch-up, commit; taken back by an error that comes before the commit."""
         node = self._node
@@ -572,19 +583,21 @@ class _Upgrade:
         node = self._node
         if self._current is None:
             for name in ("maps", "progs"):
-                with suppress(FileExistsError):
+                with system_call("symlink", node.root / name), suppress(FileExistsError):
                     (node.root / name).symlink_to(f"current/{name}")
-            node.next.rename(node.current)
+            move(node.next, node.current)
         else:
             exchange(node.current, node.next)
         node.access.staged = None
 
+    @in_step("undo")
     def _drop(self) -> None:
         """Undo before the cutover: nothing public changed."""
         with self._node.access.writing:
             self._node.access.staged = None
         remove_tree(self._node.next)
 
+    @in_step("undo")
     def take_back(self, filled: bool = False) -> None:
         """Undo after the cutover: old programs back on the hooks, then what the new ones learned into the old maps.
 
@@ -641,7 +654,8 @@ class _Upgrade:
         self._tell(Progress(name))
         started = time.perf_counter()
         try:
-            yield
+            with in_step(name):
+                yield
         finally:
             self._steps[name] = time.perf_counter() - started
 
@@ -676,17 +690,18 @@ class _Upgrade:
         )
 
 
+@in_step("clean-up")
 def _finish(node: Node) -> None:
     """Everything that follows a commit; may be repeated."""
     record = read_record(node.current / "record")
     if node.next.exists():
         remove_tree(node.previous)
-        node.next.rename(node.previous)
+        move(node.next, node.previous)
     for generation in (node.current, node.previous):
         remove_tree(generation / "base")
     for hook in record.plan.hooks if record.plan else ():
         if hook.was and (node.links / hook.was).exists():
-            (node.links / hook.was).rename(node.links / hook.link)
+            move(node.links / hook.was, node.links / hook.link)
     kept = {hook.link for hook in record.hooks}
     present = [path.name for path in node.links.iterdir()] if node.links.exists() else []
     detach_hooks([name for name in present if name not in kept], node.links)
