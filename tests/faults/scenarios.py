@@ -67,4 +67,9 @@ SCENARIOS = {
         Scenario("recover-undo", _recover, OLD, _killed(_failing, Fault(1, AFTER, "bpf LINK_UPDATE")), recovers=True),
     )
 }
-"""By name. A rollback is one line more, as `upgrade` is, with a world that begins with NEW."""
+"""By name. A rollback will be one line more:
+
+    Scenario("rollback", lambda world: lambda: bool(hitless.rollback(world.node)), OLD, World.settle_new)
+
+(with ``allow_loss=world.allowed``).
+"""

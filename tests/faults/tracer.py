@@ -31,7 +31,7 @@ import msgspec
 
 from hitless.errors import HitlessError, UnsupportedError
 
-__all__ = ["AFTER", "BEFORE", "Call", "Fault", "Outcome", "Trace", "trace"]
+__all__ = ["AFTER", "BEFORE", "Call", "Fault", "Outcome", "Trace", "alone", "trace"]
 
 BEFORE, AFTER = "before", "after"
 
@@ -119,31 +119,48 @@ def trace(work: Callable[[], object], fault: Fault | None = None) -> Trace:
     """
     if platform.machine() != "x86_64":
         raise UnsupportedError("faults are put into system calls on x86-64 only", feature="ptrace")
+    pid, answer = _fork(work, traced=True)
+    tracer = _Tracer(pid, fault)
+    try:
+        tracer.run()
+    finally:
+        tracer.end()
+    return Trace(tracer.calls, tracer.hit, _outcome(answer))
+
+
+def alone(work: Callable[[], object]) -> Outcome | None:
+    """Do ``work`` in a process of its own, untraced; None if that was killed."""
+    pid, answer = _fork(work, traced=False)
+    outcome = _outcome(answer)
+    os.waitpid(pid, 0)
+    return outcome
+
+
+def _fork(work: Callable[[], object], traced: bool) -> tuple[int, socket.socket]:
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
-        _child(work, theirs)
+        _child(work, theirs, traced)
     theirs.close()
-    with ours:
-        tracer = _Tracer(pid, fault)
-        try:
-            tracer.run()
-        finally:
-            tracer.end()
-        text = b"".join(iter(lambda: ours.recv(1 << 16), b""))
-    outcome = msgspec.json.decode(text, type=Outcome) if text else None
-    return Trace(tracer.calls, tracer.hit, outcome)
+    return pid, ours
 
 
-def _child(work: Callable[[], object], answer: socket.socket) -> None:
-    """The whole life of the traced process. What it says at its end goes by sendto(2), which is not looked at."""
+def _outcome(answer: socket.socket) -> Outcome | None:
+    with answer:
+        text = b"".join(iter(lambda: answer.recv(1 << 16), b""))
+    return msgspec.json.decode(text, type=Outcome) if text else None
+
+
+def _child(work: Callable[[], object], answer: socket.socket, traced: bool) -> None:
+    """The whole life of the process. What it says at its end goes by sendto(2), which is not looked at."""
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(_LONGEST)
-        os.setpgid(0, 0)
-        _ptrace(_TRACEME, 0)
-        os.kill(os.getpid(), signal.SIGSTOP)
-        _stop_at(sorted(_NAMES))
+        if traced:
+            os.setpgid(0, 0)
+            _ptrace(_TRACEME, 0)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            _stop_at(sorted(_NAMES))
         try:
             outcome = Outcome(work())
         except HitlessError as error:

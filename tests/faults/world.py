@@ -26,7 +26,7 @@ from hitless.kernel.bpffs import remove_tree
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
 from meshd.demo.lab import Lab
-from tests.faults.tracer import Outcome, trace
+from tests.faults.tracer import Outcome, alone
 from tests.releases import compile_object
 
 __all__ = ["NEW", "OLD", "Broken", "World"]
@@ -146,7 +146,8 @@ class World:
         self.bundles = {version: self._bundle(version) for version in _LAYOUTS}
         self.allowed: tuple[str, ...] = ()
         self.node = hitless.Node(lab.bpffs / "none")
-        self._mark = [0, 0]  # what may be in the entry _MARK: before and after the last work
+        self._mark = [0, 0]  # what was in the entry _MARK when it was looked at, and the last that was to be written
+        self._failures: list[int] = []
         self._clients = [
             self._helper("client", "clients", str(number), _NOWHERE, str(_PORT + number)) for number in range(_CLIENTS)
         ]
@@ -169,7 +170,7 @@ class World:
         """Begin anew, in a pin root of its own, with release OLD and another upgrade behind it."""
         self._pause()
         if self._number:
-            trace(lambda: remove_tree(self.node.root))
+            alone(lambda: remove_tree(self.node.root))
         self._number += 1
         self.node = hitless.Node(self._lab.bpffs / f"root{self._number}")
         self.must(lambda: _facts(hitless.apply(self.node, self.bundles[OLD])))
@@ -185,13 +186,12 @@ class World:
         return [entry.name for entry in hitless.plan(self.node, self.bundles[OLD]).blocked]
 
     def reset(self) -> None:
-        """Go back to release OLD, if NEW is live."""
+        """Go back to release OLD."""
         self.must(lambda: _facts(hitless.apply(self.node, self.bundles[OLD], allow_loss=self.allowed)))
 
     def do(self, work: Callable[[], object]) -> Outcome:
         """Do ``work`` in a process of its own and say how it ended."""
-        outcome = trace(work).outcome
-        return outcome or Outcome(message="it was killed by something else, or took too long", crashed=True)
+        return alone(work) or Outcome(message="it was killed by something else, or took too long", crashed=True)
 
     def must(self, work: Callable[[], object]) -> Outcome:
         """The same; it must not fail."""
@@ -213,11 +213,16 @@ class World:
 
         return _facts(hitless.apply(self.node, self.bundles[NEW], prepare=self._write_mark, progress=fail))
 
+    def settle_new(self) -> None:
+        """Go to NEW: where a rollback begins."""
+        self.about_to_write()
+        self.must(self.upgrade)
+
     def _write_mark(self, node: hitless.Node) -> None:
         node.map(self.limit)[_MARK] = {"rate": self._mark[1], "burst": 0}
 
     def about_to_write(self) -> None:
-        """The next upgrade writes another value."""
+        """The next upgrade writes another value, and may be killed before or after that."""
         self._mark = [self._mark[0], self._mark[1] + 1]
 
     def served(self) -> None:
@@ -253,7 +258,7 @@ class World:
         if counted != expected:
             raise Broken(f"{counted} was counted, and clients made {expected}")
         mark = found.limits.pop(_MARK, [0])[0]
-        if mark not in self._mark:
+        if not self._mark[0] <= mark <= self._mark[1]:
             raise Broken(f"the upgrading process wrote {self._mark}, and found is {mark}")
         self._mark = [mark, self._mark[1]]
         held = {int(key): values for key, values in journal["held"].items()}
