@@ -22,12 +22,19 @@ import msgspec
 
 import hitless
 from hitless.errors import KernelError
+from hitless.kernel import iterators
 from hitless.kernel.bpffs import remove_tree
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
+from hitless.upgrade import transaction, verify
+from hitless.upgrade.model import Record
 from meshd.demo.lab import Lab
 from tests.faults.tracer import Outcome, alone
 from tests.releases import compile_object
+
+# Loaded here, so that no child has to do it again: hitless loads the first two when they are used, and libbpf reads the
+# types of the kernel, which takes longer than an upgrade.
+_ = (transaction, verify, iterators._function("bpf_map_elem"), msgspec.json.Decoder(Record))
 
 __all__ = ["NEW", "OLD", "Broken", "World"]
 
@@ -101,6 +108,9 @@ link = "turn"
 """
 
 
+_KINDS: dict[int, type[Map] | type[Program]] = {12: Map, 11: Program}  # by BPF_..._GET_NEXT_ID
+
+
 class Broken(AssertionError):  # noqa: N818
     """Something is not as it must be."""
 
@@ -141,6 +151,7 @@ class World:
         self._lab = lab
         # In the name of every map and program, so that they can be told from those of other tests.
         self._tag = "f" + _base36(os.getpid())
+        self._older = {command: max(_ids(command), default=0) for command in _KINDS}
         self._number = 0
         self._base: list[int] = []
         self.bundles = {version: self._bundle(version) for version in _LAYOUTS}
@@ -311,8 +322,8 @@ class World:
                 for path in (generation / room).iterdir() if (generation / room).exists() else ():
                     with kind.open(path) as held:
                         pinned.add((kind, held.info.id))
-        for command, kind in ((12, Map), (11, Program)):
-            for number in _ids(command):
+        for command, kind in _KINDS.items():
+            for number in _ids(command, self._older[command]):
                 try:
                     with kind.by_id(number) as held:
                         if self._tag in held.info.name and (kind, number) not in pinned:
@@ -349,10 +360,10 @@ def _facts(result: hitless.Result) -> object:
     return {"to": result.to_version, "lost": sum(entry.lost for entry in result.maps), "how": result.start_type}
 
 
-def _ids(command: int) -> Iterator[int]:
+def _ids(command: int, after: int = 0) -> Iterator[int]:
     """Ids of all maps (BPF_MAP_GET_NEXT_ID) or programs that the kernel has, which hitless itself never asks for."""
-    attr = (ctypes.c_uint32 * 32)()
-    while ctypes.CDLL(None).syscall(321, command, ctypes.byref(attr), ctypes.sizeof(attr)) == 0:
+    attr, call = (ctypes.c_uint32 * 32)(after), ctypes.CDLL(None).syscall
+    while call(321, command, ctypes.byref(attr), ctypes.sizeof(attr)) == 0:
         attr[0] = attr[1]
         yield attr[0]
 

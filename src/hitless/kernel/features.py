@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 from collections.abc import Container
 
@@ -10,6 +9,7 @@ from hitless.carry import VISITED, visiting
 from hitless.errors import KernelError, UnsupportedError
 from hitless.kernel.codegen import EXIT, MOV_IMM, R0, Assembler
 from hitless.kernel.iterators import Iterator
+from hitless.kernel.libbpf import PASSING
 from hitless.kernel.maps import create
 from hitless.kernel.sockets import probe_sockets
 from hitless.kernel.storage import probe_storage
@@ -21,8 +21,6 @@ ITERATE_HASH = "iter/bpf_map_elem"
 """A program of ours can be run for each entry of a hash map."""
 
 _HASH = 1  # BPF_MAP_TYPE_HASH
-# Later the same may succeed: a plan made without the feature would promise less than this kernel can keep.
-_PASSING = (errno.ENOMEM, errno.ENOSPC, errno.EBUSY, errno.EINTR, errno.EAGAIN)
 
 
 def features() -> Container[str]:
@@ -73,8 +71,11 @@ def _visits(kind: str) -> bool:
 
 
 def _is_absent(error: KernelError | UnsupportedError) -> bool:
-    """False, the answer of a probe; but raises ``error`` where it says nothing of what the kernel can do."""
-    if error.facts.get("errno") in _PASSING:
+    """False, the answer of a probe; but raises ``error`` where it says nothing of what the kernel can do.
+
+    A plan made without the feature would promise less than this kernel can keep.
+    """
+    if error.facts.get("errno") in PASSING:
         raise error
     return False
 

@@ -14,13 +14,16 @@ from typing import Any
 from hitless.errors import KernelError, NodeError, UnsupportedError
 from hitless.kernel._libbpf import ffi as _generated
 
-__all__ = ["ENOTSUPP", "Object", "check", "ffi", "lib", "libc", "messages", "options", "pinned_kind", "system_call"]
+__all__ = ["ENOTSUPP", "PASSING", "Object", "check", "ffi", "lib", "libc", "messages", "options", "pinned_kind", "system_call"]
 
 # C values have no static types.
 ffi: Any = _generated
 
 # The kernel's own not-supported errno, which no user-space header and not Python's errno table has.
 ENOTSUPP = 524
+
+PASSING = frozenset({errno_names.ENOMEM, errno_names.ENOSPC, errno_names.EBUSY, errno_names.EINTR, errno_names.EAGAIN})
+"""Errnos that say nothing of the object or the kernel that was asked: the same call may succeed later."""
 
 _HINTS = {
     errno_names.EPERM: "run as root with CAP_SYS_ADMIN, and in no user namespace",

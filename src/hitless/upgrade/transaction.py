@@ -19,6 +19,7 @@ from hitless.carry import CGROUP_STORAGE, is_global, section_way
 from hitless.errors import (
     BusyError,
     InterruptedUpgradeError,
+    KernelError,
     LossNotAllowedError,
     NodeError,
     UnsupportedError,
@@ -363,7 +364,10 @@ class _Upgrade:
             _finish(node)
             raise
         with self._step("clean-up"):
-            _finish(node)
+            try:
+                _finish(node)
+            except KernelError:
+                _finish(node)  # the release is live: nobody should have to come back because of an error that passed
         self._drain()
         switched = sum(hook.action in ("attach", "update") for hook in self._plan.hooks)
         return self._result(Cutover(switched, gap, stale if self._current else 0.0))
