@@ -14,7 +14,19 @@ from typing import Any
 from hitless.errors import KernelError, NodeError, UnsupportedError
 from hitless.kernel._libbpf import ffi as _generated
 
-__all__ = ["ENOTSUPP", "PASSING", "Object", "check", "ffi", "lib", "libc", "messages", "options", "pinned_kind", "system_call"]
+__all__ = [
+    "ENOTSUPP",
+    "PASSING",
+    "Object",
+    "check",
+    "ffi",
+    "lib",
+    "libc",
+    "messages",
+    "options",
+    "pinned_kind",
+    "system_call",
+]
 
 # C values have no static types.
 ffi: Any = _generated
