@@ -18,7 +18,7 @@ from tests.faults.world import OLD, Broken, World
 __all__ = ["ERRORS", "KILLS", "Failure", "Options", "Report", "faults"]
 
 KILLS = (BEFORE, AFTER)
-ERRORS = ("ENOMEM", "ENOSPC", "EPERM", "EBUSY", "EINTR")
+ERRORS = ("ENOMEM", "ENOSPC", "EPERM", "EBUSY", "EINTR", "ENOMEM+")
 
 _AROUND = ("bpf LINK_UPDATE", "renameat2")  # the cutover and the commit: their calls and those beside are in any sample
 _BESIDE = 1
@@ -162,7 +162,7 @@ class _Run:
         elif found.outcome.failed:
             self._judge(found.outcome, found, fault)
             if self._world.unsettled():
-                if not self._scenario.recovers:
+                if not (self._scenario.recovers or (fault is not None and fault.kind.endswith("+"))):
                     raise Broken(f"something is left to recover after the error: {found.outcome.message}")
                 self._recovered()
         elif self._scenario.planned:
@@ -188,7 +188,8 @@ class _Run:
         if fault is None or found.hit is None:
             raise Broken(f"it failed without a fault: {outcome.message}")
         facts = outcome.facts
-        named = facts.get("errno") == getattr(errno, fault.kind) and fault.kind in outcome.message
+        kind = fault.kind.rstrip("+")
+        named = facts.get("errno") == getattr(errno, kind) and kind in outcome.message
         if not named and not _asks_for_libbpf(found.hit):
             raise Broken(f"the error does not name {fault.kind}: {outcome.message} {facts}")
         if not facts.get("step"):

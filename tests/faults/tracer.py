@@ -81,7 +81,10 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """What happens at the call number ``at`` of those whose name begins with ``calls``: BEFORE, AFTER or an errno."""
+    """What happens at the call number ``at`` of those whose name begins with ``calls``: BEFORE, AFTER or an errno.
+
+    With an errno and ``+`` that call fails and all of them that follow.
+    """
 
     at: int
     kind: str
@@ -233,9 +236,10 @@ class _Tracer:
         fault = self._fault
         if call is not None and fault is not None and call.name.startswith(fault.calls):
             self._matching += 1
-            if self._matching == fault.at + 1:
-                self.hit = call
-                self._strike(thread, fault.kind)
+            stays = fault.kind.endswith("+") and self._matching > fault.at
+            if self._matching == fault.at + 1 or stays:
+                self.hit = self.hit or call
+                self._strike(thread, fault.kind.rstrip("+"))
                 return
         _ptrace(_CONT, thread)
 
