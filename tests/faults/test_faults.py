@@ -24,7 +24,7 @@ def world(module_lab: Lab) -> Iterator[World]:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_killed_before_or_after_a_call_it_is_finished_or_undone_with_nothing_lost(world: World, name: str) -> None:
-    report = faults(world, SCENARIOS[name], Options(stride=90, kinds=KILLS), print)
+    report = faults(world, SCENARIOS[name], Options(stride=120, kinds=KILLS), print)
     assert report.failures == []
     assert report.kills >= 2
 

@@ -46,6 +46,22 @@ def test_a_call_that_is_to_fail_is_not_executed(tmp_path: Path) -> None:
     assert made(tmp_path) == []
 
 
+def test_an_error_that_stays_meets_all_calls_from_there_on(tmp_path: Path) -> None:
+    def work() -> list[str]:
+        failed = []
+        for name in ("one", "two", "three"):
+            try:
+                (tmp_path / name).mkdir()
+            except OSError:
+                failed.append(name)
+        return failed
+
+    found = trace(work, Fault(1, "ENOMEM+"))
+    assert found.hit is not None and found.hit.what == f"{tmp_path}/two"
+    assert found.outcome is not None and found.outcome.value == ["two", "three"]
+    assert made(tmp_path) == ["one"]
+
+
 def test_calls_of_other_threads_count_too(tmp_path: Path) -> None:
     def work() -> None:
         thread = threading.Thread(target=lambda: os.mkdir(tmp_path / "one"))  # noqa: PTH102
