@@ -10,10 +10,11 @@ from itertools import cycle
 
 import pytest
 
+from hitless.upgrade.section import SectionCarrier
 from meshd.demo.lab import Lab
 from tests.faults.run import ERRORS, KILLS, Options, faults
 from tests.faults.scenarios import SCENARIOS
-from tests.faults.world import World
+from tests.faults.world import Broken, World
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +41,13 @@ def test_a_recovery_that_is_killed_too_is_finished_by_the_next(world: World) -> 
     report = faults(world, SCENARIOS["upgrade"], Options(kinds=(), doubles=8), print)
     assert report.failures == []
     assert report.kills >= 2
+
+
+def test_with_the_catch_up_of_globals_switched_off_the_books_do_not_agree(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SectionCarrier, "catch_up", lambda carrier, last=False: 0)
+    with pytest.raises(Broken, match="was counted, and clients made"):
+        faults(world, SCENARIOS["recover"], Options(kinds=()), print)
+    monkeypatch.undo()
+    world.begin()
