@@ -8,7 +8,7 @@ DEBIAN := libbpf1 libbpf-dev clang-19 gcc iproute2 nginx-light
 BINDING := src/hitless/kernel/_libbpf.py
 BPF := $(MAKE) --no-print-directory -s -C src/meshd/bpf
 
-.PHONY: demo test fuzz soak bench lint setup clean root packages bpf requirements
+.PHONY: demo test fuzz soak faults bench lint setup clean root packages bpf requirements
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -38,6 +38,12 @@ soak: setup
 	@HITLESS_EXAMPLES=100 $(BIN)/python -m pytest tests/model/test_real.py
 	@$(BIN)/python -m tests.soak --upgrades $(UPGRADES) --operations $(OPERATIONS) --kills $(KILLS) --undone $(UNDONE) \
 	  --seed $(SEED) $(SOAK_ARGS)
+
+# An upgrade and its recovery, killed at each of their system calls and with each of them failing, under traffic; DOUBLES
+# recoveries are killed too. FAULTS_ARGS are handed on.
+DOUBLES ?= 200
+faults: setup
+	@$(BIN)/python -m tests.faults --doubles $(DOUBLES) --seed $(SEED) $(FAULTS_ARGS)
 
 # How fast a map is copied and what its neighbours notice, beside other ways to do it; wants a quiet machine.
 bench: setup

@@ -135,6 +135,11 @@ def there_and_back(node: hitless.Node, release: Release) -> None:
     hitless.apply(node, release(1), allow_loss=BACK)
 
 
+def rolled_back(node: hitless.Node, release: Release) -> None:
+    hitless.apply(node, release(2))
+    hitless.rollback(node, allow_loss=BACK)
+
+
 def failing(node: hitless.Node, release: Release) -> None:
     """Once before the cutover, once after it."""
     for step in ("verify", "commit"):
@@ -178,7 +183,7 @@ def unloading(node: hitless.Node, release: Release) -> None:
 
 ROUNDS: dict[str, Callable[[hitless.Node, Release], None]] = {
     one.__name__.replace("_", " "): one
-    for one in (there_and_back, failing, with_a_control_plane, looking, restarting, unloading)
+    for one in (there_and_back, rolled_back, failing, with_a_control_plane, looking, restarting, unloading)
 }
 
 
@@ -192,7 +197,7 @@ def test_rounds_of_upgrades_in_one_process_leave_no_more_than_the_first_round_di
     first = held(node, lab)
     assert first["links"] == 1
     assert first[f"map {OURS}tally"] > 0
-    for _ in range(UPGRADES // 2 if name == "there and back" else max(3, UPGRADES // 10)):
+    for _ in range(UPGRADES // 2 if name in ("there and back", "rolled back") else max(3, UPGRADES // 10)):
         ROUNDS[name](node, release)
     assert more(first, node, lab) == Counter()
 

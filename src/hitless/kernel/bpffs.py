@@ -8,18 +8,20 @@ from pathlib import Path
 from shlex import quote
 
 from hitless.errors import NodeError
-from hitless.kernel.libbpf import check, libc
+from hitless.kernel.libbpf import check, libc, system_call
 from hitless.kernel.mounts import filesystem, is_read_only
 
 __all__ = [
     "exchange",
     "make_directory",
     "make_private",
+    "move",
     "remove_tree",
     "require_bpffs",
     "require_own",
     "require_private",
     "require_writable",
+    "unpin",
 ]
 
 _AT_FDCWD = -100
@@ -134,14 +136,19 @@ def require_own(path: Path, sticky: bool = False) -> None:
 
 
 def make_directory(path: Path, exist_ok: bool = False) -> None:
-    """Make the directory ``path``, which its owner alone can enter, whatever the umask is."""
-    try:
-        path.mkdir(0o700)
-    except FileExistsError:
-        # It is left as it is: somebody else may have put it there, or a link to a directory of the system.
-        if not exist_ok:
-            raise
-    else:
+    """Make the directory ``path``, which its owner alone can enter, whatever the umask is.
+
+    Raises KernelError (EEXIST unless ``exist_ok``).
+    """
+    with system_call("mkdir", path):
+        try:
+            path.mkdir(0o700)
+        except FileExistsError:
+            # It is left as it is: somebody else may have put it there, or a link to a directory of the system.
+            if not exist_ok:
+                raise
+            return
+    with system_call("chmod", path):
         path.chmod(0o700)
 
 
@@ -157,7 +164,8 @@ def make_private(root: Path) -> None:
         require_own(path)
         wanted = 0o700 if path.is_dir() else 0o600
         if stat.S_IMODE(path.lstat().st_mode) != wanted:
-            path.chmod(wanted)
+            with system_call("chmod", path):
+                path.chmod(wanted)
 
 
 def exchange(one: Path, other: Path) -> None:
@@ -166,11 +174,27 @@ def exchange(one: Path, other: Path) -> None:
     check(result, "renameat2(RENAME_EXCHANGE)", f"{one} and {other}")
 
 
+def move(path: Path, target: Path) -> None:
+    """Rename ``path``. Raises KernelError."""
+    with system_call("rename", f"{path} to {target}"):
+        path.rename(target)
+
+
+def unpin(path: Path) -> None:
+    """Remove the pin or symbolic link at ``path``. Raises KernelError."""
+    with system_call("unlink", path):
+        path.unlink()
+
+
 def remove_tree(path: Path) -> None:
-    """Unpin all below ``path`` and remove it; nothing to do if it is not there. Symbolic links are not followed."""
+    """Unpin all below ``path`` and remove it; nothing to do if it is not there. Symbolic links are not followed.
+
+    Raises KernelError.
+    """
     if not path.is_symlink() and path.is_dir():
         for child in path.iterdir():
             remove_tree(child)
-        path.rmdir()
+        with system_call("rmdir", path):
+            path.rmdir()
     elif path.is_symlink() or path.exists():
-        path.unlink()
+        unpin(path)

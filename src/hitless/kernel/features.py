@@ -11,6 +11,7 @@ from hitless.carry import VISITED, visiting
 from hitless.errors import KernelError, UnsupportedError
 from hitless.kernel.codegen import EXIT, MOV_IMM, R0, Assembler
 from hitless.kernel.iterators import Iterator
+from hitless.kernel.libbpf import PASSING
 from hitless.kernel.maps import create
 from hitless.kernel.sockets import probe_sockets
 from hitless.kernel.storage import probe_storage
@@ -35,7 +36,10 @@ def boot_id() -> str:
 
 
 def features() -> Container[str]:
-    """The names of all features that this kernel has and this process may use; each is tried when first asked for."""
+    """The names of all features that this kernel has and this process may use; each is tried when first asked for.
+
+    Asking raises KernelError where trying failed for another reason than that the kernel has not got it (ENOMEM).
+    """
     return _Features()
 
 
@@ -55,13 +59,13 @@ def _iterates_hash() -> bool:
     asm.emit(EXIT)
     try:
         iterator = Iterator.load(ITERATE_HASH.removeprefix("iter/"), asm.code(), "probe")
-    except (KernelError, UnsupportedError):
-        return False
+    except (KernelError, UnsupportedError) as error:
+        return _is_absent(error)
     try:
         with create(_HASH, "probe", 4, 4, 1) as probe:
             iterator.run(probe)
-    except KernelError:
-        return False
+    except KernelError as error:
+        return _is_absent(error)
     finally:
         iterator.close()
     return True
@@ -73,9 +77,19 @@ def _visits(kind: str) -> bool:
             probe_sockets()
         else:
             probe_storage(kind)
-    except (KernelError, UnsupportedError):
-        return False
+    except (KernelError, UnsupportedError) as error:
+        return _is_absent(error)
     return True
+
+
+def _is_absent(error: KernelError | UnsupportedError) -> bool:
+    """False, the answer of a probe; but raises ``error`` where it says nothing of what the kernel can do.
+
+    A plan made without the feature would promise less than this kernel can keep.
+    """
+    if error.facts.get("errno") in PASSING:
+        raise error
+    return False
 
 
 _PROBES = {ITERATE_HASH: _iterates_hash} | {

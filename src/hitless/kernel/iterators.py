@@ -10,7 +10,7 @@ import os
 from functools import cache
 
 from hitless.errors import UnsupportedError
-from hitless.kernel.libbpf import check, ffi, lib, options
+from hitless.kernel.libbpf import check, ffi, lib, options, system_call
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program, load_code
 
@@ -73,14 +73,12 @@ class Iterator:
         Raises KernelError: E2BIG if one run writes more than the kernel's buffer holds, EOPNOTSUPP for more than one
         read of a pass over cgroups.
         """
-        while True:
-            try:
-                return os.read(self._pass, size)
-            except BlockingIOError:  # a million objects without a byte written: the kernel takes a breath
-                continue
-            except OSError as error:
-                check(-(error.errno or 0), "reading", self._what)
-                raise
+        with system_call("reading", self._what):
+            while True:
+                try:
+                    return os.read(self._pass, size)
+                except BlockingIOError:  # a million objects without a byte written: the kernel takes a breath
+                    continue
 
     def run(self, over: Map) -> bytes:
         """A whole pass; returns all that the program wrote."""

@@ -14,13 +14,28 @@ from typing import Any
 from hitless.errors import KernelError, NodeError, UnsupportedError
 from hitless.kernel._libbpf import ffi as _generated
 
-__all__ = ["ENOTSUPP", "Object", "check", "ffi", "lib", "libc", "messages", "options", "pinned_kind"]
+__all__ = [
+    "ENOTSUPP",
+    "PASSING",
+    "Object",
+    "check",
+    "ffi",
+    "lib",
+    "libc",
+    "messages",
+    "options",
+    "pinned_kind",
+    "system_call",
+]
 
 # C values have no static types.
 ffi: Any = _generated
 
 # The kernel's own not-supported errno, which no user-space header and not Python's errno table has.
 ENOTSUPP = 524
+
+PASSING = frozenset({errno_names.ENOMEM, errno_names.ENOSPC, errno_names.EBUSY, errno_names.EINTR, errno_names.EAGAIN})
+"""Errnos that say nothing of the object or the kernel that was asked: the same call may succeed later."""
 
 _HINTS = {
     errno_names.EPERM: "run as root with CAP_SYS_ADMIN, and in no user namespace",
@@ -65,6 +80,16 @@ def check(result: int, call: str, what: object) -> int:
     )
 
 
+@contextmanager
+def system_call(call: str, what: object) -> Iterator[None]:
+    """Let an OSError of the block, which makes system call ``call`` on ``what`` by Python, be a KernelError."""
+    try:
+        yield
+    except OSError as error:
+        ffi.errno = error.errno or 0
+        check(-1, call, what)
+
+
 def options(struct: str, **fields: object) -> Any:
     """A zeroed libbpf options structure with its size and ``fields`` filled in."""
     made = ffi.new(f"struct {struct} *")
@@ -97,7 +122,8 @@ class Object:
     def pin(self, path: Path) -> None:
         """Pin at ``path`` on a bpffs, for its owner alone. Raises KernelError (EEXIST if something is there)."""
         check(lib().bpf_obj_pin(self.fd, os.fsencode(path)), "BPF_OBJ_PIN", path)
-        path.chmod(0o600)  # what the kernel makes of it, if no umask takes from that
+        with system_call("chmod", path):
+            path.chmod(0o600)  # what the kernel makes of it, if no umask takes from that
 
     def __enter__(self) -> Any:
         return self
@@ -114,12 +140,8 @@ def pinned_kind(path: Path) -> tuple[int, str]:
 
     Raises NodeError if ``path`` is a symbolic link, KernelError, also when it is no pin.
     """
-    try:
+    with system_call("BPF_OBJ_GET", path):
         place = os.open(path, os.O_PATH | os.O_NOFOLLOW)
-    except OSError as error:
-        ffi.errno = error.errno
-        check(-1, "BPF_OBJ_GET", path)
-        raise
     try:
         if stat.S_ISLNK(os.fstat(place).st_mode):
             raise NodeError(

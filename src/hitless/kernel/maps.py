@@ -59,11 +59,12 @@ class MapInfo(msgspec.Struct, frozen=True):
 class Map(Object):
     """One map, held by a descriptor."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, what: object = None) -> None:
+        """Take over ``fd``, which errors call ``what``."""
         super().__init__(fd)
         raw = ffi.new("struct bpf_map_info *")
         length = ffi.new("__u32 *", ffi.sizeof("struct bpf_map_info"))
-        check(lib().bpf_obj_get_info_by_fd(fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", f"map descriptor {fd}")
+        check(lib().bpf_obj_get_info_by_fd(fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", what or f"map descriptor {fd}")
         #: BPF_F_LOCK where the values hold a bpf_spin_lock that guards them, to be passed when they are read or set.
         self.lock_flag = 0
         self.info = MapInfo(
@@ -86,7 +87,7 @@ class Map(Object):
         if kind != "map":
             os.close(fd)
             raise NodeError(f"{path} is a pinned {kind}, not a map; it is not from hitless", path=str(path), kind=kind)
-        return cls(fd)
+        return cls(fd, path)
 
     @classmethod
     def by_id(cls, map_id: int) -> Map:

@@ -30,11 +30,13 @@ class ProgramInfo(msgspec.Struct, frozen=True):
 class Program(Object):
     """One loaded program, held by a descriptor."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, what: object = None) -> None:
+        """Take over ``fd``, which errors call ``what``."""
         super().__init__(fd)
         raw = ffi.new("struct bpf_prog_info *")
         length = ffi.new("__u32 *", ffi.sizeof("struct bpf_prog_info"))
-        check(lib().bpf_obj_get_info_by_fd(fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", f"program descriptor {fd}")
+        what = what or f"program descriptor {fd}"
+        check(lib().bpf_obj_get_info_by_fd(fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", what)
         kind = lib().libbpf_bpf_prog_type_str(raw.type)
         self.info = ProgramInfo(
             id=raw.id,
@@ -62,7 +64,7 @@ class Program(Object):
         if kind != "prog":
             os.close(fd)
             raise NodeError(f"{path} is a pinned {kind}, not a program; it is not from hitless", path=str(path))
-        return cls(fd)
+        return cls(fd, path)
 
     @classmethod
     def by_id(cls, program_id: int) -> Program:

@@ -349,7 +349,7 @@ def not_written(name: str, target: Map, number: int | None, done: int) -> Kernel
     return KernelError(
         f"map {name}: after {done} entries, writing one to the new map failed with {why}{full} (its max_entries is "
         f"{target.info.max_entries}); the running release is untouched",
-        call="BPF_MAP_UPDATE_ELEM", errno=number, errno_name=why, map=name, done=done,
+        call="BPF_MAP_UPDATE_ELEM", errno=number, errno_name=why, object=target.info.name, map=name, done=done,
     )  # fmt: skip
 
 

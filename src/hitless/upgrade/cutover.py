@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from hitless.kernel.bpffs import unpin
 from hitless.kernel.links import Link
 from hitless.kernel.programs import Program
 from hitless.upgrade.model import HookPlan
@@ -42,7 +43,7 @@ def _attaching(hook: HookPlan, program: Program, pin: Path) -> Callable[[], None
             with Link.open(pin) as there:
                 if there.info.program_id == program.info.id and there.info.cgroup_id:
                     return
-            pin.unlink()  # its cgroup is gone, and the link with it
+            unpin(pin)  # its cgroup is gone, and the link with it
         with Link.attach_cgroup(program, Path(hook.target), hook.attach_type) as link:
             link.pin(pin)
 
@@ -65,7 +66,7 @@ def switch_back(hooks: Sequence[HookPlan], programs: Mapping[str, Program], link
                 continue
             if hook.action == "attach":
                 link.detach()
-                pin.unlink()
+                unpin(pin)
             elif hook.action == "update" and hook.expected is not None:
                 with Program.by_id(hook.expected) as old:
                     link.update(old, program)
@@ -78,7 +79,7 @@ def detach_hooks(names: Sequence[str], links: Path) -> None:
         if pin.exists():
             with Link.open(pin) as link:
                 link.detach()
-            pin.unlink()
+            unpin(pin)
 
 
 def _pin_of(hook: HookPlan, links: Path) -> Path:

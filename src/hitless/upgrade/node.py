@@ -29,6 +29,7 @@ import msgspec
 from hitless.carry import is_global
 from hitless.errors import BusyError, HitlessError, NodeError
 from hitless.kernel.bpffs import make_private, require_bpffs, require_own, require_private, require_writable
+from hitless.kernel.libbpf import system_call
 from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
 from hitless.kernel.processes import lock_holder, who
@@ -180,7 +181,8 @@ class Node:
                     break
                 except OSError as error:
                     if error.errno not in (errno.EWOULDBLOCK, errno.EINTR):
-                        raise
+                        with system_call("flock", self.root):
+                            raise
                     if time.monotonic() > deadline:
                         raise self._busy(seconds) from None
                     time.sleep(0.02)

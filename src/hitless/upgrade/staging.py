@@ -13,7 +13,7 @@ import msgspec
 from hitless.bundle import Bundle, unite_maps
 from hitless.carry import CGROUP_STORAGE, emptied, is_global
 from hitless.errors import UnsupportedError
-from hitless.kernel.bpffs import make_directory, remove_tree
+from hitless.kernel.bpffs import make_directory, move, remove_tree
 from hitless.kernel.maps import Map, is_alive
 from hitless.kernel.programs import Program, load_object
 from hitless.layout.model import MapSpec
@@ -89,7 +89,7 @@ def restage_last(node: Node, release: Bundle, decided: Plan, current: Generation
     ``release`` is what :func:`hitless.upgrade.release.last_release` made of it. Raises KernelError, UnsupportedError;
     what was done until then stays.
     """
-    node.previous.rename(node.next)
+    move(node.previous, node.next)
     former = read_record(node.next / "record")
     maps = {name: Map.open(map_pin(node.next, name)) for name in former.maps}
     programs = open_programs(node.next)
@@ -109,7 +109,7 @@ def restage_last(node: Node, release: Bundle, decided: Plan, current: Generation
     make_directory(node.next / "base", exist_ok=True)
     # One of its own, since the old one may lack the room; renamed over that, so that there always is one.
     create_record(node.next / "base" / "record", record)
-    (node.next / "base" / "record").rename(node.next / "record")
+    move(node.next / "base" / "record", node.next / "record")
     for entry in decided.maps:
         held = maps.get(entry.name) if entry.action in ("convert", "discard") else None
         if held is not None and not is_global(entry.name) and emptied(held.info.type):
@@ -131,7 +131,7 @@ def give_up(node: Node) -> None:
         write_record(path, _as_before(record, record.former))
     for scratch in ("base", "back"):
         remove_tree(node.next / scratch)
-    node.next.rename(node.previous)
+    move(node.next, node.previous)
 
 
 def _typed(spec: MapSpec, bound: MapSpec) -> MapSpec:

@@ -16,10 +16,11 @@ from pathlib import Path
 import msgspec
 
 from hitless.bundle import Bundle
-from hitless.errors import BusyError, InterruptedUpgradeError, LossNotAllowedError, NodeError
+from hitless.errors import BusyError, InterruptedUpgradeError, KernelError, LossNotAllowedError, NodeError
 from hitless.kernel.barrier import wait_for_running_programs
-from hitless.kernel.bpffs import exchange, make_directory, remove_tree, require_bpffs, require_writable
+from hitless.kernel.bpffs import exchange, make_directory, move, remove_tree, require_bpffs, require_writable
 from hitless.kernel.features import boot_id, features, release
+from hitless.kernel.libbpf import system_call
 from hitless.kernel.links import Link, cgroup_id
 from hitless.kernel.maps import Map
 from hitless.kernel.processes import who
@@ -55,6 +56,7 @@ from hitless.upgrade.record import map_pin, pin_name, read_record, write_record
 from hitless.upgrade.release import last_release
 from hitless.upgrade.ring import drain
 from hitless.upgrade.staging import Built, build_next, give_up, open_programs, restage_last
+from hitless.upgrade.steps import in_step
 from hitless.upgrade.verify import check_generation
 
 # Seconds that the barrier takes at most: 8 to 16 ms were measured.
@@ -96,6 +98,7 @@ def _settled(node: Node) -> NodeState:
     return state
 
 
+@in_step("plan")
 def _plan(
     node: Node, state: NodeState, bundle: Bundle, allow_loss: Collection[str], planned: Plan | None = None
 ) -> Plan:
@@ -117,6 +120,7 @@ def _plan(
     return msgspec.structs.replace(decided, fingerprint=fingerprint(state, cgroups, asked.answers, *machine))
 
 
+@in_step("plan")
 def _plan_back(node: Node, state: NodeState, allow_loss: Collection[str]) -> tuple[Plan, Bundle]:
     """The plan of a rollback, and the release that it goes back to."""
     if state.current is None:
@@ -134,6 +138,7 @@ def _cgroups(bundle: Bundle) -> dict[str, int]:
     return {entry.target: cgroup_id(Path(entry.target)) for entry in bundle.attach}
 
 
+@in_step("begin")
 def apply(
     node: Node,
     bundle: Bundle,
@@ -183,6 +188,7 @@ def apply(
             raise
 
 
+@in_step("plan")
 def _plan_first(node: Node, bundle: Bundle, allow_loss: Collection[str], planned: Plan | None) -> None:
     """Find what is wrong before anything is locked, made or recovered."""
     if planned is not None and allow_loss:
@@ -207,6 +213,7 @@ def _refuse_unfinished(node: Node) -> None:
         raise interrupted(node, state.unfinished.version if state.unfinished else None, committed=False)
 
 
+@in_step("begin")
 def rollback(
     node: Node,
     allow_loss: Collection[str] = (),
@@ -254,6 +261,7 @@ def rollback(
         return msgspec.structs.replace(upgrade.switch(), recovered=recovered)
 
 
+@in_step("recover")
 def recover(
     node: Node, progress: Callable[[Progress], None] | None = None, wait: float = 10.0, back: bool = False
 ) -> str | None:
@@ -273,6 +281,7 @@ def recover(
         return _recover(node, progress or _nobody, wait, back)
 
 
+@in_step("recover")
 def _recover(node: Node, tell: Callable[[Progress], None], wait: float, back: bool = False) -> str | None:
     state = node.observe()
     match state.recovery:
@@ -314,6 +323,7 @@ def _recover(node: Node, tell: Callable[[Progress], None], wait: float, back: bo
     return f"finished the interrupted upgrade to {record.version}"
 
 
+@in_step("unload")
 def unload(node: Node, wait: float = 10.0) -> list[str]:
     """Detach every hook and unpin everything under the root (exit type Normal); returns the paths removed.
 
@@ -369,6 +379,7 @@ class _Upgrade:
             detach_hooks([hook.link for hook in self._plan.hooks if hook.action == "detach"], self._node.links)
         return self._result(Cutover(sum(hook.action != "keep" for hook in self._plan.hooks), gap))
 
+    @in_step("stage")
     def build(self, stage: Callable[[], Built], prepare: Callable[[Node], None] | None) -> None:
         """Everything that comes before a hook changes, beginning with ``stage``; undone by an error."""
         node = self._node
@@ -398,6 +409,7 @@ class _Upgrade:
             self._drop()
             raise
 
+    @in_step("recover")
     def reopen(self, record: Record) -> None:
         """Take up what a killed process had built, from the pins in ``next/``."""
         self._record = record
@@ -406,6 +418,7 @@ class _Upgrade:
         self._programs = open_programs(self._node.next)
         self._carry(fresh=False)
 
+    @in_step("cutover")
     def switch(self) -> Result:
         """Cutover, barrier, catch-up, commit; taken back by an error that comes before the commit."""
         node = self._node
@@ -441,7 +454,10 @@ class _Upgrade:
             _finish(node)
             raise
         with self._step("clean-up"):
-            _finish(node)
+            try:
+                _finish(node)
+            except KernelError:
+                _finish(node)  # the release is live: nobody should have to come back because of an error that passed
         self._drain()
         switched = sum(hook.action in ("attach", "update") for hook in self._plan.hooks)
         return self._result(Cutover(switched, gap, stale if self._current else 0.0))
@@ -488,19 +504,21 @@ class _Upgrade:
         node = self._node
         if self._current is None:
             for name in ("maps", "progs"):
-                with suppress(FileExistsError):
+                with system_call("symlink", node.root / name), suppress(FileExistsError):
                     (node.root / name).symlink_to(f"current/{name}")
-            node.next.rename(node.current)
+            move(node.next, node.current)
         else:
             exchange(node.current, node.next)
         node.access.staged = None
 
+    @in_step("undo")
     def _drop(self) -> None:
         """Undo before the cutover: nothing public changed."""
         with self._node.access.writing:
             self._node.access.staged = None
         give_up(self._node)
 
+    @in_step("undo")
     def take_back(self, filled: bool = False) -> None:
         """Undo after the cutover: old programs back on the hooks, then what the new ones learned into the old maps.
 
@@ -550,7 +568,8 @@ class _Upgrade:
         self._tell(Progress(name))
         started = time.perf_counter()
         try:
-            yield
+            with in_step(name):
+                yield
         finally:
             self._steps[name] = time.perf_counter() - started
 
@@ -585,17 +604,18 @@ class _Upgrade:
         )
 
 
+@in_step("clean-up")
 def _finish(node: Node) -> None:
     """Everything that follows a commit; may be repeated."""
     record = read_record(node.current / "record")
     if node.next.exists():
         remove_tree(node.previous)
-        node.next.rename(node.previous)
+        move(node.next, node.previous)
     for generation in (node.current, node.previous):
         remove_tree(generation / "base")
     for hook in record.plan.hooks if record.plan else ():
         if hook.was and (node.links / hook.was).exists():
-            (node.links / hook.was).rename(node.links / hook.link)
+            move(node.links / hook.was, node.links / hook.link)
     kept = {hook.link for hook in record.hooks}
     present = [path.name for path in node.links.iterdir()] if node.links.exists() else []
     detach_hooks([name for name in present if name not in kept], node.links)

@@ -6,6 +6,7 @@ it can be read, and afterwards nobody can, since programs write.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ import msgspec
 from hitless.carry import is_global
 from hitless.errors import BusyError, HitlessError, NodeError, VerifyError
 from hitless.kernel.bpffs import require_bpffs
+from hitless.kernel.libbpf import PASSING
 from hitless.kernel.links import Link, LinkInfo
 from hitless.kernel.maps import Map
 from hitless.kernel.processes import who
@@ -178,6 +180,7 @@ def _check_maps(directory: Path, record: Record) -> tuple[Check, Check, frozense
                 else:
                     problems[is_global(name)] += _map_problems(path, pinned, name, declared, noted)
         except HitlessError as error:
+            _must_tell(error)
             problems[is_global(name)].append(
                 _unopened(error, "map", path, record, noted.id if noted is not None else None)
             )
@@ -195,6 +198,12 @@ def _check_maps(directory: Path, record: Record) -> tuple[Check, Check, frozense
     )  # fmt: skip
 
 
+def _must_tell(error: HitlessError) -> None:
+    """Raise ``error`` if it says nothing of what is pinned: then nobody may be told to remove that."""
+    if error.facts.get("errno") in (*PASSING, errno.EPERM):
+        raise error
+
+
 def _unopened(error: HitlessError, kind: str, path: Path, record: Record, number: int | None) -> str:
     """What to say of a pin that cannot be opened as what it should be."""
     if not path.exists():
@@ -208,6 +217,7 @@ def _map_problems(path: Path, pinned: Map, name: str, declared: MapSpec, noted: 
         seen = pinned.spec(name)
         wrong = list(_differences(seen, msgspec.structs.replace(declared, name=name), noted))
     except HitlessError as error:
+        _must_tell(error)
         wrong = [f"its types cannot be compared with the record's: {error.message}"]
     if wrong:
         yield (
@@ -262,6 +272,7 @@ def _check_programs(directory: Path, record: Record, maps: frozenset[int]) -> tu
             with Program.open(path) as program:
                 info, used = program.info, program.map_ids
         except HitlessError as error:
+            _must_tell(error)
             problems.append(_unopened(error, "prog", path, record, number))
             continue
         ids[name] = info.id
@@ -303,6 +314,7 @@ def _check_links(node: Node, record: Record, programs: dict[str, int]) -> Check:
                 with Link.open(path) as opened:
                     link = opened.info
             except HitlessError as error:
+                _must_tell(error)
                 problems.append(f"{error.message}; remove it, and apply the same release again")
                 continue
         problem = hook_problem(hook, link, expected_program(hook, record, programs), node.links)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from hitless.errors import BusyError, NodeError
 from hitless.kernel.bpffs import make_directory
+from hitless.kernel.libbpf import system_call
 from hitless.kernel.processes import lock_holder, who
 
 __all__ = ["WriterLock"]
@@ -86,16 +87,24 @@ class WriterLock:
         if self._room_fd < 0:
             self.renew()
         try:
-            fcntl.flock(self._turnstile_fd, fcntl.LOCK_SH)
-            fcntl.flock(self._room_fd, fcntl.LOCK_SH)
+            with system_call("flock", self.directory):
+                fcntl.flock(self._turnstile_fd, fcntl.LOCK_SH)
+                fcntl.flock(self._room_fd, fcntl.LOCK_SH)
         except BaseException:  # an interrupt while it waited
-            fcntl.flock(self._room_fd, fcntl.LOCK_UN)
+            self._unlock(self._room_fd)
             raise
         finally:
-            fcntl.flock(self._turnstile_fd, fcntl.LOCK_UN)
+            self._unlock(self._turnstile_fd)
 
     def __exit__(self, *_: object) -> None:
-        fcntl.flock(self._room_fd, fcntl.LOCK_UN)
+        self._unlock(self._room_fd)
+
+    def _unlock(self, *descriptors: int) -> None:
+        try:
+            for descriptor in descriptors:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+        except OSError:
+            self.close()  # which frees them too: what was done under the lock is done, and nobody must wait for ever
 
     @contextmanager
     def alone(self, seconds: float) -> Iterator[None]:
@@ -109,8 +118,7 @@ class WriterLock:
             yield
         finally:
             self._is_alone = False
-            for descriptor in (self._room_fd, self._turnstile_fd):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            self._unlock(self._room_fd, self._turnstile_fd)
 
     def _shut(self, descriptor: int, path: Path, deadline: float, seconds: float) -> None:
         while True:
@@ -119,7 +127,8 @@ class WriterLock:
                 return
             except OSError as error:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EINTR):
-                    raise
+                    with system_call("flock", path):
+                        raise
             if time.monotonic() > deadline:
                 pid = lock_holder(path)
                 raise BusyError(
