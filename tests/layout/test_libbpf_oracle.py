@@ -81,7 +81,15 @@ ffi.cdef(
     """
 )
 lib: Any = ffi.dlopen("libbpf.so.1")
-lib.libbpf_set_print(ffi.NULL)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet() -> Iterator[None]:
+    """libbpf's printing is the whole process's: hitless has it as it was, once these tests are over."""
+    previous = lib.libbpf_set_print(ffi.NULL)
+    yield
+    lib.libbpf_set_print(previous)
+
 
 INT, PTR, ARRAY, STRUCT, UNION, ENUM = 1, 2, 3, 4, 5, 6
 DATASEC, FLOAT, DECL_TAG, ENUM64 = 15, 16, 17, 19

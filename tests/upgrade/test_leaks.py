@@ -29,7 +29,7 @@ from tests.bpf import ids
 from tests.releases import COUNTING, FIRST, SECOND, write_release
 from tests.upgrade.conftest import Release
 
-UPGRADES = int(os.environ.get("HITLESS_UPGRADES", "30"))
+UPGRADES = int(os.environ.get("HITLESS_UPGRADES", "16"))
 SETTLED = 10.0  # s until the kernel has given back what is held no more
 
 OURS = f"l{os.getpid():x}"  # short, for the kernel cuts names to 15 characters

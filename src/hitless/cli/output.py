@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from hitless.kernel.processes import who
 from hitless.layout.show import diff_lines, show_map
 
 if TYPE_CHECKING:
@@ -262,6 +261,8 @@ def show_status(status: Status) -> None:
     for problem in status.problems:
         click.secho(f"problem: {problem}", fg="red")
     if status.upgrading is not None:
+        from hitless.kernel.processes import who  # which commands that need no kernel do not load
+
         click.echo(printable(f"{who(status.upgrading)} is upgrading this root right now"))
     if not status.problems:
         click.echo("no problems")
