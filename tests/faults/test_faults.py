@@ -25,14 +25,14 @@ def world(module_lab: Lab) -> Iterator[World]:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_killed_before_or_after_a_call_it_is_finished_or_undone_with_nothing_lost(world: World, name: str) -> None:
-    report = faults(world, SCENARIOS[name], Options(stride=240, kinds=KILLS), print)
+    report = faults(world, SCENARIOS[name], Options(stride=120, kinds=KILLS), print)
     assert report.failures == []
     assert report.kills >= 2
 
 
 @pytest.mark.parametrize(("name", "kind"), list(zip(SCENARIOS, cycle(ERRORS), strict=False)))
 def test_a_call_that_fails_is_an_error_that_names_it_and_undoes_everything(world: World, name: str, kind: str) -> None:
-    report = faults(world, SCENARIOS[name], Options(stride=300, kinds=(kind,)), print)
+    report = faults(world, SCENARIOS[name], Options(stride=150, kinds=(kind,)), print)
     assert report.failures == []
     assert report.errors >= 1
 
