@@ -1,4 +1,4 @@
-"""The node that a plan was made for, and what became of it since. PURE: values in, values and words out."""
+"""The node that a plan was made for, and what became of it since. Pure: values in, values and words out."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -98,7 +99,7 @@ class Mirror(msgspec.Struct):
         self.tally.last_round = time.perf_counter() - started
         return found
 
-    def turned(self, pin: object, fresh: bool) -> Carrier:
+    def turned(self, pin: Path, fresh: bool) -> Carrier:
         """See :class:`Carrier`: what was written to the target is in the source too, or has no place there."""
         return Staying(self.name, None)
 
