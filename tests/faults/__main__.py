@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import msgspec
 
 from hitless.errors import HitlessError
 from meshd.demo.lab import Lab
@@ -16,7 +19,7 @@ from tests.faults.scenarios import SCENARIOS
 from tests.faults.world import Broken, World
 
 
-def _parse(args: Sequence[str] | None) -> argparse.Namespace:
+def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description="Kill and fail, call by call.")
     parser.add_argument("--scenario", choices=SCENARIOS, action="append", help="only this one; may be repeated (all)")
     parser.add_argument("--calls", default="", help="only calls whose name begins so, such as 'bpf LINK' (all)")
@@ -24,6 +27,9 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kinds", default=",".join((*KILLS, *ERRORS)), help="before,after and errnos (all)")
     parser.add_argument("--doubles", type=int, default=0, help="also kill so many recoveries after kills (0)")
     parser.add_argument("--seed", type=int, default=1, help="of what is chosen at random (1)")
+    cpus = len(os.sched_getaffinity(0))
+    parser.add_argument("--jobs", type=int, default=cpus, help=f"so many worlds side by side ({cpus})")
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # which of the jobs this process is
     return parser.parse_args(args)
 
 
@@ -34,7 +40,8 @@ def _print(report: Report) -> None:
         f"in {report.seconds:.0f} s, {len(report.failures)} failures; {ends}"
     )
     by_name: dict[str, Counter[str]] = {}
-    for (kind, name), count in report.points.items():
+    for point, count in report.points.items():
+        kind, _, name = point.partition(" ")
         by_name.setdefault(name, Counter())[kind if kind not in ERRORS else "errors"] += count
     for name, kinds in sorted(by_name.items()):
         print(f"  {name:<32}" + "".join(f"{kind} {count:>5}  " for kind, count in sorted(kinds.items())))
@@ -43,24 +50,70 @@ def _print(report: Report) -> None:
     sys.stdout.flush()
 
 
+def _share(chosen: argparse.Namespace) -> None:
+    """Do one share, and print each scenario's report as a line of JSON."""
+    kinds = tuple(filter(None, chosen.kinds.split(",")))
+    share = (chosen.share, chosen.jobs)
+    options = Options(chosen.calls, chosen.stride, chosen.seed, kinds, chosen.doubles, share)
+    with Lab() as lab, World(lab) as world:
+        for name in chosen.scenario or SCENARIOS:
+            report = faults(world, SCENARIOS[name], options, lambda text: print(text, file=sys.stderr))
+            print(msgspec.json.encode(report).decode(), flush=True)
+
+
+def _reports(jobs: Sequence[subprocess.Popen[str]], scenarios: int) -> Iterator[Report]:
+    """One for each scenario, as soon as all shares of it are done. Raises Broken if one ends before."""
+    for _ in range(scenarios):
+        whole: Report | None = None
+        for job in jobs:
+            assert job.stdout is not None  # it is a pipe
+            line = job.stdout.readline()
+            if not line:
+                raise Broken(f"a share ended with {job.wait()}")
+            report = msgspec.json.decode(line, type=Report)
+            if whole is None:
+                whole = report
+            else:
+                whole.add(report)
+        assert whole is not None  # there is a job
+        yield whole
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the scenarios and return the exit code: 1 when anything was wrong, 2 when a world could not be made."""
-    chosen = _parse(args)
-    options = Options(chosen.calls, chosen.stride, chosen.seed, tuple(chosen.kinds.split(",")), chosen.doubles)
-    reports = []
+    given = sys.argv[1:] if args is None else list(args)
+    chosen = _parse(given)
     try:
-        with Lab() as lab, World(lab) as world:
-            for name in chosen.scenario or SCENARIOS:
-                reports.append(faults(world, SCENARIOS[name], options, lambda text: print(text, file=sys.stderr)))
-                _print(reports[-1])
+        if chosen.share is not None:
+            _share(chosen)
+            return 0
+        command = [sys.executable, "-m", "tests.faults", *given]
+        jobs = [
+            subprocess.Popen([*command, "--share", str(share)], stdout=subprocess.PIPE, text=True)
+            for share in range(chosen.jobs)
+        ]
+        reports = []
+        try:
+            for report in _reports(jobs, len(chosen.scenario or SCENARIOS)):
+                reports.append(report)
+                _print(report)
+        except BaseException:
+            for job in jobs:
+                job.send_signal(signal.SIGINT)
+            raise
+        finally:
+            for job in jobs:
+                job.wait()
     except (HitlessError, Broken) as error:
         print(f"faults: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("faults: interrupted; nothing is left behind", file=sys.stderr)
         return 128 + signal.SIGINT
-    points, failures = sum(one.kills + one.errors for one in reports), sum(len(one.failures) for one in reports)
-    print(f"{points} points in {sum(one.seconds for one in reports):.0f} s, {failures} failures (pid {os.getpid()})")
+    kills, errors = sum(one.kills for one in reports), sum(one.errors for one in reports)
+    failures = sum(len(one.failures) for one in reports)
+    seconds = sum(one.seconds for one in reports)
+    print(f"{kills + errors} points ({kills} kills, {errors} errors) in {seconds:.0f} s, {failures} failures")
     return 1 if failures else 0
 
 

@@ -13,7 +13,7 @@ import msgspec
 import hitless
 from tests.faults.scenarios import Scenario
 from tests.faults.tracer import AFTER, BEFORE, Call, Fault, Outcome, Trace, trace
-from tests.faults.world import OLD, Broken, World
+from tests.faults.world import NEW, OLD, Broken, World
 
 __all__ = ["ERRORS", "KILLS", "Failure", "Options", "Report", "faults"]
 
@@ -28,6 +28,7 @@ class Options(msgspec.Struct, frozen=True):
     """Which points: every ``stride``-th call whose name begins with ``calls``, each with all of ``kinds``.
 
     From which one on is decided by ``seed``. With ``doubles``, so many times the recovery after a kill is killed too.
+    ``share`` K, N is the K-th of N parts of all this.
     """
 
     calls: str = ""
@@ -35,6 +36,7 @@ class Options(msgspec.Struct, frozen=True):
     seed: int = 1
     kinds: tuple[str, ...] = (*KILLS, *ERRORS)
     doubles: int = 0
+    share: tuple[int, int] = (0, 1)
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -50,22 +52,30 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct):
-    """How many points were tried, by ``kind`` and name of the call, and what was wrong."""
+    """How many points were tried, by kind and name of the call with a space between, and what was wrong."""
 
     scenario: str
     calls: int = 0
-    points: Counter[tuple[str, str]] = msgspec.field(default_factory=Counter)
-    ends: Counter[str] = msgspec.field(default_factory=Counter)
-    failures: list[Failure] = msgspec.field(default_factory=list)
+    points: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    failures: list[Failure] = []
     seconds: float = 0.0
 
     @property
     def kills(self) -> int:
-        return sum(count for (kind, _), count in self.points.items() if kind not in ERRORS)
+        return sum(count for point, count in self.points.items() if point.split()[0] not in ERRORS)
 
     @property
     def errors(self) -> int:
-        return sum(count for (kind, _), count in self.points.items() if kind in ERRORS)
+        return sum(count for point, count in self.points.items() if point.split()[0] in ERRORS)
+
+    def add(self, other: Report) -> None:
+        """What another share of the same points came to."""
+        self.calls = max(self.calls, other.calls)
+        self.seconds = max(self.seconds, other.seconds)
+        self.points = dict(Counter(self.points) + Counter(other.points))
+        self.ends = dict(Counter(self.ends) + Counter(other.ends))
+        self.failures += other.failures
 
 
 def faults(world: World, scenario: Scenario, options: Options, tell: Callable[[str], None]) -> Report:
@@ -86,17 +96,18 @@ class _Run:
         self._tell = tell
 
     def all(self) -> None:
+        share, shares = self._options.share
         calls = self._undisturbed()
         self.report.calls = len(calls)
         self._tell(f"{self._scenario.name}: {len(calls)} calls")
         for kind in self._options.kinds:
-            for at in chosen(calls, self._options):
+            for at in chosen(calls, self._options)[share::shares]:
                 self._point(Fault(at, kind, self._options.calls))
-            if self._options.stride == 1:
+            if self._options.stride == 1 and share == 0:
                 self._rest(len(calls), kind)
             self._tell(f"{self._scenario.name}: {kind} done, {len(self.report.failures)} failures so far")
-        dice = random.Random(self._options.seed)
-        for _ in range(self._options.doubles):
+        dice = random.Random(f"{self._options.seed} {share}")
+        for _ in range(share, self._options.doubles, shares):
             self._double(Fault(dice.randrange(len(calls)), dice.choice(KILLS)), dice)
 
     def _undisturbed(self) -> list[Call]:
@@ -119,9 +130,9 @@ class _Run:
         try:
             found = self._do(fault)
             if found.hit is not None:
-                self.report.points[fault.kind, found.hit.name] += 1
+                _count(self.report.points, f"{fault.kind} {found.hit.name}")
             end = self._settled(found, fault)
-            self.report.ends[f"{'killed' if fault.kind in KILLS else 'error'}: {end}"] += 1
+            _count(self.report.ends, f"{'killed' if fault.kind in KILLS else 'error'}: {end}")
             if end != OLD:
                 self._world.reset()
         except Broken as broken:
@@ -138,10 +149,10 @@ class _Run:
             second = Fault(dice.randrange(dice.randrange(1, max(2, self.report.calls // 2))), dice.choice(KILLS))
             again = trace(lambda: hitless.recover(self._world.node), second)
             if again.hit is not None:
-                self.report.points["double", again.hit.name] += 1
+                _count(self.report.points, f"double {again.hit.name}")
             self._world.served()
             self._recovered()
-            self._world.check()
+            self._world.check(self._scenario.goal == NEW)
             self._world.reset()
         except Broken as broken:
             where = f"{found.hit if found else fault}, then {again.hit if again else 'nothing'}"
@@ -160,14 +171,15 @@ class _Run:
                 raise Broken("it was killed by something else, or took longer than a minute")
             self._recovered()
         elif found.outcome.failed:
-            self._judge(found.outcome, found, fault)
-            if self._world.unsettled():
+            unsettled = self._world.unsettled()
+            self._judge(found.outcome, found, fault, unsettled)
+            if unsettled:
                 if not (self._scenario.recovers or (fault is not None and fault.kind.endswith("+"))):
                     raise Broken(f"something is left to recover after the error: {found.outcome.message}")
                 self._recovered()
         elif self._scenario.planned:
             raise Broken("it did not fail, as it was planned to")
-        end = self._world.check()
+        end = self._world.check(self._scenario.goal == NEW)
         if end not in self._scenario.ends:
             raise Broken(f"release {end} is live")
         return end
@@ -179,11 +191,13 @@ class _Run:
         if left is not None:
             raise Broken(f"a second recovery was needed: {left}")
 
-    def _judge(self, outcome: Outcome, found: Trace, fault: Fault | None) -> None:
-        """An error says in which step, about which object, and which errno."""
+    def _judge(self, outcome: Outcome, found: Trace, fault: Fault | None, unsettled: bool) -> None:
+        """An error says in which step, about which object, and which errno; one in the undoing of another, which."""
         if outcome.crashed:
             raise Broken(f"a traceback: {outcome.message}")
         if outcome.facts.get("planned"):
+            if unsettled and (fault is None or fault.kind.rstrip("+") not in outcome.message):
+                raise Broken(f"it is not undone, and nothing says why: {outcome.message}")
             return
         if fault is None or found.hit is None:
             raise Broken(f"it failed without a fault: {outcome.message}")
@@ -202,6 +216,10 @@ class _Run:
         self.report.failures.append(failure)
         self._tell(f"FAILURE {failure}")
         self._world.begin()
+
+
+def _count(counts: dict[str, int], what: str) -> None:
+    counts[what] = counts.get(what, 0) + 1
 
 
 def _asks_for_libbpf(call: Call) -> bool:

@@ -168,7 +168,8 @@ def _child(work: Callable[[], object], answer: socket.socket, traced: bool) -> N
             outcome = Outcome(work())
         except HitlessError as error:
             facts = json.loads(json.dumps(error.facts, default=str))
-            outcome = Outcome(message=error.message or "no message", facts=facts)
+            notes = getattr(error, "__notes__", ())
+            outcome = Outcome(message="\n".join((error.message or "no message", *notes)), facts=facts)
         except BaseException:  # noqa: BLE001 - that is what is looked for
             outcome = Outcome(message=traceback.format_exc(), crashed=True)
         answer.sendall(msgspec.json.encode(outcome))

@@ -1,8 +1,8 @@
 """A small mesh under traffic, and what must be so after every fault: nobody failed, and all books agree.
 
 Two releases differ in the layout of every map: a hash and a per-CPU array that count connects, a table of a control
-plane, and a global. Clients on each CPU count their own connects, a control plane in a process of its own keeps a
-journal.
+plane, and a global. The older one has a hook more, which counts sockets. Clients on each CPU count their own connects,
+a control plane in a process of its own keeps a journal.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ _PORT = 7000
 _CLIENTS = 2
 _SLOWEST = 20.0  # s that a client may take to answer
 _GONE = 3.0  # s that the kernel may take to free what nobody holds
+_SOCKETS = 0  # key under which the hook that goes counts
 _MARK = 999  # key of the entry that the upgrading process itself writes
 
 _LAYOUTS = {
@@ -92,6 +93,22 @@ SEC("cgroup/connect4") int X_turn(struct bpf_sock_addr *ctx)
 char _license[] SEC("license") = "Dual BSD/GPL";
 """
 
+_GOING = """
+SEC("cgroup/sock_create") int X_going(struct bpf_sock *ctx)
+{
+    __u32 key = 0;
+    struct tally *found = bpf_map_lookup_elem(&X_tally, &key);
+    if (!found) {
+        struct tally none = {};
+        bpf_map_update_elem(&X_tally, &key, &none, BPF_NOEXIST);
+        found = bpf_map_lookup_elem(&X_tally, &key);
+    }
+    if (found)
+        __sync_fetch_and_add(&found->count, 1);
+    return 1;
+}
+"""
+
 _MANIFEST = """
 [bundle]
 name = "faults"
@@ -105,6 +122,14 @@ program = "X_turn"
 hook = "cgroup"
 target = "${{cgroup}}"
 link = "turn"
+"""
+
+_ATTACH_GOING = """
+[[attach]]
+program = "X_going"
+hook = "cgroup"
+target = "${{cgroup}}"
+link = "going"
 """
 
 
@@ -142,6 +167,7 @@ class Seen(msgspec.Struct):
     seen: int
     total: int
     limits: dict[int, list[int]]
+    going: list[int]
 
 
 class World:
@@ -158,6 +184,7 @@ class World:
         self.allowed: tuple[str, ...] = ()
         self.node = hitless.Node(lab.bpffs / "none")
         self._mark = [0, 0]  # what was in the entry _MARK when it was looked at, and the last that was to be written
+        self._sockets = 0
         self._failures: list[int] = []
         self._clients = [
             self._helper("client", "clients", str(number), _NOWHERE, str(_PORT + number)) for number in range(_CLIENTS)
@@ -188,6 +215,7 @@ class World:
         self._base = [one.ask("count")["made"] for one in self._clients]
         self._failures = [len(one.ask("count")["failures"]) for one in self._clients]
         self._mark = [0, 0]
+        self._sockets = 0
         self._go()
         self.must(lambda: _facts(hitless.apply(self.node, self.bundles[NEW])))
         self.allowed = tuple(self.must(self._blocked).value)
@@ -251,8 +279,11 @@ class World:
                 raise Broken(f"no connect came to its end within {_SLOWEST:g} s")
             time.sleep(0.0005)
 
-    def check(self) -> str | None:
-        """Everything agrees and nothing is left over; returns the version that is live. Raises Broken."""
+    def check(self, forward: bool) -> str | None:
+        """Everything agrees and nothing is left over; returns the version that is live. Raises Broken.
+
+        ``forward`` says that it came from OLD: a rollback that was given up leaves the maps of OLD as it emptied them.
+        """
         self.served()
         made, journal = self._pause()
         found = msgspec.convert(self.must(self._look).value, Seen, strict=False)
@@ -268,6 +299,10 @@ class World:
         expected = {"tally": wanted, "seen": sum(wanted.values()), "total": sum(wanted.values())}
         if counted != expected:
             raise Broken(f"{counted} was counted, and clients made {expected}")
+        if (forward and len(set(found.going)) != 1) or found.going[0] < self._sockets:
+            what = f"the hook that goes had counted {self._sockets}"
+            raise Broken(f"{what}, and in the end {found.going[1:]}; found is {found.going[0]}")
+        self._sockets = found.going[0]
         mark = found.limits.pop(_MARK, [0])[0]
         if not self._mark[0] <= mark <= self._mark[1]:
             raise Broken(f"the upgrading process wrote {self._mark}, and found is {mark}")
@@ -295,15 +330,21 @@ class World:
         scratch = [path for one in ("current", "previous") for path in (node.root / one).glob("ba[sc]*")]
         paths = [*tops, *(path for path in scratch if any(path.iterdir()) or path.name == "back")]
         variables = node.map(f"{self._tag}.bss").get(0)
+        tally = {key: value["count"] for key, value in node.map(f"{self._tag}_tally").items()}
+        going = [tally.pop(_SOCKETS, 0)]
+        if verified.version == NEW:  # what its program wrote in the end is in the map that it used
+            with Map.open(node.previous / "maps" / f"{self._tag}_tally") as held:
+                going.append(int.from_bytes((held.lookup(bytes(4)) or b"")[:4], sys.byteorder))
         return Seen(
             version=verified.version,
             problems=list(verified.problems),
             paths=[str(path) for path in paths],
             strays=self._strays(),
-            tally={key: value["count"] for key, value in node.map(f"{self._tag}_tally").items()},
+            tally=tally,
             seen=sum(one["count"] for one in node.map(f"{self._tag}_seen").get(0)),
             total=variables["total"],
             limits={key: [value["rate"], value["burst"]] for key, value in node.map(self.limit).items()},
+            going=going,
         )
 
     def _strays(self) -> list[str]:
@@ -350,8 +391,10 @@ class World:
         directory.mkdir()
         begun = "" if version == OLD else "if (!begun) begun = bpf_ktime_get_ns();"
         source = "#include <bpf/bpf_endian.h>\n" + _LAYOUTS[version] + _CODE.replace("BEGUN", begun)
+        source += _GOING if version == OLD else ""
         compile_object(source.replace("X_", f"{self._tag}_"), directory / f"{self._tag}.bpf.o")
-        manifest = _MANIFEST.format(version=version).replace("X_", f"{self._tag}_").replace("X.", f"{self._tag}.")
+        template = _MANIFEST + (_ATTACH_GOING if version == OLD else "")
+        manifest = template.format(version=version).replace("X_", f"{self._tag}_").replace("X.", f"{self._tag}.")
         (directory / "bundle.toml").write_text(manifest)
         return hitless.Bundle.load(directory, {"cgroup": str(self._lab.cgroup)})
 

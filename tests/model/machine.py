@@ -37,6 +37,7 @@ FAULTS = {
     "back made again": "a recovery in `merging-back` makes the base of the way back anew",
     "writers stay in": "the last merge and the exchange do not keep writers out",
     "deletes what was touched": "a key that the old release deleted goes although the new one inserted it anew",
+    "gone without a word": "a hook that the new release has not goes at the very end, and nothing is merged then",
     "new map first": "a dual write goes to the new map, then to the old one, then to the base, each by itself",
 }
 """What can be planted, and what it is: the checker must find each."""
@@ -57,9 +58,9 @@ WHERE = {
     "alone": "Access.alone: writers are kept out",
     "commit": "_Upgrade._commit: exchange",
     "open": "Access.alone: writers may come in",
+    "detach": "_let_go: detach_hooks",
     "keep": "_finish: next/ becomes previous/",
     "forget": "_finish: base/ is removed",
-    "detach": "_finish: detach_hooks",
     "committed": "_finish: write_record(committed)",
     "undoing": "_Upgrade.take_back: write_record(undoing)",
     "unhook": "switch_back: one link",
@@ -182,7 +183,7 @@ def _switch(world: World) -> tuple[str, ...]:
         end = [*commit, *_merges(world)]
     if world.fault != "writers stay in":
         end = ["alone", *end, "open"]
-    return (*hooks, *_merges(world), *barrier, *end, *_finish(world))
+    return (*hooks, *_merges(world), *barrier, *end, *_finish(world, kept=False))
 
 
 def _merges(world: World) -> list[str]:
@@ -190,9 +191,13 @@ def _merges(world: World) -> list[str]:
     return [f"{part} {key}" for key in world.keys for part in parts]
 
 
-def _finish(world: World) -> tuple[str, ...]:
-    detach = (f"detach {at}" for at, action in enumerate(world.hooks) if action == "detach")
-    return ("keep", "forget", *detach, "committed")
+def _finish(world: World, kept: bool) -> tuple[str, ...]:
+    """``kept``: next/ is previous/ already."""
+    gone = [f"detach {at}" for at, action in enumerate(world.hooks) if action == "detach"]
+    if gone and world.fault == "gone without a word":
+        return ("keep", "forget", *gone, "committed")
+    let_go = [*gone, "barrier", "passed", *_merges(world)] if gone and not kept else []
+    return (*let_go, "keep", "forget", "committed")
 
 
 def _take_back(world: World, filled: bool) -> tuple[str, ...]:
@@ -238,7 +243,7 @@ def _upgrader(state: State, world: World) -> Iterator[Step]:
         after = _do(state._replace(todo=state.todo[1:]), step, world)
         if after is not None:
             yield f"{step}: {WHERE[kind]}", after
-    if kind == "read" and "barrier" in state.todo:
+    if kind == "read" and "barrier" in state.todo and "alone" in state.todo:
         yield "_merge: the first is left out, for it would take too long", state._replace(
             todo=state.todo[state.todo.index("barrier") :]
         )
@@ -312,7 +317,7 @@ def _do(state: State, step: str, world: World) -> State | None:
 def _recovery(state: State, world: World) -> tuple[str, ...]:
     """What _recover decides to do, from what it finds."""
     if state.public[0] == "new":
-        return () if state.finished else _finish(world)
+        return () if state.finished else _finish(world, kept=state.next == "absent")
     if state.next == "absent":
         return ()
     if state.next == "litter" or state.phase in ("staging", "copying", "undone"):
@@ -395,7 +400,9 @@ def _first(state: State, value: Value, world: World) -> Iterator[Step]:
         if not state.alone:
             side = state.public[1]
             after = _put(state, side, 1, value)
-            said = _said(after, side, value) if side == "old" else after._replace(words=Words(frozenset({value})))
+            if side == "new":  # which ends what was said before, but not what a hook that goes may still say
+                after = after._replace(words=Words(frozenset({value})))
+            said = _said(after, side, value) if side == "old" or "detach" in world.hooks else after
             yield f"a handle in another process {what}: {side} map", said
     elif state.public[1] == "old":
         # Behind the last look at it he is late, unless the upgrade is taken back or another process looks again.

@@ -10,6 +10,11 @@ SCENARIOS = {
     "counting": World(),
     "counting a new key": World(starts=None, kills=1),
     "a hook is new": World(hooks=("attach", "update"), kills=1),
+    "a hook goes": World(hooks=("update", "detach"), kills=1),
+    "a hook goes that inserts and deletes": World(keys="B", hooks=("update", "detach"), kills=1, errors=0),
+    "a hook goes, and a process writes": World(
+        keys="B", hooks=("detach",), runs=1, writer="locked", writes=1, kills=1, errors=0
+    ),
     "inserting and deleting": World(keys="B", runs=3, kills=1),
     "both keys": World(keys="AB", hooks=("update",), kills=1, errors=0),
     "a thread that writes to both maps": World(keys="B", runs=1, writer="dual", writes=1),
@@ -30,6 +35,7 @@ PLANTED = {
     "phase after the hooks": "counting",
     "undone before the merge back": "counting",
     "back made again": "counting",
+    "gone without a word": "a hook goes",
     "writers stay in": "a writer in another process",
     "deletes what was touched": "inserting and deleting",
     "new map first": "a thread that sets a counter",

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.model.explore import explore
-from tests.model.machine import FAULTS, World
+from tests.model.machine import FAULTS
 from tests.model.scenarios import PLANTED, SCENARIOS
 
 
@@ -31,11 +31,3 @@ def test_what_a_stranger_writes_between_the_last_merge_and_the_commit_is_left_be
     print(found)
     assert found.problem is not None
     assert "B is 1" in found.problem
-
-
-def test_what_a_hook_that_goes_counts_after_the_last_merge_is_left_behind() -> None:
-    # docs/exactness.md says so: its program runs until the clean-up, for the way back needs it.
-    found = explore(World(hooks=("update", "detach"), kills=0, errors=0))
-    print(found)
-    assert found.problem is not None
-    assert "lost" in found.problem

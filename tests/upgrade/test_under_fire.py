@@ -9,17 +9,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 import hitless
+from hitless.kernel.maps import Map
+from hitless.upgrade import transaction
 from hitless.upgrade.copy import Carriage
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
+from tests.releases import ATTACH, COUNTING, FIRST, write_release
 from tests.upgrade.conftest import Release
 
 BACK = ("tally", "limit")
@@ -28,17 +32,35 @@ BACK = ("tally", "limit")
 CLIENT = """
 import signal, socket, sys
 port, tries, go = int(sys.argv[1]), 0, True
+address = sys.argv[2] if len(sys.argv) > 2 else "127.0.0.1"
+family = socket.AF_INET6 if ":" in address else socket.AF_INET
 def stop(*_):
     global go
     go = False
 signal.signal(signal.SIGTERM, stop)
 print("ready", flush=True)
 while go and tries < 5_000_000:
-    with socket.socket() as client:
-        client.connect_ex(("127.0.0.1", port))
+    with socket.socket(family) as client:
+        client.connect_ex((address, port))
     tries += 1
 print(tries, flush=True)
 """
+
+
+@contextmanager
+def connecting(lab: Lab, address: str, port: int) -> Iterator[None]:
+    """Two clients that connect to this as fast as they can."""
+    command = [sys.executable, "-c", CLIENT, str(port), address]
+    running = [lab.popen(command, cgroup="clients", stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        for client in running:
+            assert client.stdout is not None
+            assert client.stdout.readline() == "ready\n"
+        yield
+    finally:
+        for client in running:
+            client.send_signal(signal.SIGTERM)
+            client.communicate(timeout=10)
 
 
 @contextmanager
@@ -63,6 +85,74 @@ def clients(lab: Lab) -> Iterator[dict[int, int]]:
 
 def counted(node: hitless.Node) -> dict[int, int]:
     return {port: value["count"] for port, value in node.map("tally").items()}
+
+
+# Counts what goes to ::1 by port, in the same map; a release that has only COUNTING has this hook no more.
+GOING = """
+SEC("cgroup/connect6") int count6(struct bpf_sock_addr *ctx)
+{
+    __u32 port = __builtin_bswap16(ctx->user_port);
+    struct tally *found = bpf_map_lookup_elem(&tally, &port);
+    if (found)
+        __sync_fetch_and_add(&found->count, 1);
+    return 1;
+}
+"""
+ATTACH_GOING = """
+[[attach]]
+program = "count6"
+hook = "cgroup"
+target = "${cgroup}"
+link = "connect6"
+"""
+
+
+def count_in(path: Path, offset: int, size: int, port: int) -> int:
+    with Map.open(path) as held:
+        value = held.lookup(port.to_bytes(4, sys.byteorder))
+    assert value is not None
+    return int.from_bytes(value[offset : offset + size], sys.byteorder)
+
+
+@pytest.mark.parametrize("killed", ["", "detach_hooks", "wait_for_running_programs", "make_carriers", "remove_tree"])
+def test_what_a_hook_that_goes_counts_until_it_is_gone_comes_along(
+    node: hitless.Node, release: Release, lab: Lab, tmp_path: Path, killed: str
+) -> None:
+    first = write_release(tmp_path / "1", "1.0", FIRST + GOING + COUNTING, ATTACH + ATTACH_GOING)
+    bundle = hitless.Bundle.load(first, {"cgroup": str(lab.cgroup)})
+    port = 11
+    for _ in range(1 if killed else 5):
+        hitless.apply(node, bundle)
+        node.map("tally")[port] = {"count": 0}
+        with connecting(lab, "::1", port):
+            if killed:
+                lose(lambda: hitless.apply(node, release(2)), killed)
+                assert hitless.recover(node) == "finished the clean-up after the upgrade to 2.0"
+            else:
+                hitless.apply(node, release(2))
+        before = count_in(node.previous / "maps" / "tally", 0, 4, port)
+        assert before > 0
+        assert count_in(node.current / "maps" / "tally", 8, 8, port) == before
+        assert not (node.links / "connect6").exists()
+        hitless.unload(node)
+
+
+def lose(work: Callable[[], object], killed: str) -> None:
+    """Do ``work`` in a process of its own that dies when its clean-up calls this function."""
+    pid = os.fork()
+    if pid == 0:
+        call = getattr(transaction, killed)
+
+        def die(*args: object, **options: object) -> object:
+            if any(frame.name == "_finish" for frame in traceback.extract_stack()):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **options)
+
+        setattr(transaction, killed, die)
+        with suppress(BaseException):
+            work()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
 
 
 def test_no_increment_is_lost_or_gained_while_upgrades_go_back_and_forth(

@@ -40,7 +40,7 @@ from hitless.upgrade.handle import Access, MapHandle
 from hitless.upgrade.model import Generation, LeftRing, LiveMap, NodeState, Record
 from hitless.upgrade.record import advice, map_pin, read_record
 
-__all__ = ["PUBLIC", "Node", "foreign_error", "generation_record"]
+__all__ = ["PUBLIC", "Node", "foreign_error", "generation_record", "read_generation"]
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ class Node:
         for path in _children(self.links):
             with Link.open(path) as link:
                 links[path.name] = link.info
-        current = _generation(self.current) if self.current.exists() else None
+        current = read_generation(self.current) if self.current.exists() else None
         unfinished = read_record(self.next / "record") if (self.next / "record").exists() else None
         if current is None and unfinished is None and links:
             names = ", ".join(sorted(links))
@@ -158,7 +158,7 @@ class Node:
                     f"was removed by hand; run gc, then {instead}",
                     path=str(path),
                 )
-        return _generation(self.previous)
+        return read_generation(self.previous)
 
     def map(self, name: str) -> MapHandle:
         """A handle on the map ``name`` of the running release; writes reach both releases during an upgrade."""
@@ -271,7 +271,8 @@ def generation_record(directory: Path) -> Record:
     return read_record(directory / "record")
 
 
-def _generation(directory: Path) -> Generation:
+def read_generation(directory: Path) -> Generation:
+    """What is pinned in ``directory``, looked up in the kernel. Raises NodeError if it is not what its record says."""
     record = generation_record(directory)
     maps = {}
     for name, declared in record.maps.items():

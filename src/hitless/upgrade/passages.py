@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 
@@ -15,23 +17,30 @@ from hitless.layout.variables import diff_sections
 from hitless.upgrade.carrier import Carrier, Passage, Successors
 from hitless.upgrade.carriers import CARRIERS
 from hitless.upgrade.model import Generation, MapPlan, Record
-from hitless.upgrade.node import Node
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.record import map_pin, pin_name
 from hitless.upgrade.section import carry_section
 
-__all__ = ["make_carriers"]
+__all__ = ["Sides", "make_carriers"]
+
+
+class Sides(msgspec.Struct, frozen=True):
+    """The directories of the two generations, and what a dual write to both of them holds."""
+
+    old: Path
+    new: Path
+    writing: threading.RLock
 
 
 def make_carriers(
-    node: Node, record: Record, maps: Mapping[str, Map], current: Generation | None, pace: Pace, fresh: bool
+    sides: Sides, record: Record, maps: Mapping[str, Map], current: Generation | None, pace: Pace, fresh: bool
 ) -> dict[str, Carrier]:
     """A carrier for each map that the plan in ``record`` converts, from ``current`` to ``maps``.
 
     ``fresh`` is false if a process that was killed had filled what the carriers keep. Raises KernelError,
     ConverterError, NodeError if there is nothing to carry from.
     """
-    successors = _successors(node, record, maps, current)
+    successors = _successors(sides.old, record, maps, current)
     carried: dict[str, Carrier] = {}
     for entry in record.plan.maps if record.plan else ():
         if entry.action != "convert":
@@ -40,23 +49,23 @@ def make_carriers(
             raise NodeError(f"map {entry.name} is to be converted, but nothing runs", map=entry.name)
         name, was = entry.name, entry.was or entry.name
         if entry.kind == "variables":
-            carried[name] = _carry_section(node, entry, record, maps[name], current, pace, fresh)
+            carried[name] = _carry_section(sides, entry, record, maps[name], current, pace, fresh)
             continue
         old, new = current.maps[was].spec, msgspec.structs.replace(record.maps[name], name=name)
         rule = record.rules.get(name, MapRules())
         carried[name] = CARRIERS[entry.kind](
             Passage(
                 name=name,
-                source=Map.open(map_pin(node.current, was)),
+                source=Map.open(map_pin(sides.old, was)),
                 target=maps[name],
                 old=old,
                 new=new,
                 diff=diff_map(old, new, rule),
                 rules=rule,
-                pin=node.next / "base" / name,
+                pin=sides.new / "base" / name,
                 fresh=fresh,
                 lossy_allowed=entry.allowed,
-                writing=node.access.writing,
+                writing=sides.writing,
                 pace=pace,
                 code=record.converters.get((rule.convert or "").partition(":")[0], ""),
                 successors=successors,
@@ -66,7 +75,7 @@ def make_carriers(
 
 
 def _carry_section(
-    node: Node, entry: MapPlan, record: Record, target: Map, current: Generation, pace: Pace, fresh: bool
+    sides: Sides, entry: MapPlan, record: Record, target: Map, current: Generation, pace: Pace, fresh: bool
 ) -> Carrier:
     old = {name: live.spec for name, live in current.maps.items()}
     new = {name: msgspec.structs.replace(spec, name=name) for name, spec in record.maps.items()}
@@ -75,16 +84,16 @@ def _carry_section(
     passages = [
         Passage(
             name=entry.name,
-            source=Map.open(map_pin(node.current, part.source)),
+            source=Map.open(map_pin(sides.old, part.source)),
             target=target,
             old=part.old,
             new=part.new,
             diff=part.diff,
             rules=part.rules,
-            pin=node.next / "base" / pin_name(entry.name) / str(index),
+            pin=sides.new / "base" / pin_name(entry.name) / str(index),
             fresh=fresh,
             lossy_allowed=entry.allowed,
-            writing=node.access.writing,
+            writing=sides.writing,
             pace=pace,
         )
         for index, part in enumerate(section_way(section, old, new, record.rules).parts)
@@ -92,12 +101,12 @@ def _carry_section(
     return carry_section(entry.name, passages)
 
 
-def _successors(node: Node, record: Record, maps: Mapping[str, Map], current: Generation | None) -> Successors:
+def _successors(directory: Path, record: Record, maps: Mapping[str, Map], current: Generation | None) -> Successors:
     """The maps of both releases by what takes their place: outer maps may hold them, in slots of any key."""
     found: Successors = {}
     for entry in record.plan.maps if record.plan else ():
         was = entry.was or entry.name
         if current is not None and was in current.maps and entry.name in maps:
-            old, new = Map.open(map_pin(node.current, was)), maps[entry.name]
+            old, new = Map.open(map_pin(directory, was)), maps[entry.name]
             found[old.info.id, None], found[new.info.id, None] = new, old
     return found

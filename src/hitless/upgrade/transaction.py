@@ -16,7 +16,14 @@ from pathlib import Path
 import msgspec
 
 from hitless.bundle import Bundle
-from hitless.errors import BusyError, InterruptedUpgradeError, KernelError, LossNotAllowedError, NodeError
+from hitless.errors import (
+    BusyError,
+    HitlessError,
+    InterruptedUpgradeError,
+    KernelError,
+    LossNotAllowedError,
+    NodeError,
+)
 from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.bpffs import exchange, make_directory, move, remove_tree, require_bpffs, require_writable
 from hitless.kernel.features import boot_id, features, release
@@ -48,9 +55,9 @@ from hitless.upgrade.model import (
     Record,
     Result,
 )
-from hitless.upgrade.node import Node
+from hitless.upgrade.node import Node, read_generation
 from hitless.upgrade.pace import Pace
-from hitless.upgrade.passages import make_carriers
+from hitless.upgrade.passages import Sides, make_carriers
 from hitless.upgrade.plan import make_plan
 from hitless.upgrade.record import map_pin, pin_name, read_record, write_record
 from hitless.upgrade.release import last_release
@@ -61,6 +68,8 @@ from hitless.upgrade.verify import check_generation
 
 # Seconds that the barrier takes at most: 8 to 16 ms were measured.
 _BARRIER = 0.02
+
+_LEFT = "the rest is done by the next apply or recover (hitless recover)"
 
 __all__ = ["apply", "plan", "plan_rollback", "recover", "rollback", "unload"]
 
@@ -405,8 +414,9 @@ class _Upgrade:
                 check_generation(node.next, copying)
                 with node.access.alone(self._wait):
                     pass  # a writer that holds its lock without an end is found before a hook changes
-        except BaseException:
-            self._drop()
+        except BaseException as error:
+            with _undoing(error):
+                self._drop()
             raise
 
     @in_step("recover")
@@ -445,19 +455,22 @@ class _Upgrade:
                     self._commit()
         except BaseException as error:
             if not self._is_committed():
-                self.take_back()
+                with _undoing(error):
+                    self.take_back()
                 for left in self.left_behind:
                     error.add_note(left)
                 raise
             with node.access.writing:
                 node.access.staged = None
-            _finish(node)
+            error.add_note(f"{self._plan.to_version} is live all the same: this came behind the commit")
+            with _undoing(error):
+                _finish(node)
             raise
         with self._step("clean-up"):
             try:
                 _finish(node)
             except KernelError:
-                _finish(node)  # the release is live: nobody should have to come back because of an error that passed
+                self._finish_again()  # nobody should have to come back because of an error that passed
         self._drain()
         switched = sum(hook.action in ("attach", "update") for hook in self._plan.hooks)
         return self._result(Cutover(switched, gap, stale if self._current else 0.0))
@@ -467,7 +480,8 @@ class _Upgrade:
     def _carry(self, fresh: bool) -> None:
         """Prepare the maps to be converted; ``fresh`` is false if another process had filled what they keep."""
         assert self._record is not None  # what was staged, or given to reopen
-        self._carried = make_carriers(self._node, self._record, self._maps, self._current, self._pace, fresh)
+        sides = Sides(self._node.current, self._node.next, self._node.access.writing)
+        self._carried = make_carriers(sides, self._record, self._maps, self._current, self._pace, fresh)
 
     def _copy(self, carrier: Carrier) -> None:
         started = time.perf_counter()
@@ -549,6 +563,13 @@ class _Upgrade:
             make_directory(directory)
         return [carrier.turned(directory / pin_name(name), not filled) for name, carrier in self._carried.items()]
 
+    def _finish_again(self) -> None:
+        try:
+            _finish(self._node)
+        except HitlessError as error:
+            error.add_note(f"{self._plan.to_version} is live and complete; {_LEFT}")
+            raise
+
     def _is_committed(self) -> bool:
         """Whether the exchange happened, by what is there: a signal may come right behind it."""
         record = self._node.current / "record"
@@ -609,6 +630,7 @@ def _finish(node: Node) -> None:
     """Everything that follows a commit; may be repeated."""
     record = read_record(node.current / "record")
     if node.next.exists():
+        _let_go(node, record)
         remove_tree(node.previous)
         move(node.next, node.previous)
     for generation in (node.current, node.previous):
@@ -616,11 +638,43 @@ def _finish(node: Node) -> None:
     for hook in record.plan.hooks if record.plan else ():
         if hook.was and (node.links / hook.was).exists():
             move(node.links / hook.was, node.links / hook.link)
-    kept = {hook.link for hook in record.hooks}
-    present = [path.name for path in node.links.iterdir()] if node.links.exists() else []
-    detach_hooks([name for name in present if name not in kept], node.links)
     committed = msgspec.structs.replace(record, phase="committed", plan=None, former=None)
     write_record(node.current / "record", committed)
+
+
+def _let_go(node: Node, record: Record) -> None:
+    """Take the old release off the hooks that the new one has not, and bring along what it wrote there until now.
+
+    Not before the commit, since an upgrade that is taken back wants them as they were, without a gap. The maps that
+    those programs cannot write stay out: others may have written the new ones meanwhile.
+    """
+    gone = {hook.link for hook in record.plan.hooks if hook.action == "detach"} if record.plan else set()
+    if not gone:
+        return
+    detach_hooks(sorted(gone), node.links)
+    wait_for_running_programs()
+    old = read_generation(node.next)
+    used: set[int] = set()
+    for hook in old.record.hooks:
+        if hook.link in gone:
+            with Program.open(node.next / "progs" / hook.program) as program:
+                used |= program.map_ids
+    written = {name for name, live in old.maps.items() if live.info.id in used and name not in old.record.unwritten}
+    maps = {name: Map.open(map_pin(node.current, name)) for name in record.maps}
+    sides = Sides(node.next, node.current, node.access.writing)
+    carried = make_carriers(sides, record, maps, old, Pace(), fresh=False)
+    for entry in record.plan.maps if record.plan else ():
+        if entry.action == "convert" and (entry.kind == "variables" or (entry.was or entry.name) in written):
+            carried[entry.name].catch_up(last=True)
+
+
+@contextmanager
+def _undoing(error: BaseException) -> Iterator[None]:
+    """Around what undoes or finishes because of ``error``, which stays the one that is told if this fails too."""
+    try:
+        yield
+    except HitlessError as second:
+        error.add_note(f"and then: {second.message}; {_LEFT}")
 
 
 def _remove_if_empty(node: Node) -> None:
