@@ -14,9 +14,11 @@ BPF := $(MAKE) --no-print-directory -s -C src/meshd/bpf
 demo: setup
 	@$(BIN)/python -m meshd.demo $(DEMO_ARGS)
 
+# Files of tests run side by side in TEST_JOBS processes, each with namespaces of its own.
+TEST_JOBS ?= 2
 test: setup lint
 	@echo "Running the tests."
-	@$(BIN)/python -m pytest --durations=10 $(TEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --durations=10 $(TEST_ARGS)
 
 # Ten minutes of damaged input for every reader; what it finds it leaves in build/fuzz.
 FUZZ_SECONDS ?= 600
