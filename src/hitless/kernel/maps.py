@@ -46,6 +46,11 @@ class MapInfo(msgspec.Struct, frozen=True):
     value_type_id: int
 
     @property
+    def label(self) -> str:
+        """What errors call it: libbpf makes maps without a name where it failed to find out that they may have one."""
+        return self.name or f"map {self.id}"
+
+    @property
     def per_cpu(self) -> bool:
         """Whether each entry has a value for every possible CPU."""
         return "percpu" in self.type
@@ -118,21 +123,21 @@ class Map(Object):
         )
         if result < 0 and ffi.errno == errno.ENOENT:
             return None
-        check(result, "BPF_MAP_LOOKUP_ELEM", self.info.name)
+        check(result, "BPF_MAP_LOOKUP_ELEM", self.info.label)
         return bytes(value)
 
     def update(self, key: bytes, value: bytes, flags: int = ANY) -> None:
         """Set ``key`` to ``value``, ``entry_size`` bytes. Raises KernelError (E2BIG when the map is full)."""
         flags |= self.lock_flag
         result = lib().bpf_map_update_elem(self.fd, ffi.from_buffer(key), ffi.from_buffer(value), flags)
-        check(result, "BPF_MAP_UPDATE_ELEM", self.info.name)
+        check(result, "BPF_MAP_UPDATE_ELEM", self.info.label)
 
     def delete(self, key: bytes) -> bool:
         """Delete ``key``; False if it was not there."""
         result = lib().bpf_map_delete_elem(self.fd, ffi.from_buffer(key))
         if result < 0 and ffi.errno == errno.ENOENT:
             return False
-        check(result, "BPF_MAP_DELETE_ELEM", self.info.name)
+        check(result, "BPF_MAP_DELETE_ELEM", self.info.label)
         return True
 
     def pop(self) -> bytes | None:
@@ -141,7 +146,7 @@ class Map(Object):
         result = lib().bpf_map_lookup_and_delete_elem(self.fd, ffi.NULL, ffi.from_buffer(value))
         if result < 0 and ffi.errno == errno.ENOENT:
             return None
-        check(result, "BPF_MAP_LOOKUP_AND_DELETE_ELEM", self.info.name)
+        check(result, "BPF_MAP_LOOKUP_AND_DELETE_ELEM", self.info.label)
         return bytes(value)
 
     def all_keys(self) -> set[bytes]:
@@ -153,7 +158,7 @@ class Map(Object):
             result = lib().bpf_map_get_next_key(self.fd, position, ffi.from_buffer(key))
             if result < 0 and ffi.errno == errno.ENOENT:
                 return found
-            check(result, "BPF_MAP_GET_NEXT_KEY", self.info.name)
+            check(result, "BPF_MAP_GET_NEXT_KEY", self.info.label)
             found.add(bytes(key))
             position = ffi.from_buffer(key)
 
@@ -183,7 +188,7 @@ class Map(Object):
                 continue
             last = result < 0 and ffi.errno == errno.ENOENT  # the end, with a valid last count
             if not last:
-                check(result, "BPF_MAP_LOOKUP_BATCH", info.name)
+                check(result, "BPF_MAP_LOOKUP_BATCH", info.label)
             if count[0]:
                 yield keys[: count[0]], values[: count[0]]
             if last:
@@ -211,7 +216,7 @@ class Map(Object):
         opts = options("bpf_map_batch_opts", elem_flags=self.lock_flag)
         result = lib().bpf_map_update_batch(self.fd, ffi.from_buffer(keys), ffi.from_buffer(values), count, opts)
         try:
-            check(result, "BPF_MAP_UPDATE_BATCH", self.info.name)
+            check(result, "BPF_MAP_UPDATE_BATCH", self.info.label)
         except KernelError as error:
             # A refusal of the call as a whole leaves the count as it was given.
             error.facts["written"] = count[0] if count[0] < len(keys) else 0
@@ -234,7 +239,7 @@ class Map(Object):
                 done += count[0] + 1
                 continue
             try:
-                check(result, "BPF_MAP_DELETE_BATCH", self.info.name)
+                check(result, "BPF_MAP_DELETE_BATCH", self.info.label)
             except KernelError as error:
                 error.facts["done"] = done + (count[0] if count[0] < rest else 0)
                 raise
