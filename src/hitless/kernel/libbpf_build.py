@@ -65,7 +65,15 @@ ffi.cdef(
     struct bpf_btf_info { __u64 btf; __u32 btf_size; __u32 id; __u64 name; __u32 name_len; __u32 kernel_btf; };
     struct bpf_link_info {
         __u32 type; __u32 id; __u32 prog_id; __u32 pad;
-        union { struct { __u64 cgroup_id; __u32 attach_type; } cgroup; unsigned char other[64]; };
+        union {
+            struct { __u64 cgroup_id; __u32 attach_type; } cgroup;
+            struct { __u32 netns_ino; __u32 attach_type; } netns;
+            struct { __u32 ifindex; } xdp;
+            struct { __u32 ifindex; __u32 attach_type; } tcx;
+            struct { __u32 map_id; __u32 attach_type; } sockmap;
+            struct { __u32 pf; __u32 hooknum; int priority; __u32 flags; } netfilter;
+            unsigned char other[64];
+        };
     };
     int bpf_map_create(int type, const char *name, __u32 key_size, __u32 value_size, __u32 max_entries,
                        const struct bpf_map_create_opts *opts);
