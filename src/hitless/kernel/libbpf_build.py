@@ -130,7 +130,10 @@ ffi.cdef(
     int bpf_map__set_pin_path(struct bpf_map *map, const char *path);
     const char *bpf_program__name(const struct bpf_program *prog);
     int bpf_program__fd(const struct bpf_program *prog);
+    const char *bpf_program__section_name(const struct bpf_program *prog);
     int bpf_program__type(const struct bpf_program *prog);
+    int bpf_program__set_type(struct bpf_program *prog, int type);
+    int bpf_program__set_expected_attach_type(struct bpf_program *prog, int type);
     int bpf_program__expected_attach_type(const struct bpf_program *prog);
     int bpf_program__set_autoload(struct bpf_program *prog, bool autoload);
     """

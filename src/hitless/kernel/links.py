@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import errno
-import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
-from hitless.errors import KernelError, NodeError, UnsupportedError
+from hitless.errors import KernelError, NodeError
 from hitless.kernel.libbpf import Object, check, ffi, lib, options, pinned_kind
 from hitless.kernel.mounts import filesystem
+from hitless.kernel.names import attach_name, attach_number, link_name
 from hitless.kernel.programs import Program
 
-__all__ = ["TARGETS", "Link", "LinkInfo", "all_links", "attach_types", "cgroup_id"]
+__all__ = ["TARGETS", "Link", "LinkInfo", "all_links", "cgroup_id"]
 
 _F_REPLACE = 1 << 2  # BPF_F_REPLACE
-
-# enum bpf_link_type and enum bpf_attach_type: libbpf knows the names of those that are older than itself.
-_TYPES = {10: "netfilter", 11: "tcx", 12: "uprobe_multi", 13: "netkit", 14: "sockmap"}
-_ATTACH_TYPES = {45: "netfilter", 46: "tcx_ingress", 47: "tcx_egress", 54: "netkit_primary", 55: "netkit_peer"}
 
 TARGETS = {
     "cgroup": ("cgroup", "cgroup_id"),
@@ -66,8 +62,7 @@ class Link(Object):
         raw = ffi.new("struct bpf_link_info *")
         length = ffi.new("__u32 *", ffi.sizeof("struct bpf_link_info"))
         check(lib().bpf_obj_get_info_by_fd(self.fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", "link")
-        text = lib().libbpf_bpf_link_type_str(raw.type)
-        kind = ffi.string(text).decode() if text else _TYPES.get(raw.type, f"type{raw.type}")
+        kind = link_name(raw.type)
         if kind not in TARGETS:
             return LinkInfo(id=raw.id, type=kind, program_id=raw.prog_id)
         own = getattr(raw, kind)
@@ -76,7 +71,7 @@ class Link(Object):
             type=kind,
             program_id=raw.prog_id,
             target_id=getattr(own, TARGETS[kind][1]),
-            attach_type="xdp" if kind == "xdp" else _attach_name(own.attach_type),
+            attach_type="xdp" if kind == "xdp" else attach_name(own.attach_type),
         )
 
     @classmethod
@@ -96,7 +91,7 @@ class Link(Object):
         cgroup or a map. ``flags`` are those of the attach type (XDP_FLAGS_SKB_MODE). Raises KernelError.
         """
         opts = options("bpf_link_create_opts", flags=flags) if flags else ffi.NULL
-        fd = lib().bpf_link_create(program.fd, target, _attach_number(attach_type), opts)
+        fd = lib().bpf_link_create(program.fd, target, attach_number(attach_type), opts)
         return cls(check(fd, "BPF_LINK_CREATE", f"{attach_type} of {what}"))
 
     def update(self, new: Program, old: Program) -> None:
@@ -153,24 +148,3 @@ def cgroup_id(path: Path) -> int:
             filesystem=kind,
         )
     return path.stat().st_ino
-
-
-@functools.cache
-def attach_types() -> dict[str, int]:
-    """enum bpf_attach_type, in lower case and without BPF_, as far as it is known here."""
-    known = {name: number for number, name in _ATTACH_TYPES.items()}
-    for number in range(64):
-        text = lib().libbpf_bpf_attach_type_str(number)
-        if text:
-            known[ffi.string(text).decode()] = number
-    return known
-
-
-def _attach_name(number: int) -> str:
-    return next((name for name, known in attach_types().items() if known == number), f"attach{number}")
-
-
-def _attach_number(name: str) -> int:
-    if name not in attach_types():
-        raise UnsupportedError(f"attach type {name} is not known to this libbpf", feature=name)
-    return attach_types()[name]
