@@ -67,10 +67,9 @@ class Attach(msgspec.Struct, frozen=True):
 
     @property
     def is_pattern(self) -> bool:
-        """Whether any number of interfaces may match."""
-        return self.hook in HOOKS and HOOKS[self.hook].on == "interface" and any(
-            sign in text for sign in "*?[" for text in (self.target, self.netns or "")
-        )
+        """Whether any number of interfaces, or of network namespaces, may match."""
+        texts = (self.target, self.netns or "") if HOOKS[self.hook].on in ("interface", "netns") else ()
+        return any(sign in text for sign in "*?[" for text in texts)
 
 
 class BundleObject(msgspec.Struct, frozen=True):

@@ -20,6 +20,7 @@ ffi.cdef(
     long syscall(long number, ...);
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset);
     int munmap(void *addr, size_t length);
+    int setns(int fd, int nstype);
     struct cap_header { __u32 version; int pid; };
     struct cap_data { __u32 effective; __u32 permitted; __u32 inheritable; };
     int capget(struct cap_header *header, struct cap_data *data);

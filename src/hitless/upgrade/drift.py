@@ -20,7 +20,7 @@ from hitless.kernel.maps import Map, is_alive
 from hitless.kernel.programs import Program, is_loaded
 from hitless.upgrade.model import Generation, Hook, NodeState, PinnedMap, PinnedProgram, Record, ReplacedProgram
 from hitless.upgrade.node import PUBLIC, Node
-from hitless.upgrade.places import place_id
+from hitless.upgrade.places import find_places, place_id
 from hitless.upgrade.record import map_pin
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "replaced_pins",
     "strangers",
     "target_id",
+    "unhooked",
     "with_ids",
 ]
 
@@ -134,6 +135,8 @@ def target_id(hook: Hook) -> int | None:
 def hook_problem(hook: Hook, link: LinkInfo | None, expected: int | None, links: Path) -> str | None:
     """What is wrong with the ``link`` of ``hook`` (None: it is not pinned), whose program should be ``expected``."""
     name = hook.link
+    if hook.matched and (link is None or link.is_dead) and target_id(hook) is None:
+        return None  # what the pattern led to is gone, as it may be
     again = f"remove the pin (rm {quote(str(links / name))}) and apply the same release again"
     if link is None:
         return f"link {name} is gone: its hook runs nothing of ours; apply the same release again"
@@ -161,6 +164,18 @@ def hook_problem(hook: Hook, link: LinkInfo | None, expected: int | None, links:
             "changed it; apply the same release again to put it right"
         )
     return None
+
+
+def unhooked(record: Record, links: Mapping[str, LinkInfo]) -> Iterator[str]:
+    """What the patterns of the release match by now and no link of it is on."""
+    known = {hook.link for hook in record.hooks}
+    for place in find_places(entry for entry in record.attach if entry.is_pattern):
+        link = links.get(place.link)
+        if place.link not in known and (link is None or link.target_id != place.id):
+            yield (
+                f"{place} came since: hook {place.entry.link} means it, and nothing of this release runs there; apply "
+                "the same release again"
+            )
 
 
 def public_problems(node: Node) -> Iterator[str]:

@@ -218,6 +218,7 @@ class Former(msgspec.Struct, frozen=True):
     converters: dict[str, str] = {}
     replaced: tuple[ReplacedMap, ...] = ()
     replaced_programs: tuple[ReplacedProgram, ...] = ()
+    hooks: tuple[Hook, ...] = ()
 
 
 class Record(msgspec.Struct, frozen=True):

@@ -1,25 +1,28 @@
 """Where the hooks of a release are on this node: one place for each link, several for a pattern.
 
 A link that a pattern led to is named after its manifest entry, the namespace and the interface: ``xdp@pod1@eth0``. What
-bpffs takes no name for is written as ``~`` and its code in hex.
+is no letter, digit, ``_`` or ``-`` is written as ``~`` and its code in hex, since bpffs takes no dots.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import re
-import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 
 from hitless.bundle import Attach
-from hitless.errors import NodeError
+from hitless.errors import GoneError
 from hitless.hooks import HOOKS
+from hitless.kernel.interfaces import interfaces
 from hitless.kernel.links import cgroup_id
+from hitless.kernel.namespaces import Namespace, namespaces
 
 __all__ = ["Place", "find_places", "place_id"]
 
+_NAMED = Path("/run/netns")  # where `ip netns` puts namespaces
 _PLAIN = re.compile(r"[^A-Za-z0-9_-]")
 
 
@@ -48,25 +51,35 @@ def place_id(hook: str, target: str, netns: str | None) -> int:
         case "cgroup":
             return cgroup_id(Path(target))
         case "netns":
-            return _inode(Path(target))
+            return Namespace.at(target).inode
         case "interface":
-            return _index(target)
+            return interfaces(target, Namespace.at(netns or ""))[0].index
 
 
 def _places(entry: Attach) -> Iterator[Place]:
-    number = place_id(entry.hook, entry.target, entry.netns)
-    yield Place(entry, entry.link, entry.was, entry.target, entry.netns, number)
+    if not entry.is_pattern:
+        number = place_id(entry.hook, entry.target, entry.netns)
+        yield Place(entry, entry.link, entry.was, entry.target, entry.netns, number)
+    elif HOOKS[entry.hook].on == "netns":
+        for namespace in namespaces(entry.target):
+            names = _names(entry, namespace)
+            yield Place(entry, *names, namespace.path, None, namespace.inode)
+    else:
+        for namespace in namespaces(entry.netns or ""):
+            try:
+                found = interfaces("*", namespace)
+            except GoneError:
+                continue  # with all its interfaces
+            for interface in found:
+                if not fnmatch.fnmatchcase(interface.name, entry.target):
+                    continue
+                names = _names(entry, namespace, interface.name)
+                yield Place(entry, *names, interface.name, namespace.path or None, interface.index)
 
 
-def _inode(path: Path) -> int:
-    try:
-        return path.stat().st_ino
-    except OSError as error:
-        raise NodeError(f"network namespace {path} cannot be looked at: {error.strerror}", path=str(path)) from None
-
-
-def _index(name: str) -> int:
-    try:
-        return socket.if_nametoindex(name)
-    except OSError:
-        raise NodeError(f"there is no interface {name} here; make it, or correct the target", interface=name) from None
+def _names(entry: Attach, namespace: Namespace, *interface: str) -> tuple[str, str | None]:
+    """The link's name, and the one that it had if the entry has another than before."""
+    path = Path(namespace.path)
+    where = path.name if path.parent == _NAMED else namespace.path
+    parts = [_PLAIN.sub(lambda found: f"~{ord(found[0]):02x}", part) for part in (where, *interface) if part]
+    return "@".join((entry.link, *parts)), "@".join((entry.was, *parts)) if entry.was else None

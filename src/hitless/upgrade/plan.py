@@ -29,13 +29,13 @@ from hitless.groups import group_of, torn
 from hitless.hooks import HOOKS
 from hitless.layout.answers import answer
 from hitless.layout.diff import MapDiff, diff_maps, is_constant
-from hitless.layout.model import MapSpec
+from hitless.layout.model import MapSpec, ProgramSpec
 from hitless.layout.rules import MapRules, only_read
 from hitless.layout.variables import SectionDiff, diff_sections
-from hitless.upgrade.model import Generation, HookPlan, LeftRing, MapPlan, NodeState, Plan
+from hitless.upgrade.model import Generation, Hook, HookPlan, LeftRing, MapPlan, NodeState, Plan, Record
 from hitless.upgrade.places import Place
 
-__all__ = ["make_plan"]
+__all__ = ["hooks_of", "late_hooks", "make_plan"]
 
 
 
@@ -61,7 +61,7 @@ def make_plan(
     if current is None:
         start_type = "normal"
         maps = tuple(_created(name) for name in bundle.maps)
-        hooks = tuple(_hook(place, bundle, "attach") for place in places)
+        hooks = tuple(_hook(place, bundle.programs, "attach") for place in places)
     elif into is None and (current.record.version, current.record.digest) == (bundle.version, bundle.digest):
         start_type = "restart"
         maps = tuple(MapPlan(name, "keep", method="same map") for name in current.record.maps)
@@ -359,8 +359,24 @@ def _with_left_rings(
     return tuple(out.values())
 
 
+def hooks_of(plan: Plan) -> tuple[Hook, ...]:
+    """The hooks that the release has when the plan is done."""
+    return tuple(
+        Hook(hook.link, hook.program, hook.hook, hook.target, hook.attach_type, hook.netns, hook.mode, hook.matched)
+        for hook in plan.hooks
+        if hook.action != "detach"
+    )
+
+
+def late_hooks(plan: Plan, record: Record, places: Sequence[Place]) -> list[HookPlan]:
+    """Those of ``places``, to which patterns lead now, that the plan does not know, or knows as something that went."""
+    known = {(hook.link, hook.target_id) for hook in plan.hooks if hook.action != "detach"}
+    programs = {program.name: program for item in record.objects for program in item.programs}
+    return [_hook(place, programs, "attach") for place in places if (place.link, place.id) not in known]
+
+
 def _hook(
-    place: Place, bundle: Bundle, action: str, was: str | None = None, expected: int | None = None
+    place: Place, programs: Mapping[str, ProgramSpec], action: str, was: str | None = None, expected: int | None = None
 ) -> HookPlan:
     entry = place.entry
     return HookPlan(
@@ -369,7 +385,7 @@ def _hook(
         program=entry.program,
         hook=entry.hook,
         target=place.target,
-        attach_type=HOOKS[entry.hook].attach_type(bundle.programs[entry.program]),
+        attach_type=HOOKS[entry.hook].attach_type(programs[entry.program]),
         was=was,
         expected=expected,
         netns=place.netns,
@@ -392,7 +408,7 @@ def _plan_hooks(
         link = state.links.get(name)
         taken.add(name)
         if link is None or link.is_dead:  # the kernel detached it with its target
-            attached.append(_hook(place, bundle, "attach"))
+            attached.append(_hook(place, bundle.programs, "attach"))
             continue
         attach_type = HOOKS[entry.hook].attach_type(bundle.programs[entry.program])
         if link.attach_type != attach_type:
@@ -412,7 +428,7 @@ def _plan_hooks(
         running = current.programs.get(entry.program)
         same = restart and running is not None and running.id == link.program_id
         was = name if name != place.link else None
-        updated.append(_hook(place, bundle, "keep" if same else "update", was, link.program_id))
+        updated.append(_hook(place, bundle.programs, "keep" if same else "update", was, link.program_id))
     removed = [
         HookPlan(
             link=name,

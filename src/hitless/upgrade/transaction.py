@@ -9,7 +9,7 @@ it is ``previous/``, moved there and back (:mod:`hitless.upgrade.staging`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from hitless.errors import (
     NodeError,
 )
 from hitless.kernel.barrier import wait_for_running_programs
-from hitless.kernel.bpffs import exchange, make_directory, move, remove_tree, require_bpffs, require_writable
+from hitless.kernel.bpffs import exchange, make_directory, move, remove_tree, require_bpffs, require_writable, unpin
 from hitless.kernel.features import boot_id, features, release
 from hitless.kernel.libbpf import system_call
 from hitless.kernel.links import Link
@@ -47,6 +47,7 @@ from hitless.upgrade.handle import Staged
 from hitless.upgrade.model import (
     Cutover,
     Generation,
+    Hook,
     MapPlan,
     MapResult,
     NodeState,
@@ -59,7 +60,7 @@ from hitless.upgrade.node import Node, read_generation
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.passages import Sides, make_carriers
 from hitless.upgrade.places import find_places
-from hitless.upgrade.plan import make_plan
+from hitless.upgrade.plan import hooks_of, late_hooks, make_plan
 from hitless.upgrade.record import map_pin, pin_name, read_record, write_record
 from hitless.upgrade.release import last_release
 from hitless.upgrade.ring import drain
@@ -382,6 +383,9 @@ class _Upgrade:
             if prepare is not None:
                 prepare(self._node)
         with self._step("cutover"):
+            record = read_record(self._node.current / "record")
+            if hooks_of(self._plan) != record.hooks:
+                write_record(self._node.current / "record", msgspec.structs.replace(record, hooks=hooks_of(self._plan)))
             gap = switch_hooks(self._plan.hooks, self._programs, self._node.links)
             detach_hooks([hook.link for hook in self._plan.hooks if hook.action == "detach"], self._node.links)
         return self._result(Cutover(sum(hook.action != "keep" for hook in self._plan.hooks), gap))
@@ -439,6 +443,7 @@ class _Upgrade:
             with self._step("cutover"):
                 started = time.perf_counter()
                 gap = switch_hooks(self._plan.hooks, self._programs, node.links)
+                self._switch_late()
             with self._step("catch-up"):
                 # A first merge at once keeps short the time in which new programs miss what old ones wrote last.
                 self._merge()
@@ -448,6 +453,7 @@ class _Upgrade:
                     self._merge(last=True)
                     stale = (time.perf_counter() - started) * 1e6
                 with self._step("commit"):
+                    self._switch_late()
                     self._verify_hooks()
                     verify_pins(node, self._current, self._maps)
                     self._commit()
@@ -508,6 +514,18 @@ class _Upgrade:
                 for entry in rings:
                     path = self._node.previous / "maps" / (entry.was or entry.name)
                     self._carried[entry.name].tally.unread = drain(path)
+
+    def _switch_late(self) -> None:
+        """Attach the release to what patterns match by now and did not when it was planned."""
+        assert self._record is not None  # what was staged, or given to reopen
+        patterns = [entry for entry in self._record.attach if entry.is_pattern]
+        while late := late_hooks(self._plan, self._record, find_places(patterns)):
+            known = {hook.link for hook in late}
+            others = [hook for hook in self._plan.hooks if hook.link not in known]
+            self._plan = msgspec.structs.replace(self._plan, hooks=(*late, *others))
+            self._record = msgspec.structs.replace(self._record, plan=self._plan, hooks=hooks_of(self._plan))
+            write_record(self._node.next / "record", self._record)  # first, so that a recovery knows of them
+            switch_hooks(late, self._programs, self._node.links)
 
     def _verify_hooks(self) -> None:
         verify_hooks(self._plan.hooks, self._programs, self._node.links)
@@ -636,8 +654,26 @@ def _finish(node: Node) -> None:
     for hook in record.plan.hooks if record.plan else ():
         if hook.was and (node.links / hook.was).exists():
             move(node.links / hook.was, node.links / hook.link)
-    committed = msgspec.structs.replace(record, phase="committed", plan=None, former=None)
+    hooks = _without_gone(node, record.hooks)
+    committed = msgspec.structs.replace(record, phase="committed", plan=None, former=None, hooks=hooks)
     write_record(node.current / "record", committed)
+
+
+def _without_gone(node: Node, hooks: Sequence[Hook]) -> tuple[Hook, ...]:
+    """Those hooks that are there, of which patterns led to some; pins of the others go."""
+    there = []
+    for hook in hooks:
+        pin = node.links / hook.link
+        if hook.matched:
+            if not pin.exists():
+                continue
+            with Link.open(pin) as link:
+                dead = link.info.is_dead
+            if dead:
+                unpin(pin)
+                continue
+        there.append(hook)
+    return tuple(there)
 
 
 def _let_go(node: Node, record: Record) -> None:

@@ -33,6 +33,7 @@ from hitless.upgrade.drift import (
     put_back,
     strangers,
     target_id,
+    unhooked,
 )
 from hitless.upgrade.model import PinnedMap, Record
 from hitless.upgrade.node import PUBLIC, Node, foreign_error, generation_record
@@ -306,13 +307,14 @@ def _called(map_id: int) -> str:
 
 def _check_links(node: Node, record: Record, programs: dict[str, int]) -> Check:
     problems, untold = [], []
+    links: dict[str, LinkInfo] = {}
     for hook in record.hooks:
         path = node.links / hook.link
         link: LinkInfo | None = None
         if path.exists():
             try:
                 with Link.open(path) as opened:
-                    link = opened.info
+                    link = links[hook.link] = opened.info
             except HitlessError as error:
                 _must_tell(error)
                 problems.append(f"{error.message}; remove it, and apply the same release again")
@@ -320,8 +322,9 @@ def _check_links(node: Node, record: Record, programs: dict[str, int]) -> Check:
         problem = hook_problem(hook, link, expected_program(hook, record, programs), node.links)
         if problem is not None:
             problems.append(problem)
-        elif target_id(hook) is None:
+        elif target_id(hook) is None and not hook.matched:
             untold.append(f"link {hook.link} may be on {hook.target} or not: that cannot be looked at from here")
+    problems += unhooked(record, links)
     known = {hook.link for hook in record.hooks}
     present = sorted(node.links.iterdir()) if node.links.is_dir() else []
     problems += [
