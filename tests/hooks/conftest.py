@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,7 +52,18 @@ class Pods:
         for number, process in made.items():
             self._within(process.pid, f"addr add {_address(number, 2)}/24 dev eth0", "link set eth0 up")
             (self.directory / f"pod{number}").symlink_to(f"/proc/{process.pid}/ns/net")
+        self._wait({f"veth{number}" for number in numbers})
         return numbers
+
+    def _wait(self, names: set[str]) -> None:
+        """Until the kernel lets packets through: it looks at new carriers in its own time, and drops them until then."""
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            told = self.lab.run(["ip", "-brief", "link", "show", "up"]).stdout.splitlines()
+            if names <= {line.split("@")[0] for line in told if line.split()[1] == "UP"}:
+                return
+            time.sleep(0.01)
+        raise TimeoutError(names)
 
     def remove(self, number: int) -> None:
         """Take the interface of one away; its namespace stays."""
