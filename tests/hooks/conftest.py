@@ -56,7 +56,7 @@ class Pods:
         return numbers
 
     def _wait(self, names: set[str]) -> None:
-        """Until the kernel lets packets through: it looks at new carriers in its own time, and drops them until then."""
+        """Until the kernel lets packets through, which it drops before it has looked at new carriers."""
         until = time.monotonic() + 20
         while time.monotonic() < until:
             told = self.lab.run(["ip", "-brief", "link", "show", "up"]).stdout.splitlines()
