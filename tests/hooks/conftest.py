@@ -120,8 +120,14 @@ class Sender:
 
     def stop(self) -> list[int]:
         """Stop, and say how many were sent to each."""
-        out, _ = self._process.communicate("\n", timeout=30)
-        return [int(count) for count in out.split()]
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        return self.all()
+
+    def all(self) -> list[int]:
+        """The same, when as many as were wanted have been sent."""
+        assert self._process.stdout is not None
+        return [int(count) for count in self._process.stdout.read().split()]
 
 
 def _mac(number: int, end: int) -> str:

@@ -116,7 +116,7 @@ def test_all_interfaces_of_fifty_pods_are_replaced_and_what_comes_and_goes_meanw
         assert sum(old.values()) > 0
         assert all(new.get(pod, 0) > 0 for pod in stays)
     (late,) = came
-    again = pods.send([late], 5, 100).stop()
+    again = pods.send([late], 5, 100).all()
     assert (counted(node, "by_xdp")[1][late], counted(node, "by_tcx")[1][late]) == (*again, *again)
     links = {path.name for path in node.links.iterdir()}
     assert links == {f"{link}@{_path(pods, pod)}@eth0" for link in ("early", "late") for pod in (*stays, late)}
@@ -166,7 +166,7 @@ def test_a_rollback_takes_every_interface_back(pods: Pods, tmp_path: Path) -> No
         hitless.apply(node, bundle(tmp_path, number, str(pods.directory / "*")))
     (late,) = pods.add(1)
     hitless.rollback(node)
-    sent = pods.send([*numbers, late], 5, 400).stop()
+    sent = pods.send([*numbers, late], 5, 400).all()
     old, new = counted(node, "by_xdp")
     assert old == dict(zip([*numbers, late], sent, strict=True))
     assert new == {}
