@@ -65,7 +65,10 @@ ffi.cdef(
     struct bpf_btf_info { __u64 btf; __u32 btf_size; __u32 id; __u64 name; __u32 name_len; __u32 kernel_btf; };
     struct bpf_link_info {
         __u32 type; __u32 id; __u32 prog_id; __u32 pad;
-        union { struct { __u64 cgroup_id; __u32 attach_type; } cgroup; unsigned char other[64]; };
+        union {
+            struct { __u64 cgroup_id; __u32 attach_type; } cgroup; struct { __u32 map_id; __u32 attach_type; } sockmap;
+            unsigned char other[64];
+        };
     };
     int bpf_map_create(int type, const char *name, __u32 key_size, __u32 value_size, __u32 max_entries,
                        const struct bpf_map_create_opts *opts);
@@ -94,6 +97,8 @@ ffi.cdef(
     int bpf_iter_create(int link_fd);
     int bpf_link_update(int link_fd, int new_prog_fd, const struct bpf_link_update_opts *opts);
     int bpf_link_detach(int link_fd);
+    int bpf_prog_query(int target_fd, int type, __u32 query_flags, __u32 *attach_flags, __u32 *prog_ids,
+                       __u32 *prog_cnt);
     int bpf_prog_test_run_opts(int prog_fd, struct bpf_test_run_opts *opts);
 
     /* libbpf.h */
