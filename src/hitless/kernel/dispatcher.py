@@ -132,8 +132,8 @@ class Dispatcher:
         runs = self._runs()
         if runs != old.info.id:
             raise NodeError(
-                f"the slot of link {self._link.info.id} has program {runs}, not {old.info.id} as expected: someone else "
-                "changed it meanwhile; look at who uses this pin root, then plan again",
+                f"the slot of link {self._link.info.id} has program {runs}, not {old.info.id} as expected: someone "
+                "else changed it meanwhile; look at who uses this pin root, then plan again",
                 link=self._link.info.id,
                 program=runs,
                 expected=old.info.id,
