@@ -70,6 +70,11 @@ SEC("sk_skb/stream_verdict") int echo(struct __sk_buff *skb)
     count(skb->len);
     return skb->local_port == SERVER ? bpf_sk_redirect_hash(skb, &peers, &key, 0) : SK_PASS;
 }
+SEC("sk_skb") int plain(struct __sk_buff *skb)
+{
+    count(skb->len);
+    return SK_PASS;
+}
 SEC("sk_skb/stream_parser") int whole(struct __sk_buff *skb)
 {
     return skb->len;

@@ -153,6 +153,55 @@ def test_a_second_dispatcher_of_a_map_is_refused(lab: Lab) -> None:
     program = bench.releases[0].programs["to_peer"]
     with bench.dispatch("sk_msg_verdict", "to_peer"), pytest.raises(KernelError, match="EBUSY"):
         Dispatcher.attach(bench.peers, "sk_msg_verdict", program, lab.bpffs / "more", lab.bpffs / "again")
+    assert {path.name for path in lab.bpffs.iterdir()} == {"slot", "link"}
+
+
+def test_sockets_of_an_attach_that_did_not_come_to_its_end_are_switched_after_the_next(lab: Lab) -> None:
+    bench = Bench(lab, releases=2)
+    one, two = (release.programs["to_peer"] for release in bench.releases)
+    with clients(lab, answers=True) as traffic:
+        begun = bench.dispatch("sk_msg_verdict", "to_peer")
+        traffic.say("connect 10")
+        bench.link.unlink()
+        begun.close()
+        assert attached_program(bench.peers, "sk_msg_verdict") == 0
+        with bench.dispatch("sk_msg_verdict", "to_peer") as dispatcher:
+            dispatcher.update(two, one)
+            traffic.say("connect 10")
+            traffic.say("rounds 1")
+        assert [calls for calls, _ in bench.tallies()] == [0, 40]
+
+
+def test_a_detached_dispatcher_serves_the_sockets_that_have_it_and_is_attached_again_in_its_place(lab: Lab) -> None:
+    bench = Bench(lab, releases=1)
+    with clients(lab, answers=True) as traffic:
+        with bench.dispatch("sk_msg_verdict", "to_peer") as dispatcher:
+            traffic.say("connect 10")
+            dispatcher.detach()
+            assert dispatcher.info.map_id == 0
+        traffic.say("connect 10")
+        traffic.say("rounds 1")
+        assert bench.tallies()[0][0] == 20
+        with bench.dispatch("sk_msg_verdict", "to_peer") as again:
+            assert again.info.map_id == bench.peers.info.id
+            assert Dispatcher.open(bench.slot, bench.link).info == again.info
+
+
+@pytest.mark.parametrize("hook", ["sk_skb_stream_verdict", "sk_skb_verdict"])
+def test_programs_loaded_without_an_attach_type_have_a_dispatcher_of_their_own_kind(lab: Lab, hook: str) -> None:
+    bench = Bench(lab, releases=2)
+    one, two = (release.programs["plain"] for release in bench.releases)
+    typed = bench.releases[0].programs["echo"]
+    with (
+        clients(lab, answers=True) as traffic,
+        Dispatcher.attach(bench.peers, hook, one, bench.slot, bench.link, expected=0) as dispatcher,
+    ):
+        traffic.say("connect 10")
+        dispatcher.update(two, one)
+        with pytest.raises(KernelError, match="EINVAL"):
+            dispatcher.update(typed, two)
+        traffic.say("rounds 1")
+        assert bench.tallies() == [(0, 0), (20, 2 * 16 * 10)]
 
 
 def test_an_unknown_hook_is_unsupported(lab: Lab) -> None:

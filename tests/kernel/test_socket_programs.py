@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +13,6 @@ import pytest
 
 from hitless.errors import UnsupportedError
 from hitless.kernel.barrier import wait_for_running_programs
-from hitless.kernel.bpffs import unpin
 from hitless.kernel.dispatcher import SOCKET_HOOKS, Dispatcher, attached_program
 from hitless.kernel.maps import ANY, Map
 from hitless.kernel.programs import Program
@@ -139,34 +140,42 @@ def carry(source: Map, target: Map, wanted: Sockets) -> list[int | None]:
     return outcomes
 
 
-def test_the_sockets_of_a_map_of_another_shape_all_come_along_while_connections_are_made(lab: Lab) -> None:
-    hook, name = "sk_msg_verdict", "to_peer_if_there"
+@pytest.mark.parametrize(
+    ("hook", "name", "births"), [("sk_msg_verdict", "to_peer_if_there", 2), ("sk_skb_stream_verdict", "echo", 0)]
+)
+def test_the_sockets_of_a_map_of_another_shape_all_come_along(lab: Lab, hook: str, name: str, births: int) -> None:
     bench, after = Bench(lab, releases=1), Bench(lab, releases=1, attach=False)
     old, new = bench.releases[0].programs[name], after.releases[0].programs[name]
-    link = lab.bpffs / "new_link"
-    with clients(lab, answers=True) as traffic:
-        dispatcher = bench.dispatch(hook, name)
+    pins = lab.bpffs / "new_slot", lab.bpffs / "new_link"
+    with clients(lab, answers=name != "echo") as traffic:
+        first = bench.dispatch(hook, name)
         traffic.say("connect 200")
         traffic.say("run 2")
         assert set(carry(bench.peers, after.peers, list_sockets(bench.peers))) <= {0, None}
-        second = Dispatcher.attach(after.peers, hook, old, bench.slot, link)
-        dispatcher.update(new, old)
+        second = Dispatcher.attach(after.peers, hook, new, *pins)
+        time.sleep(0.05)
         bench.sockops.update(after.releases[0].programs["note"], bench.releases[0].programs["note"])
         wait_for_running_programs()
         there = list_sockets(after.peers)
         late = {key: cookie for key, cookie in list_sockets(bench.peers).items() if key not in there}
         assert late
-        second.detach()  # the new map takes the sockets that have the dispatcher only while it has none itself
-        unpin(link)
+        assert set(carry(bench.peers, after.peers, late)) == {-errno.EBUSY}
+        time.sleep(0.05)
+        traffic.say(f"run {births}")
+        second.detach()  # a map without a program takes sockets that have one
         assert set(carry(bench.peers, after.peers, late)) == {0}
-        second = Dispatcher.attach(after.peers, hook, new, bench.slot, link)
+        second = Dispatcher.attach(after.peers, hook, new, *pins)
         with Program.by_id(second.program_id) as program:
             assert give(after.peers, hook, program).left == {}
-        traffic.say("stop")
+            first.update(program, old)
+        sent = traffic.say("stop")
         assert programs_of_sockets(after.peers, hook)[0] == 0
-        tallies = bench.tallies(), after.tallies()
         connections = len(list_sockets(after.peers)) // 2
         assert connections > 200
-        assert traffic.say("rounds 2") > 0
-        assert bench.tallies() == tallies[0]
-        assert after.tallies()[0][0] - tallies[1][0][0] == 2 * 2 * connections
+        before = *bench.tallies(), *after.tallies()
+        if not births:
+            assert sum(size for _, size in before) == 2 * 16 * sent
+        assert traffic.say("rounds 2") - sent == 2 * connections
+        now = *bench.tallies(), *after.tallies()
+        ran = [calls - earlier for (calls, _), (earlier, _) in zip(now, before, strict=True)]
+        assert ran == [0, 2 * 2 * connections]

@@ -8,6 +8,10 @@ new program from its next message on. Without a program in the slot, what comes 
 The array is pinned before the map's first socket can be given the dispatcher. The kernel empties a program array when
 the last reference from user space goes (descriptor or pin), and sockets keep their dispatcher longer than any process
 lives.
+
+A map of another shape has a dispatcher and a slot of its own: its sockets run the new program from the first on, and
+those of the old map the old one until they are in the new map too. Then the old slot is updated to the new map's
+dispatcher, and from there on one slot switches them all.
 """
 
 from __future__ import annotations
@@ -15,10 +19,11 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from hitless.errors import NodeError, UnsupportedError
+from hitless.errors import KernelError, NodeError, UnsupportedError
 from hitless.kernel.codegen import EXIT, LOAD, MOV, MOV_IMM, R0, R1, R2, R3, R6, Assembler
 from hitless.kernel.libbpf import check, ffi, lib
 from hitless.kernel.links import Link
@@ -73,8 +78,9 @@ class Dispatcher:
 
         ``expected`` is the expected attach type that ``first`` was loaded with, if it is not ``attach_type`` (libbpf
         gives 0 to programs of a section named just ``sk_skb``). The kernel binds the slot to it and to the program's
-        type, and refuses (EINVAL) programs that were loaded as something else, now and in updates. A slot that is
-        pinned at ``slot_pin`` already, by one who was killed here, is used again: sockets may have its dispatcher.
+        type, and refuses (EINVAL) programs that were loaded as something else, now and in updates. It takes the place
+        of a program that was attached without a link. A slot that is pinned at ``slot_pin`` already, by one who was
+        killed here, is used again: sockets may have its dispatcher. So is the place of a link that was detached.
 
         Raises KernelError (EBUSY: the map has a link of this type, or its other kind of verdict), UnsupportedError.
         """
@@ -83,13 +89,28 @@ class Dispatcher:
             raise UnsupportedError(
                 f"no dispatcher is known for {attach_type}, only for {', '.join(SOCKET_HOOKS)}", feature=attach_type
             )
-        slot = Map.open(slot_pin) if os.path.lexists(slot_pin) else _pinned_slot(slot_pin)
-        what = f"the dispatcher of {attach_type} of map {held.info.label}"
+        kept = os.path.lexists(slot_pin)
+        slot = Map.open(slot_pin) if kept else create(_PROG_ARRAY, "dispatcher", 4, 4, 1)
+        what = f"{attach_type} of map {held.info.label}"
         fields = {"expected_attach_type": hook.attach_type if expected is None else expected}
-        with load_code(hook.program_type, "dispatcher", _code(slot, hook.passing), what, **fields) as program:
-            slot.update(_FIRST, first.fd.to_bytes(4, sys.byteorder))
-            made = lib().bpf_link_create(program.fd, held.fd, hook.attach_type, ffi.NULL)
-            link = Link(check(made, "BPF_LINK_CREATE", f"{attach_type} of map {held.info.label}"))
+        code = _code(slot, hook.passing)
+        with load_code(hook.program_type, "dispatcher", code, f"the dispatcher of {what}", **fields) as program:
+            if not kept:
+                slot.update(_FIRST, _descriptor(first))
+                slot.pin(slot_pin)
+            try:
+                made = lib().bpf_link_create(program.fd, held.fd, hook.attach_type, ffi.NULL)
+                link = Link(check(made, "BPF_LINK_CREATE", what))
+            except KernelError:
+                if not kept:
+                    slot_pin.unlink()
+                raise
+        if kept:
+            slot.update(_FIRST, _descriptor(first))
+        if os.path.lexists(link_pin):
+            with Link.open(link_pin) as before:
+                if not _facts(before).sockmap.map_id:
+                    link_pin.unlink()
         link.pin(link_pin)
         return cls(slot, link)
 
@@ -116,9 +137,7 @@ class Dispatcher:
     @property
     def info(self) -> DispatcherInfo:
         """What is so now. ``map_id`` is 0 once the link is detached."""
-        raw = ffi.new("struct bpf_link_info *")
-        length = ffi.new("__u32 *", ffi.sizeof("struct bpf_link_info"))
-        check(lib().bpf_obj_get_info_by_fd(self._link.fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", "link")
+        raw = _facts(self._link)
         text = lib().libbpf_bpf_attach_type_str(raw.sockmap.attach_type)
         return DispatcherInfo(self._runs(), raw.sockmap.map_id, raw.id, ffi.string(text).decode())
 
@@ -138,7 +157,7 @@ class Dispatcher:
                 program=runs,
                 expected=old.info.id,
             )
-        self._slot.update(_FIRST, new.fd.to_bytes(4, sys.byteorder))
+        self._slot.update(_FIRST, _descriptor(new))
 
     def detach(self) -> None:
         """Take the dispatcher off its map: sockets that are added later get none.
@@ -174,10 +193,15 @@ def attached_program(held: Map, attach_type: str) -> int:
     return int(ids[0])
 
 
-def _pinned_slot(pin: Path) -> Map:
-    slot = create(_PROG_ARRAY, "dispatcher", 4, 4, 1)
-    slot.pin(pin)
-    return slot
+def _facts(link: Link) -> Any:
+    raw = ffi.new("struct bpf_link_info *")
+    length = ffi.new("__u32 *", ffi.sizeof("struct bpf_link_info"))
+    check(lib().bpf_obj_get_info_by_fd(link.fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", "link")
+    return raw
+
+
+def _descriptor(program: Program) -> bytes:
+    return program.fd.to_bytes(4, sys.byteorder)
 
 
 def _code(slot: Map, passing: int | None) -> bytes:
