@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -29,6 +31,11 @@ def attach_the_old_way(program: Program, held: Map, hook: str) -> None:
     assert libbpf.bpf_prog_attach(program.fd, held.fd, SOCKET_HOOKS[hook].attach_type, 0) == 0
 
 
+def counted(held: Map, hook: str) -> Counter[int]:
+    """How many sockets run each program."""
+    return Counter(programs_of_sockets(held, hook).values())
+
+
 def adopt(bench: Bench, hook: str, name: str) -> Dispatcher:
     """A dispatcher to the second release on a map that has had the program of the first."""
     assert attached_program(bench.peers, hook) == bench.releases[0].programs[name].info.id
@@ -46,7 +53,7 @@ def test_sockets_that_had_a_verdict_of_the_old_way_are_handed_over_and_no_messag
         with Program.by_id(dispatcher.program_id) as program:
             done = hand_over(bench.peers, hook, program, [lab.netns])
         assert (done.given, done.left) == (2 * CONNECTIONS, {})
-        assert programs_of_sockets(bench.peers, hook) == Counter({dispatcher.program_id: 2 * CONNECTIONS})
+        assert counted(bench.peers, hook) == Counter({dispatcher.program_id: 2 * CONNECTIONS})
         sent = traffic.say("stop")
         assert sum(size for _, size in bench.tallies()) == 2 * 16 * sent
         before = bench.tallies()
@@ -66,6 +73,28 @@ def test_sockets_are_handed_over_again_and_again(lab: Lab) -> None:
         traffic.say("run 0")
         for number in range(30):
             assert hand_over(bench.peers, hook, programs[1 - number % 2], [lab.netns]).given == 200
+        sent = traffic.say("stop")
+        assert sum(size for _, size in bench.tallies()) == 2 * 16 * sent
+
+
+def test_a_kill_of_whoever_hands_over_leaves_every_socket_with_a_verdict(lab: Lab) -> None:
+    bench = Bench(lab, releases=2)
+    hook = "sk_skb_stream_verdict"
+    programs = [release.programs["echo"] for release in bench.releases]
+    attach_the_old_way(programs[0], bench.peers, hook)
+    with clients(lab, answers=False) as traffic:
+        traffic.say("connect 200")
+        traffic.say("run 0")
+        for number in range(20):
+            pid = os.fork()
+            if not pid:
+                while True:
+                    for program in programs:
+                        hand_over(bench.peers, hook, program, [lab.netns])
+            time.sleep(0.02 + 0.007 * number)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            assert set(counted(bench.peers, hook)) <= {program.info.id for program in programs}
         sent = traffic.say("stop")
         assert sum(size for _, size in bench.tallies()) == 2 * 16 * sent
 
@@ -91,7 +120,7 @@ def test_sockets_that_had_an_sk_msg_program_keep_it_and_are_counted(lab: Lab) ->
         dispatcher = adopt(bench, hook, "to_peer")
         traffic.say("connect 5")
         old = bench.releases[0].programs["to_peer"].info.id
-        assert programs_of_sockets(bench.peers, hook) == Counter({old: 20, dispatcher.program_id: 10})
+        assert counted(bench.peers, hook) == Counter({old: 20, dispatcher.program_id: 10})
         with Program.by_id(dispatcher.program_id) as program, pytest.raises(UnsupportedError, match="until they close"):
             hand_over(bench.peers, hook, program, [lab.netns])
         traffic.say("rounds 1")
@@ -114,7 +143,7 @@ def test_sockets_that_came_before_the_program_are_given_it_while_messages_go(lab
     bench = Bench(lab, releases=1)
     with clients(lab, answers=True) as traffic:
         traffic.say("connect 50")
-        assert programs_of_sockets(bench.peers, hook) == Counter({0: 100})
+        assert counted(bench.peers, hook) == Counter({0: 100})
         dispatcher = bench.dispatch(hook, name)
         traffic.say("connect 50")
         if name == "to_peer":  # an echo of the program's would meet that of the server
@@ -128,7 +157,7 @@ def test_sockets_that_came_before_the_program_are_given_it_while_messages_go(lab
             before = bench.tallies()[0][0]
             traffic.say("rounds 1")
             assert bench.tallies()[0][0] - before == 200
-        assert programs_of_sockets(bench.peers, hook) == Counter({dispatcher.program_id: 200})
+        assert counted(bench.peers, hook) == Counter({dispatcher.program_id: 200})
 
 
 def carry(source: Map, target: Map, wanted: Sockets) -> list[int | None]:
@@ -169,7 +198,7 @@ def test_the_sockets_of_a_map_of_another_shape_all_come_along(lab: Lab, hook: st
             assert give(after.peers, hook, program).left == {}
             first.update(program, old)
         sent = traffic.say("stop")
-        assert programs_of_sockets(after.peers, hook)[0] == 0
+        assert counted(after.peers, hook)[0] == 0
         connections = len(list_sockets(after.peers)) // 2
         assert connections > 200
         before = *bench.tallies(), *after.tallies()

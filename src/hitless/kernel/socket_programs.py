@@ -86,47 +86,51 @@ class Given(msgspec.Struct, frozen=True):
     left: dict[str, int]
 
 
-def programs_of_sockets(held: Map, attach_type: str) -> Counter[int]:
-    """How many sockets of ``held`` run each program for ``attach_type``, by its id; 0 is none.
+def programs_of_sockets(held: Map, attach_type: str) -> dict[int, int]:
+    """The id of the program that each socket of ``held`` runs for ``attach_type``, by its cookie; 0 is none.
 
     Raises UnsupportedError if this kernel does not tell where it keeps that, KernelError.
     """
     asm = Assembler()
+    asm.emit(MOV, R9, R1)
     asm.emit(LOAD[8], R6, R1, _SOCKET_OF_MAP)
-    asm.emit(LOAD[8], R9, R1, 0)  # meta
     asm.emit(JEQ_IMM, R6, off="end", imm=0)
+    asm.emit(MOV, R1, R6)
+    asm.call(_COOKIE)
+    asm.emit(STORE[8], FP, R0, -16)
     asm.emit(STORE_IMM[8], FP, 0, -8, 0)
-    # The low bits of the first pointer are flags of the socket's.
-    steps = [("sock", "sk_user_data"), ("sk_psock", "progs", _PLACES[attach_type]), ("bpf_prog", "aux")]
-    for step in steps:
+    for step in (("sock", "sk_user_data"), ("sk_psock", "progs", _PLACES[attach_type]), ("bpf_prog", "aux")):
         _follow(asm, _offset(*step), 8)
         asm.emit(LOAD[8], R6, FP, -8)
-        asm.emit(AND_IMM, R6, imm=-8)
+        asm.emit(AND_IMM, R6, imm=-8)  # the low bits of the first are flags of the socket's
         asm.emit(JEQ_IMM, R6, off="none", imm=0)
     _follow(asm, _offset("bpf_prog_aux", "id"), 4)
     asm.emit(LOAD[4], R6, FP, -8)
     asm.label("none")
     asm.emit(STORE[8], FP, R6, -8)
-    asm.emit(LOAD[8], R1, R9, 0)  # meta->seq
-    asm.pointer(R2, FP, -8)
-    asm.emit(MOV_IMM, R3, imm=8)
+    asm.emit(LOAD[8], R1, R9, 0)  # meta
+    asm.emit(LOAD[8], R1, R1, 0)  # meta->seq
+    asm.pointer(R2, FP, -16)
+    asm.emit(MOV_IMM, R3, imm=16)
     asm.call(SEQ_WRITE)
     _end(asm)
     iterator = Pass.load("sockmap", asm.code(), "socket_programs")
-    found = np.frombuffer(iterator.run(held), np.uint64)
+    rows = np.frombuffer(iterator.run(held), np.uint64).reshape(-1, 2)
     iterator.close()
-    return Counter(int(program) for program in found)
+    return dict(zip(rows[:, 0].tolist(), rows[:, 1].tolist(), strict=True))
 
 
 def give(held: Map, attach_type: str, program: Program) -> Given:
     """Give ``program`` to each socket of ``held`` that has none for ``attach_type``: it came while the map had none.
 
-    Those that have one keep it, and are not spoken of. Raises KernelError.
+    Received data that waited before is seen by a verdict when more comes, unless it is read before. Raises
+    UnsupportedError as :func:`programs_of_sockets`, KernelError.
     """
-    sockets = list_sockets(held)
+    running = programs_of_sockets(held, attach_type)
+    sockets = {key: cookie for key, cookie in list_sockets(held).items() if not running.get(cookie)}
     with _beside(sockets) as giver, _attached(giver, program, attach_type):
         outcomes = _add(held, sockets, giver)
-    return _told(outcome for outcome in outcomes if outcome != -errno.EBUSY)
+    return _told(outcome for outcome in outcomes if outcome != -errno.EBUSY)  # it came with one after the look
 
 
 def hand_over(held: Map, attach_type: str, program: Program, namespaces: Iterable[Path]) -> Given:
@@ -144,8 +148,7 @@ def hand_over(held: Map, attach_type: str, program: Program, namespaces: Iterabl
             "the kernel takes it from a socket only together with what is queued for it",
             feature=attach_type,
         )
-    parsers = programs_of_sockets(held, "sk_skb_stream_parser")
-    if parsed := parsers.total() - parsers[0]:
+    if parsed := sum(map(bool, programs_of_sockets(held, "sk_skb_stream_parser").values())):
         raise UnsupportedError(
             f"{parsed} sockets of map {held.info.label} have a stream parser, which may hold the first part of a "
             f"message: their {attach_type} program stays until they close",
