@@ -182,6 +182,7 @@ def test_the_sockets_of_a_map_of_another_shape_all_come_along(lab: Lab, hook: st
         traffic.say("run 2")
         assert set(carry(bench.peers, after.peers, list_sockets(bench.peers))) <= {0, None}
         second = Dispatcher.attach(after.peers, hook, new, *pins)
+        assert counted(after.peers, hook).keys() == {first.program_id}
         time.sleep(0.05)
         bench.sockops.update(after.releases[0].programs["note"], bench.releases[0].programs["note"])
         wait_for_running_programs()

@@ -123,8 +123,9 @@ def programs_of_sockets(held: Map, attach_type: str) -> dict[int, int]:
 def give(held: Map, attach_type: str, program: Program) -> Given:
     """Give ``program`` to each socket of ``held`` that has none for ``attach_type``: it came while the map had none.
 
-    Received data that waited before is seen by a verdict when more comes, unless it is read before. Raises
-    UnsupportedError as :func:`programs_of_sockets`, KernelError.
+    Received data that waited before is seen by a verdict when more comes, unless it is read before. Where this must be
+    quick, ask :func:`programs_of_sockets` for something first: it reads the kernel's types once in a process, which
+    takes half a second. Raises UnsupportedError as that does, KernelError.
     """
     running = programs_of_sockets(held, attach_type)
     sockets = {key: cookie for key, cookie in list_sockets(held).items() if not running.get(cookie)}
