@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from hitless.errors import BundleError, LayoutError, UnsupportedError
+from hitless.hooks import HOOKS
 from hitless.layout.contradictions import check_rules, differences
 from hitless.layout.elf import Binding, read_btf, read_object
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec, Type
@@ -28,15 +29,13 @@ MANIFEST = "bundle.toml"
 _NOT_YET = {
     "object.program": "program types and skipped programs",
 }
-_HOOKS = ("cgroup",)
-_HOOKS_NOT_YET = (
-    "xdp", "tcx-ingress", "tcx-egress", "tc-ingress", "tc-egress", "sk_msg", "sk_skb", "sk_lookup", "flow_dissector",
-)  # fmt: skip
+_HOOKS_NOT_YET = ("tc-ingress", "tc-egress", "sk_msg", "sk_skb")
+_MODES = ("native", "generic")
 _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "": {"bundle": dict, "object": list, "attach": list, "map": dict},
     "bundle": {"name": str, "version": str},
     "object": {"file": str, "program": dict},
-    "attach": {"program": str, "hook": str, "target": str, "link": str, "was": str},
+    "attach": {"program": str, "hook": str, "target": str, "link": str, "was": str, "netns": str, "mode": str},
     "map": {
         "was": str, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str, "on_collision": str,
         "on_loss": str, "group": str, "programs": str, "infer": bool, "field": dict,
@@ -52,13 +51,26 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 class Attach(msgspec.Struct, frozen=True):
-    """One ``[[attach]]``: ``program`` runs on ``hook`` of ``target``, its link pinned as ``links/<link>``."""
+    """One ``[[attach]]``: ``program`` runs on ``hook`` of ``target``, its link pinned as ``links/<link>``.
+
+    ``target`` and ``netns``, the network namespace of an interface, may be patterns: then there are as many links as
+    things that match. ``mode`` is how XDP is to run, native or generic; None lets the kernel decide.
+    """
 
     program: str
     hook: str
     target: str
     link: str
     was: str | None = None
+    netns: str | None = None
+    mode: str | None = None
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether any number of interfaces may match."""
+        return self.hook in HOOKS and HOOKS[self.hook].on == "interface" and any(
+            sign in text for sign in "*?[" for text in (self.target, self.netns or "")
+        )
 
 
 class BundleObject(msgspec.Struct, frozen=True):
@@ -445,20 +457,26 @@ class _Reader:
         hook = entry["hook"]
         if hook in _HOOKS_NOT_YET:
             raise UnsupportedError(
-                f"{self._where((*path, 'hook'))}: hook {hook} is not supported yet, only {', '.join(_HOOKS)}",
+                f"{self._where((*path, 'hook'))}: hook {hook} is not supported yet, only {', '.join(HOOKS)}",
                 feature=f"hook {hook}",
             )
-        if hook not in _HOOKS:
-            self._fail((*path, "hook"), f"unknown hook {hook!r}; known: {', '.join((*_HOOKS, *_HOOKS_NOT_YET))}")
+        if hook not in HOOKS:
+            self._fail((*path, "hook"), f"unknown hook {hook!r}; known: {', '.join((*HOOKS, *_HOOKS_NOT_YET))}")
         program = programs[entry["program"]]
         if not program.autoload:
             why = f"{program.name} is in section {program.section}, which libbpf does not load"
             self._fail((*path, "program"), why)
-        if not program.attach_type.startswith("cgroup_"):
-            what = program.attach_type or "nothing that libbpf knows"
+        if not HOOKS[hook].fits(program):
+            typed = f"what a program of type {program.type} does" if program.type else "nothing that libbpf knows"
+            what = program.attach_type or typed
+            wanted = f"a {HOOKS[hook].on}" if hook == "cgroup" else hook
             self._fail(
-                (*path, "program"), f"{program.name} (section {program.section}) attaches to {what}, not to a cgroup"
+                (*path, "program"), f"{program.name} (section {program.section}) attaches to {what}, not to {wanted}"
             )
+        if "netns" in entry and HOOKS[hook].on != "interface":
+            self._fail((*path, "netns"), f"netns says where an interface is, and {hook} is on a {HOOKS[hook].on}")
+        if "mode" in entry and (hook != "xdp" or entry["mode"] not in _MODES):
+            self._fail((*path, "mode"), f"mode is {' or '.join(_MODES)}, and for xdp only, not {entry['mode']!r}")
         for key in ("link", "was"):
             if key in entry and not _PIN_NAME.fullmatch(entry[key]):
                 self._fail((*path, key), f"{entry[key]!r} cannot be a pin name: letters, digits, _ and - only")
@@ -468,6 +486,8 @@ class _Reader:
             target=self._substitute(entry["target"], (*path, "target")),
             link=entry["link"],
             was=entry.get("was"),
+            netns=self._substitute(entry["netns"], (*path, "netns")) if "netns" in entry else None,
+            mode=entry.get("mode"),
         )
 
     def _substitute(self, text: str, path: tuple[str, ...]) -> str:

@@ -194,7 +194,7 @@ def test_programs_loaded_without_an_attach_type_have_a_dispatcher_of_their_own_k
     typed = bench.releases[0].programs["echo"]
     with (
         clients(lab, answers=True) as traffic,
-        Dispatcher.attach(bench.peers, hook, one, bench.slot, bench.link, expected=0) as dispatcher,
+        Dispatcher.attach(bench.peers, hook, one, bench.slot, bench.link, expected="") as dispatcher,
     ):
         traffic.say("connect 10")
         dispatcher.update(two, one)

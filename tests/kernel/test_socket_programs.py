@@ -15,8 +15,9 @@ import pytest
 
 from hitless.errors import UnsupportedError
 from hitless.kernel.barrier import wait_for_running_programs
-from hitless.kernel.dispatcher import SOCKET_HOOKS, Dispatcher, attached_program
+from hitless.kernel.dispatcher import Dispatcher, attached_program
 from hitless.kernel.maps import ANY, Map
+from hitless.kernel.names import attach_number
 from hitless.kernel.programs import Program
 from hitless.kernel.socket_programs import give, hand_over, programs_of_sockets
 from hitless.kernel.sockets import Adder, Sockets, create_base, list_sockets
@@ -28,7 +29,7 @@ HOOKS = [("sk_msg_verdict", "to_peer"), ("sk_skb_stream_verdict", "echo")]
 
 def attach_the_old_way(program: Program, held: Map, hook: str) -> None:
     libbpf = ctypes.CDLL("libbpf.so.1")
-    assert libbpf.bpf_prog_attach(program.fd, held.fd, SOCKET_HOOKS[hook].attach_type, 0) == 0
+    assert libbpf.bpf_prog_attach(program.fd, held.fd, attach_number(hook), 0) == 0
 
 
 def counted(held: Map, hook: str) -> Counter[int]:

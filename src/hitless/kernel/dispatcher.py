@@ -19,7 +19,6 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -28,6 +27,7 @@ from hitless.kernel.codegen import EXIT, LOAD, MOV, MOV_IMM, R0, R1, R2, R3, R6,
 from hitless.kernel.libbpf import check, ffi, lib
 from hitless.kernel.links import Link
 from hitless.kernel.maps import Map, create
+from hitless.kernel.names import attach_number, program_number
 from hitless.kernel.programs import Program, load_code
 
 __all__ = ["SOCKET_HOOKS", "Dispatcher", "DispatcherInfo", "attached_program"]
@@ -39,16 +39,15 @@ _FIRST = bytes(4)
 
 
 class _Hook(msgspec.Struct, frozen=True):
-    program_type: int
-    attach_type: int
+    program_type: str
     passing: int | None  # what lets a message pass; None is the whole of it, which is what a parser is asked for
 
 
 SOCKET_HOOKS = {
-    "sk_msg_verdict": _Hook(16, 7, _SK_PASS),
-    "sk_skb_stream_parser": _Hook(14, 4, None),
-    "sk_skb_stream_verdict": _Hook(14, 5, _SK_PASS),
-    "sk_skb_verdict": _Hook(14, 38, _SK_PASS),
+    "sk_msg_verdict": _Hook("sk_msg", _SK_PASS),
+    "sk_skb_stream_parser": _Hook("sk_skb", None),
+    "sk_skb_stream_verdict": _Hook("sk_skb", _SK_PASS),
+    "sk_skb_verdict": _Hook("sk_skb", _SK_PASS),
 }
 """What can be attached to a sockmap or sockhash, by libbpf's name of the attach type."""
 
@@ -72,14 +71,14 @@ class Dispatcher:
 
     @classmethod
     def attach(
-        cls, held: Map, attach_type: str, first: Program, slot_pin: Path, link_pin: Path, expected: int | None = None
+        cls, held: Map, attach_type: str, first: Program, slot_pin: Path, link_pin: Path, expected: str | None = None
     ) -> Dispatcher:
         """Let the sockets that are added to ``held`` from now on run ``first``, until an update names another.
 
-        ``expected`` is the expected attach type that ``first`` was loaded with, if it is not ``attach_type`` (libbpf
-        gives 0 to programs of a section named just ``sk_skb``). The kernel binds the slot to it and to the program's
-        type, and refuses (EINVAL) programs that were loaded as something else, now and in updates. It takes the place
-        of a program that was attached without a link. A slot that is pinned at ``slot_pin`` already, by one who was
+        ``expected`` is the attach type that ``first`` was loaded for, if it is not ``attach_type``; empty is none, as
+        libbpf has it for programs of a section named just ``sk_skb``. The kernel binds the slot to it and to the type
+        of the program, and refuses (EINVAL) what was loaded as something else, now and in updates. The dispatcher takes
+        the place of a program that was attached without a link. A slot that is pinned at ``slot_pin`` already, by one who was
         killed here, is used again: sockets may have its dispatcher. So is the place of a link that was detached.
 
         Raises KernelError (EBUSY: the map has a link of this type, or its other kind of verdict), UnsupportedError.
@@ -91,16 +90,16 @@ class Dispatcher:
             )
         kept = os.path.lexists(slot_pin)
         slot = Map.open(slot_pin) if kept else create(_PROG_ARRAY, "dispatcher", 4, 4, 1)
-        what = f"{attach_type} of map {held.info.label}"
-        fields = {"expected_attach_type": hook.attach_type if expected is None else expected}
-        code = _code(slot, hook.passing)
-        with load_code(hook.program_type, "dispatcher", code, f"the dispatcher of {what}", **fields) as program:
+        what = f"the dispatcher of {attach_type} of map {held.info.label}"
+        kind, code = program_number(hook.program_type), _code(slot, hook.passing)
+        loaded_for = attach_type if expected is None else expected
+        fields = {"expected_attach_type": attach_number(loaded_for) if loaded_for else 0}
+        with load_code(kind, "dispatcher", code, what, **fields) as program:
             if not kept:
                 slot.update(_FIRST, _descriptor(first))
                 slot.pin(slot_pin)
             try:
-                made = lib().bpf_link_create(program.fd, held.fd, hook.attach_type, ffi.NULL)
-                link = Link(check(made, "BPF_LINK_CREATE", what))
+                link = Link.attach(program, held.fd, attach_type, f"map {held.info.label}")
             except KernelError:
                 if not kept:
                     slot_pin.unlink()
@@ -109,7 +108,7 @@ class Dispatcher:
             slot.update(_FIRST, _descriptor(first))
         if os.path.lexists(link_pin):
             with Link.open(link_pin) as before:
-                if not _facts(before).sockmap.map_id:
+                if before.info.is_dead:
                     link_pin.unlink()
         link.pin(link_pin)
         return cls(slot, link)
@@ -137,9 +136,8 @@ class Dispatcher:
     @property
     def info(self) -> DispatcherInfo:
         """What is so now. ``map_id`` is 0 once the link is detached."""
-        raw = _facts(self._link)
-        text = lib().libbpf_bpf_attach_type_str(raw.sockmap.attach_type)
-        return DispatcherInfo(self._runs(), raw.sockmap.map_id, raw.id, ffi.string(text).decode())
+        link = self._link.info
+        return DispatcherInfo(self._runs(), link.target_id, link.id, link.attach_type)
 
     def update(self, new: Program, old: Program) -> None:
         """Let all sockets run ``new`` from their next message on, if they run ``old`` now.
@@ -187,17 +185,9 @@ def attached_program(held: Map, attach_type: str) -> int:
     Raises KernelError (EBUSY: asked for one kind of verdict while the map has the other).
     """
     ids, count = ffi.new("__u32[1]"), ffi.new("__u32 *", 1)
-    kind = SOCKET_HOOKS[attach_type].attach_type
-    result = lib().bpf_prog_query(held.fd, kind, 0, ffi.NULL, ids, count)
+    result = lib().bpf_prog_query(held.fd, attach_number(attach_type), 0, ffi.NULL, ids, count)
     check(result, "BPF_PROG_QUERY", f"{attach_type} of map {held.info.label}")
     return int(ids[0])
-
-
-def _facts(link: Link) -> Any:
-    raw = ffi.new("struct bpf_link_info *")
-    length = ffi.new("__u32 *", ffi.sizeof("struct bpf_link_info"))
-    check(lib().bpf_obj_get_info_by_fd(link.fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", "link")
-    return raw
 
 
 def _descriptor(program: Program) -> bytes:

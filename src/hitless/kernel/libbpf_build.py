@@ -67,7 +67,12 @@ ffi.cdef(
     struct bpf_link_info {
         __u32 type; __u32 id; __u32 prog_id; __u32 pad;
         union {
-            struct { __u64 cgroup_id; __u32 attach_type; } cgroup; struct { __u32 map_id; __u32 attach_type; } sockmap;
+            struct { __u64 cgroup_id; __u32 attach_type; } cgroup;
+            struct { __u32 netns_ino; __u32 attach_type; } netns;
+            struct { __u32 ifindex; } xdp;
+            struct { __u32 ifindex; __u32 attach_type; } tcx;
+            struct { __u32 map_id; __u32 attach_type; } sockmap;
+            struct { __u32 pf; __u32 hooknum; int priority; __u32 flags; } netfilter;
             unsigned char other[64];
         };
     };
@@ -128,7 +133,10 @@ ffi.cdef(
     int bpf_map__set_pin_path(struct bpf_map *map, const char *path);
     const char *bpf_program__name(const struct bpf_program *prog);
     int bpf_program__fd(const struct bpf_program *prog);
+    const char *bpf_program__section_name(const struct bpf_program *prog);
     int bpf_program__type(const struct bpf_program *prog);
+    int bpf_program__set_type(struct bpf_program *prog, int type);
+    int bpf_program__set_expected_attach_type(struct bpf_program *prog, int type);
     int bpf_program__expected_attach_type(const struct bpf_program *prog);
     int bpf_program__set_autoload(struct bpf_program *prog, bool autoload);
     """

@@ -51,9 +51,8 @@ from hitless.kernel.codegen import (
     UPDATE,
     Assembler,
 )  # fmt: skip
-from hitless.kernel.dispatcher import SOCKET_HOOKS
 from hitless.kernel.iterators import Iterator as Pass
-from hitless.kernel.libbpf import check, ffi, lib, libc, system_call
+from hitless.kernel.libbpf import check, libc, system_call
 from hitless.kernel.links import Link
 from hitless.kernel.maps import ANY, Map, create
 from hitless.kernel.programs import Program
@@ -224,8 +223,7 @@ def _beside(sockets: Sockets) -> Iterator[Map]:
 @contextmanager
 def _attached(held: Map, program: Program, attach_type: str) -> Iterator[None]:
     # Detached before the map goes: a socket that leaves a map with a verdict loses its own.
-    made = lib().bpf_link_create(program.fd, held.fd, SOCKET_HOOKS[attach_type].attach_type, ffi.NULL)
-    with Link(check(made, "BPF_LINK_CREATE", f"{attach_type} of map {held.info.label}")):
+    with Link.attach(program, held.fd, attach_type, f"map {held.info.label}"):
         yield
 
 

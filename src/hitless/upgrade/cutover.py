@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from hitless.hooks import HOOKS
 from hitless.kernel.bpffs import unpin
+from hitless.kernel.libbpf import system_call
 from hitless.kernel.links import Link
 from hitless.kernel.programs import Program
 from hitless.upgrade.model import HookPlan
 
-__all__ = ["detach_hooks", "switch_back", "switch_hooks"]
+__all__ = ["attach", "detach_hooks", "switch_back", "switch_hooks"]
+
+_XDP_MODES = {"generic": 2, "native": 4}  # XDP_FLAGS_SKB_MODE, XDP_FLAGS_DRV_MODE
 
 
 def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path) -> float:
@@ -41,13 +47,35 @@ def _attaching(hook: HookPlan, program: Program, pin: Path) -> Callable[[], None
     def change() -> None:
         if pin.exists():
             with Link.open(pin) as there:
-                if there.info.program_id == program.info.id and there.info.cgroup_id:
+                if there.info.program_id == program.info.id and not there.info.is_dead:
                     return
-            unpin(pin)  # its cgroup is gone, and the link with it
-        with Link.attach_cgroup(program, Path(hook.target), hook.attach_type) as link:
+            unpin(pin)  # its target is gone, and the link with it
+        with attach(hook, program) as link:
             link.pin(pin)
 
     return change
+
+
+def attach(hook: HookPlan, program: Program) -> Link:
+    """Attach the program to its hook, by a link that nobody has pinned yet. Raises NodeError, KernelError."""
+    what = f"{hook.target} in {hook.netns}" if hook.netns else hook.target
+    match HOOKS[hook.hook].on:
+        case "interface":
+            flags = _XDP_MODES[hook.mode] if hook.mode else 0
+            return Link.attach(program, hook.target_id, hook.attach_type, what, flags)
+        case _:
+            with _opened(Path(hook.target)) as target:
+                return Link.attach(program, target, hook.attach_type, what)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    with system_call("open", path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _updating(link: Link, new: Program, old: Program) -> Callable[[], None]:
@@ -78,7 +106,8 @@ def detach_hooks(names: Sequence[str], links: Path) -> None:
         pin = links / name
         if pin.exists():
             with Link.open(pin) as link:
-                link.detach()
+                if not link.info.is_dead:
+                    link.detach()
             unpin(pin)
 
 

@@ -50,10 +50,13 @@ def build_next(node: Node, bundle: Bundle, decided: Plan, current: Generation | 
         objects=tuple(item.spec for item in bundle.objects),
         maps=bundle.maps,
         hooks=tuple(
-            Hook(hook.link, hook.program, hook.hook, hook.target, hook.attach_type)
+            Hook(
+                hook.link, hook.program, hook.hook, hook.target, hook.attach_type, hook.netns, hook.mode, hook.matched
+            )
             for hook in decided.hooks
             if hook.action != "detach"
         ),
+        attach=bundle.attach,
         plan=decided,
         rules=bundle.rules,
         own_rules=bundle.rules,

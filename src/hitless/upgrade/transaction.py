@@ -28,7 +28,7 @@ from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.bpffs import exchange, make_directory, move, remove_tree, require_bpffs, require_writable
 from hitless.kernel.features import boot_id, features, release
 from hitless.kernel.libbpf import system_call
-from hitless.kernel.links import Link, cgroup_id
+from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
 from hitless.kernel.processes import who
 from hitless.kernel.programs import Program
@@ -58,6 +58,7 @@ from hitless.upgrade.model import (
 from hitless.upgrade.node import Node, read_generation
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.passages import Sides, make_carriers
+from hitless.upgrade.places import find_places
 from hitless.upgrade.plan import make_plan
 from hitless.upgrade.record import map_pin, pin_name, read_record, write_record
 from hitless.upgrade.release import last_release
@@ -116,17 +117,18 @@ def _plan(
     if planned is not None:
         require_meant(planned, state.root, bundle)
         allow_loss = {entry.name for entry in planned.maps if entry.allowed}
-    cgroups = _cgroups(bundle)
+    places = find_places(bundle.attach)
+    targets = {str(place): place.id for place in places}
     if planned is not None and planned.fingerprint is not None:
         able = {name: name in asked for name in planned.fingerprint.features}
-        require_unchanged(planned, fingerprint(state, cgroups, able, *machine))
+        require_unchanged(planned, fingerprint(state, targets, able, *machine))
     if state.current is not None:
         refuse_replaced_pins(node.current, state.current)
-    decided = make_plan(state, bundle, cgroups, asked, allow_loss)
+    decided = make_plan(state, bundle, places, asked, allow_loss)
     if planned is not None:
         require_same(planned, decided)
     refuse_overfull(node, state, bundle, decided)
-    return msgspec.structs.replace(decided, fingerprint=fingerprint(state, cgroups, asked.answers, *machine))
+    return msgspec.structs.replace(decided, fingerprint=fingerprint(state, targets, asked.answers, *machine))
 
 
 @in_step("plan")
@@ -138,13 +140,9 @@ def _plan_back(node: Node, state: NodeState, allow_loss: Collection[str]) -> tup
     last = node.last()
     refuse_replaced_pins(node.previous, last)
     release = last_release(last, state.current, node.previous)
-    decided = make_plan(state, release, _cgroups(release), features(), allow_loss, last)
+    decided = make_plan(state, release, find_places(release.attach), features(), allow_loss, last)
     refuse_overfull(node, state, release, decided)
     return decided, release
-
-
-def _cgroups(bundle: Bundle) -> dict[str, int]:
-    return {entry.target: cgroup_id(Path(entry.target)) for entry in bundle.attach}
 
 
 @in_step("begin")

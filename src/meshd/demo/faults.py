@@ -16,6 +16,7 @@ from hitless.kernel.links import Link
 from hitless.kernel.programs import Program
 from hitless.upgrade import transaction
 from hitless.upgrade.copy import Carriage
+from hitless.upgrade.cutover import attach
 from hitless.upgrade.model import HookPlan
 
 __all__ = ["FAULTS", "main"]
@@ -37,7 +38,7 @@ def _reattach() -> None:
         time.sleep(_LOADING)
         for hook in hooks:
             if hook.action in ("attach", "update"):
-                with Link.attach_cgroup(programs[hook.program], Path(hook.target), hook.attach_type) as link:
+                with attach(hook, programs[hook.program]) as link:
                     link.pin(links / hook.link)
         return (time.perf_counter() - started) * 1e6
 
