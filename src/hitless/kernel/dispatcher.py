@@ -78,8 +78,9 @@ class Dispatcher:
         ``expected`` is the attach type that ``first`` was loaded for, if it is not ``attach_type``; empty is none, as
         libbpf has it for programs of a section named just ``sk_skb``. The kernel binds the slot to it and to the type
         of the program, and refuses (EINVAL) what was loaded as something else, now and in updates. The dispatcher takes
-        the place of a program that was attached without a link. A slot that is pinned at ``slot_pin`` already, by one who was
-        killed here, is used again: sockets may have its dispatcher. So is the place of a link that was detached.
+        the place of a program that was attached without a link, whichever: look at :func:`attached_program` before. A
+        slot that is pinned at ``slot_pin`` already, by one who was killed here, is used again: sockets may have its
+        dispatcher. So is the place of a link that was detached.
 
         Raises KernelError (EBUSY: the map has a link of this type, or its other kind of verdict), UnsupportedError.
         """
