@@ -26,6 +26,7 @@ ffi.cdef(
     int capget(struct cap_header *header, struct cap_data *data);
     int capset(struct cap_header *header, const struct cap_data *data);
     int prctl(int option, ...);
+    int setns(int fd, int nstype);
     int vsnprintf(char *str, size_t size, const char *format, void *args);
 
     /* bpf.h */
@@ -103,6 +104,8 @@ ffi.cdef(
     int bpf_iter_create(int link_fd);
     int bpf_link_update(int link_fd, int new_prog_fd, const struct bpf_link_update_opts *opts);
     int bpf_link_detach(int link_fd);
+    int bpf_prog_query(int target_fd, int type, __u32 query_flags, __u32 *attach_flags, __u32 *prog_ids,
+                       __u32 *prog_cnt);
     int bpf_prog_test_run_opts(int prog_fd, struct bpf_test_run_opts *opts);
 
     /* libbpf.h */
