@@ -29,7 +29,8 @@ MANIFEST = "bundle.toml"
 _NOT_YET = {
     "object.program": "program types and skipped programs",
 }
-_HOOKS_NOT_YET = ("tc-ingress", "tc-egress", "sk_msg", "sk_skb")
+_HOOKS_NOT_YET = ("tc-ingress", "tc-egress")
+_SOCKET_MAPS = ("sockmap", "sockhash")
 _MODES = ("native", "generic")
 _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "": {"bundle": dict, "object": list, "attach": list, "map": dict},
@@ -266,7 +267,7 @@ class _Reader:
         programs = self._programs(specs)
         rules = {name: self._rules(entry, maps, name, objects) for name, entry in manifest.get("map", {}).items()}
         attach = [
-            self._attach(entry, programs, ("attach", str(index)))
+            self._attach(entry, programs, maps, ("attach", str(index)))
             for index, entry in enumerate(manifest.get("attach", []))
         ]
         self._unique(attach)
@@ -448,7 +449,9 @@ class _Reader:
         except UnicodeDecodeError as error:
             bad(f"is not UTF-8: {error}")
 
-    def _attach(self, entry: Any, programs: Mapping[str, ProgramSpec], path: tuple[str, ...]) -> Attach:
+    def _attach(
+        self, entry: Any, programs: Mapping[str, ProgramSpec], maps: Mapping[str, MapSpec], path: tuple[str, ...]
+    ) -> Attach:
         self._check(entry, "attach", path)
         if entry["program"] not in programs:
             known = ", ".join(sorted(programs))
@@ -472,6 +475,9 @@ class _Reader:
             self._fail(
                 (*path, "program"), f"{program.name} (section {program.section}) attaches to {what}, not to {wanted}"
             )
+        if HOOKS[hook].on == "map" and (entry["target"] not in maps or maps[entry["target"]].type not in _SOCKET_MAPS):
+            there = ", ".join(sorted(name for name, spec in maps.items() if spec.type in _SOCKET_MAPS)) or "none"
+            self._fail((*path, "target"), f"{hook} is on a sockmap or sockhash of this bundle, which has: {there}")
         if "netns" in entry and HOOKS[hook].on != "interface":
             self._fail((*path, "netns"), f"netns says where an interface is, and {hook} is on a {HOOKS[hook].on}")
         if "mode" in entry and (hook != "xdp" or entry["mode"] not in _MODES):

@@ -21,7 +21,7 @@ class HookKind(msgspec.Struct, frozen=True):
     hook decides that and not the program, as for tcx, whose programs are all alike.
     """
 
-    on: Literal["cgroup", "interface", "netns"]
+    on: Literal["cgroup", "interface", "map", "netns"]
     program: str
     attach_types: tuple[str, ...]
     attaches: str = ""
@@ -44,6 +44,8 @@ HOOKS = {
     "cgroup": HookKind("cgroup", "", ("cgroup_",)),
     "flow_dissector": HookKind("netns", "flow_dissector", ("flow_dissector",)),
     "sk_lookup": HookKind("netns", "sk_lookup", ("sk_lookup",)),
+    "sk_msg": HookKind("map", "sk_msg", ("sk_msg_verdict",)),
+    "sk_skb": HookKind("map", "sk_skb", ("sk_skb_stream_parser", "sk_skb_stream_verdict", "sk_skb_verdict")),
     "tcx-egress": HookKind("interface", "sched_cls", ("", "tcx_egress"), "tcx_egress"),
     "tcx-ingress": HookKind("interface", "sched_cls", ("", "tcx_ingress"), "tcx_ingress"),
     "xdp": HookKind("interface", "xdp", ("xdp",)),

@@ -126,4 +126,4 @@ def take_turns(node: hitless.Node, hook: HookPlan) -> None:
     for turn in range(REPLACEMENTS):
         there, comes = programs[turn % 2], programs[(turn + 1) % 2]
         update = msgspec.structs.replace(hook, action="update", expected=there.info.id)
-        switch_hooks([update], {hook.program: comes}, node.links)
+        switch_hooks([update], {hook.program: comes}, node.links, node.current / "maps")

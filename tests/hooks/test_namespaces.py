@@ -115,7 +115,7 @@ def test_each_packet_is_counted_by_one_of_two_programs_that_took_turns_a_thousan
     for turn in range(REPLACEMENTS):
         there, comes = programs[turn % 2], programs[(turn + 1) % 2]
         update = msgspec.structs.replace(result.hooks[0], expected=there.info.id)
-        switch_hooks([update], {update.program: comes}, node.links)
+        switch_hooks([update], {update.program: comes}, node.links, node.current / "maps")
     hitless.apply(node, releases[1])
     sent = int(sender.communicate("\n", timeout=10)[0])
     counted = [node.map("seen").get(number) for number in (1, 2)]

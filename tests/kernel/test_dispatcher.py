@@ -107,7 +107,8 @@ def test_a_dispatcher_tells_what_it_runs_and_where(lab: Lab) -> None:
     with Dispatcher.open(bench.slot, bench.link) as dispatcher:
         dispatcher.update(two, one)
         told = dispatcher.info
-        assert (told.program_id, told.map_id, told.attach_type) == (two.info.id, bench.peers.info.id, "sk_msg_verdict")
+        assert (told.program_id, told.target_id) == (two.info.id, bench.peers.info.id)
+        assert told.attach_type == "sk_msg_verdict"
         assert attached_program(bench.peers, "sk_msg_verdict") == dispatcher.program_id
 
 
@@ -178,12 +179,12 @@ def test_a_detached_dispatcher_serves_the_sockets_that_have_it_and_is_attached_a
         with bench.dispatch("sk_msg_verdict", "to_peer") as dispatcher:
             traffic.say("connect 10")
             dispatcher.detach()
-            assert dispatcher.info.map_id == 0
+            assert dispatcher.info.target_id == 0
         traffic.say("connect 10")
         traffic.say("rounds 1")
         assert bench.tallies()[0][0] == 20
         with bench.dispatch("sk_msg_verdict", "to_peer") as again:
-            assert again.info.map_id == bench.peers.info.id
+            assert again.info.target_id == bench.peers.info.id
             assert Dispatcher.open(bench.slot, bench.link).info == again.info
 
 

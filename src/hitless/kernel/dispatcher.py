@@ -25,12 +25,12 @@ import msgspec
 from hitless.errors import KernelError, NodeError, UnsupportedError
 from hitless.kernel.codegen import EXIT, LOAD, MOV, MOV_IMM, R0, R1, R2, R3, R6, Assembler
 from hitless.kernel.libbpf import check, ffi, lib
-from hitless.kernel.links import Link
+from hitless.kernel.links import Link, LinkInfo
 from hitless.kernel.maps import Map, create
 from hitless.kernel.names import attach_number, program_number
 from hitless.kernel.programs import Program, load_code
 
-__all__ = ["SOCKET_HOOKS", "Dispatcher", "DispatcherInfo", "attached_program"]
+__all__ = ["SOCKET_HOOKS", "Dispatcher", "attached_program"]
 
 _TAIL_CALL = 12  # bpf_tail_call
 _PROG_ARRAY = 3  # BPF_MAP_TYPE_PROG_ARRAY
@@ -50,15 +50,6 @@ SOCKET_HOOKS = {
     "sk_skb_verdict": _Hook("sk_skb", _SK_PASS),
 }
 """What can be attached to a sockmap or sockhash, by libbpf's name of the attach type."""
-
-
-class DispatcherInfo(msgspec.Struct, frozen=True):
-    """Ids of the program that runs now (0: none, all passes), of the map and of the link, and the attach type."""
-
-    program_id: int
-    map_id: int
-    link_id: int
-    attach_type: str
 
 
 class Dispatcher:
@@ -135,10 +126,9 @@ class Dispatcher:
         return self._link.info.program_id
 
     @property
-    def info(self) -> DispatcherInfo:
-        """What is so now. ``map_id`` is 0 once the link is detached."""
-        link = self._link.info
-        return DispatcherInfo(self._runs(), link.target_id, link.id, link.attach_type)
+    def info(self) -> LinkInfo:
+        """The link's facts as they are now, but with the program in the slot; its id is 0 if all passes."""
+        return msgspec.structs.replace(self._link.info, program_id=self._runs())
 
     def update(self, new: Program, old: Program) -> None:
         """Let all sockets run ``new`` from their next message on, if they run ``old`` now.

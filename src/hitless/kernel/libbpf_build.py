@@ -26,7 +26,6 @@ ffi.cdef(
     int capget(struct cap_header *header, struct cap_data *data);
     int capset(struct cap_header *header, const struct cap_data *data);
     int prctl(int option, ...);
-    int setns(int fd, int nstype);
     int vsnprintf(char *str, size_t size, const char *format, void *args);
 
     /* bpf.h */

@@ -15,6 +15,7 @@ from shlex import quote
 import msgspec
 
 from hitless.errors import InterruptedUpgradeError, NodeError
+from hitless.hooks import HOOKS
 from hitless.kernel.links import LinkInfo
 from hitless.kernel.maps import Map, is_alive
 from hitless.kernel.programs import Program, is_loaded
@@ -125,9 +126,12 @@ def expected_program(hook: Hook, record: Record, pinned: Mapping[str, int]) -> i
     return pinned.get(hook.program) if noted is None else noted.id
 
 
-def target_id(hook: Hook) -> int | None:
-    """The number of the hook's target, None if it is not there."""
+def target_id(hook: Hook, links: Path) -> int | None:
+    """The number of the hook's target, None if it is not there. Of a map it is that of the running release."""
     with suppress(NodeError, OSError):
+        if HOOKS[hook.hook].on == "map":
+            with Map.open(map_pin(links.parent / "current", hook.target)) as held:
+                return int(held.info.id)
         return place_id(hook.hook, hook.target, hook.netns)
     return None
 
@@ -135,12 +139,12 @@ def target_id(hook: Hook) -> int | None:
 def hook_problem(hook: Hook, link: LinkInfo | None, expected: int | None, links: Path) -> str | None:
     """What is wrong with the ``link`` of ``hook`` (None: it is not pinned), whose program should be ``expected``."""
     name = hook.link
-    if hook.matched and (link is None or link.is_dead) and target_id(hook) is None:
+    if hook.matched and (link is None or link.is_dead) and target_id(hook, links) is None:
         return None  # what the pattern led to is gone, as it may be
     again = f"remove the pin (rm {quote(str(links / name))}) and apply the same release again"
     if link is None:
         return f"link {name} is gone: its hook runs nothing of ours; apply the same release again"
-    target = target_id(hook)
+    target = target_id(hook, links)
     if link.is_dead:
         if target is not None:
             why = f"somebody detached it, or {hook.target} was removed and made again; apply the same release again"

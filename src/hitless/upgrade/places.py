@@ -50,6 +50,8 @@ def place_id(hook: str, target: str, netns: str | None) -> int:
     match HOOKS[hook].on:
         case "cgroup":
             return cgroup_id(Path(target))
+        case "map":
+            return 0  # whichever the release has under this name
         case "netns":
             return Namespace.at(target).inode
         case "interface":

@@ -82,6 +82,7 @@ def make_plan(
         maps = _with_left_rings(maps, left, state.previous, bundle, allow_loss)
         hooks = _plan_hooks(state, current, bundle, places, restart=False)
         _check_cgroup_storage(maps, hooks, bundle)
+        _check_socket_hooks(maps, hooks)
     return Plan(
         root=state.root,
         name=bundle.name,
@@ -103,6 +104,21 @@ def _check_order(bundle: Bundle) -> None:
                 f"{sys.byteorder}-endian: take the release that was compiled for it",
                 feature=f"{spec.order}-endian objects",
                 map=name,
+            )
+
+
+def _check_socket_hooks(maps: tuple[MapPlan, ...], hooks: tuple[HookPlan, ...]) -> None:
+    """Sockets that are in a map keep its dispatcher, and cannot be added to another one that has a program."""
+    plans = {entry.name: entry for entry in maps}
+    for hook in hooks:
+        if hook.action == "update" and HOOKS[hook.hook].on == "map" and plans[hook.target].action != "keep":
+            raise UnsupportedError(
+                f"map {hook.target} has hook {hook.link} ({hook.hook}) and would become another map "
+                f"({plans[hook.target].verdict}), which its sockets cannot be moved to without a moment in which they "
+                "run no program: keep its definition, or give the new map and its hook names of their own",
+                feature="socket hook on a changed map",
+                link=hook.link,
+                map=hook.target,
             )
 
 
@@ -418,7 +434,7 @@ def _plan_hooks(
                 feature="link to another hook",
                 link=name,
             )
-        if link.target_id != place.id:
+        if link.target_id != place.id and HOOKS[entry.hook].on != "map":
             raise UnsupportedError(
                 f"link {name} is attached to {link.where}, and {place.target} is {place.id}: "
                 "moving a link to another target is not supported yet; give it a link name of its own",

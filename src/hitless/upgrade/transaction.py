@@ -25,13 +25,13 @@ from hitless.errors import (
     NodeError,
 )
 from hitless.kernel.barrier import wait_for_running_programs
-from hitless.kernel.bpffs import exchange, make_directory, move, remove_tree, require_bpffs, require_writable, unpin
+from hitless.kernel.bpffs import exchange, make_directory, move, remove_tree, require_bpffs, require_writable
 from hitless.kernel.features import boot_id, features, release
 from hitless.kernel.libbpf import system_call
-from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
 from hitless.kernel.processes import who
 from hitless.kernel.programs import Program
+from hitless.upgrade.attached import open_attached, remove, rename
 from hitless.upgrade.carrier import Carrier, Tally
 from hitless.upgrade.checks import (
     refuse_loss,
@@ -344,7 +344,8 @@ def unload(node: Node, wait: float = 10.0) -> list[str]:
     with node.lock(wait):
         names = sorted(path.name for path in node.links.iterdir()) if node.links.exists() else []
         for name in names:  # all are looked at before any is detached
-            Link.open(node.links / name).close()
+            with open_attached(node.links, name):
+                pass
         removed = [str(path) for path in sorted(node.root.rglob("*")) if not path.is_dir()]
         detach_hooks(names, node.links)
         remove_tree(node.root)
@@ -386,7 +387,7 @@ class _Upgrade:
             record = read_record(self._node.current / "record")
             if hooks_of(self._plan) != record.hooks:
                 write_record(self._node.current / "record", msgspec.structs.replace(record, hooks=hooks_of(self._plan)))
-            gap = switch_hooks(self._plan.hooks, self._programs, self._node.links)
+            gap = switch_hooks(self._plan.hooks, self._programs, self._node.links, self._node.current / "maps")
             detach_hooks([hook.link for hook in self._plan.hooks if hook.action == "detach"], self._node.links)
         return self._result(Cutover(sum(hook.action != "keep" for hook in self._plan.hooks), gap))
 
@@ -442,7 +443,7 @@ class _Upgrade:
             make_directory(node.links, exist_ok=True)
             with self._step("cutover"):
                 started = time.perf_counter()
-                gap = switch_hooks(self._plan.hooks, self._programs, node.links)
+                gap = switch_hooks(self._plan.hooks, self._programs, node.links, node.next / "maps")
                 self._switch_late()
             with self._step("catch-up"):
                 # A first merge at once keeps short the time in which new programs miss what old ones wrote last.
@@ -525,7 +526,7 @@ class _Upgrade:
             self._plan = msgspec.structs.replace(self._plan, hooks=(*late, *others))
             self._record = msgspec.structs.replace(self._record, plan=self._plan, hooks=hooks_of(self._plan))
             write_record(self._node.next / "record", self._record)  # first, so that a recovery knows of them
-            switch_hooks(late, self._programs, self._node.links)
+            switch_hooks(late, self._programs, self._node.links, self._node.next / "maps")
 
     def _verify_hooks(self) -> None:
         verify_hooks(self._plan.hooks, self._programs, self._node.links)
@@ -652,8 +653,8 @@ def _finish(node: Node) -> None:
     for generation in (node.current, node.previous):
         remove_tree(generation / "base")
     for hook in record.plan.hooks if record.plan else ():
-        if hook.was and (node.links / hook.was).exists():
-            move(node.links / hook.was, node.links / hook.link)
+        if hook.was:
+            rename(node.links, hook.was, hook.link)
     hooks = _without_gone(node, record.hooks)
     committed = msgspec.structs.replace(record, phase="committed", plan=None, former=None, hooks=hooks)
     write_record(node.current / "record", committed)
@@ -667,10 +668,10 @@ def _without_gone(node: Node, hooks: Sequence[Hook]) -> tuple[Hook, ...]:
         if hook.matched:
             if not pin.exists():
                 continue
-            with Link.open(pin) as link:
+            with open_attached(node.links, hook.link) as link:
                 dead = link.info.is_dead
             if dead:
-                unpin(pin)
+                remove(node.links, hook.link)
                 continue
         there.append(hook)
     return tuple(there)
@@ -717,8 +718,9 @@ def _remove_if_empty(node: Node) -> None:
             link = node.root / name
             if link.is_symlink():
                 link.unlink()
-        if node.links.exists():
-            node.links.rmdir()
+        for directory in (node.links, node.links.parent / "slots"):
+            if directory.exists():
+                directory.rmdir()
         node.access.lock.remove()
         node.root.rmdir()
 

@@ -17,12 +17,13 @@ from hitless.carry import is_global
 from hitless.errors import BusyError, HitlessError, NodeError, VerifyError
 from hitless.kernel.bpffs import require_bpffs
 from hitless.kernel.libbpf import PASSING
-from hitless.kernel.links import Link, LinkInfo
+from hitless.kernel.links import LinkInfo
 from hitless.kernel.maps import Map
 from hitless.kernel.processes import who
 from hitless.kernel.programs import Program
 from hitless.layout.diff import diff_map
 from hitless.layout.model import MapSpec
+from hitless.upgrade.attached import open_attached
 from hitless.upgrade.drift import (
     expected_program,
     hook_problem,
@@ -313,7 +314,7 @@ def _check_links(node: Node, record: Record, programs: dict[str, int]) -> Check:
         link: LinkInfo | None = None
         if path.exists():
             try:
-                with Link.open(path) as opened:
+                with open_attached(node.links, hook.link) as opened:
                     link = links[hook.link] = opened.info
             except HitlessError as error:
                 _must_tell(error)
@@ -322,7 +323,7 @@ def _check_links(node: Node, record: Record, programs: dict[str, int]) -> Check:
         problem = hook_problem(hook, link, expected_program(hook, record, programs), node.links)
         if problem is not None:
             problems.append(problem)
-        elif target_id(hook) is None and not hook.matched:
+        elif target_id(hook, node.links) is None and not hook.matched:
             untold.append(f"link {hook.link} may be on {hook.target} or not: that cannot be looked at from here")
     problems += unhooked(record, links)
     known = {hook.link for hook in record.hooks}
