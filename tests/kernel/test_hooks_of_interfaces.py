@@ -1,0 +1,237 @@
+"""tc filters and XDP by netlink: replaced under traffic, each packet counted once; and what can be in their way."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hitless.errors import GoneError, KernelError, NodeError
+from hitless.kernel.filters import Direction, Filter, filters
+from hitless.kernel.interfaces import interfaces
+from hitless.kernel.namespaces import Namespace
+from hitless.kernel.xdp import Mode, Xdp
+from meshd.demo.lab import Lab
+from tests.kernel.wires import Counter, Traffic, Wire, compile_counter, ip, wires
+
+FILTERS = 1000
+XDPS = 200
+
+
+@pytest.fixture(scope="module")
+def counter(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Counter]:
+    return compile_counter(tmp_path_factory.mktemp("counter"))
+
+
+@pytest.fixture
+def wire() -> Iterator[Wire]:
+    with wires() as made:
+        yield made[0]
+
+
+def tc(wire: Wire, *args: str) -> str:
+    command = ["nsenter", f"--net={wire.far.namespace.path}", "tc", *args]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def remove(wire: Wire) -> None:
+    ip("-n", Path(wire.far.namespace.path).name, "link", "del", wire.far.name)
+
+
+@pytest.mark.parametrize("direction", ["ingress", "egress"])
+def test_a_filter_is_replaced_without_a_gap(wire: Wire, counter: Callable[[], Counter], direction: Direction) -> None:
+    one, two = counter(), counter()
+    placed = Filter.attach(one.filter, wire.far if direction == "ingress" else wire.near, direction)
+    with Traffic(wire) as traffic:
+        for old, new in itertools.islice(itertools.cycle([(one, two), (two, one)]), FILTERS):
+            placed.update(new.filter, old.filter)
+    assert one.packets + two.packets == traffic.sent == traffic.received
+    assert min(one.packets, two.packets) > FILTERS / 10
+
+
+@pytest.mark.parametrize("mode", ["native", "generic"])
+def test_xdp_is_replaced_without_a_gap(wire: Wire, counter: Callable[[], Counter], mode: Mode) -> None:
+    one, two = counter(), counter()
+    placed = Xdp.attach(one.xdp, wire.far, mode)
+    with Traffic(wire) as traffic:
+        for old, new in itertools.islice(itertools.cycle([(one, two), (two, one)]), XDPS):
+            placed.update(new.xdp, old.xdp)
+    assert one.packets + two.packets == traffic.sent == traffic.received
+    assert min(one.packets, two.packets) > XDPS
+
+
+def test_a_filter_is_found_where_it_was_attached_and_gone_when_detached(
+    wire: Wire, counter: Callable[[], Counter]
+) -> None:
+    one, two = counter(), counter()
+    chosen = Filter.attach(one.filter, wire.far, "egress")
+    given = Filter.attach(two.filter, wire.far, "egress", priority=7, handle=3)
+    assert (given.priority, given.handle) == (7, 3)
+    assert [info.program_id for info in filters(wire.far, "egress")] == [two.filter.info.id, one.filter.info.id]
+    assert [given.info, chosen.info] == list(filters(wire.far, "egress"))
+    assert chosen.info.target_id == wire.far.index
+    assert filters(wire.far, "ingress") == ()
+    chosen.detach(one.filter)
+    assert chosen.info.is_dead
+    assert filters(wire.far, "egress") == (given.info,)
+
+
+def test_clsact_stays_when_the_last_filter_goes(wire: Wire, counter: Callable[[], Counter]) -> None:
+    one = counter()
+    Filter.attach(one.filter, wire.far, "ingress").detach(one.filter)
+    assert "clsact" in tc(wire, "qdisc", "show", "dev", wire.far.name)
+
+
+def test_a_filter_of_another_program_is_neither_replaced_nor_removed(
+    wire: Wire, counter: Callable[[], Counter]
+) -> None:
+    one, two, foreign = counter(), counter(), counter()
+    placed = Filter.attach(foreign.filter, wire.far, "ingress")
+    differs = f"runs program {foreign.filter.info.id}, not {one.filter.info.id} as expected"
+    with pytest.raises(NodeError, match=differs):
+        placed.update(two.filter, one.filter)
+    with pytest.raises(NodeError, match=differs):
+        placed.detach(one.filter)
+    with pytest.raises(NodeError, match=f"is there already and runs program {foreign.filter.info.id}"):
+        Filter.attach(one.filter, wire.far, "ingress", placed.priority, placed.handle)
+    assert placed.info.program_id == foreign.filter.info.id
+
+
+def test_a_filter_that_somebody_removed_is_not_made_anew(wire: Wire, counter: Callable[[], Counter]) -> None:
+    one, two = counter(), counter()
+    placed = Filter.attach(one.filter, wire.far, "ingress")
+    tc(wire, "qdisc", "del", "dev", wire.far.name, "clsact")
+    assert placed.info.is_dead
+    with pytest.raises(GoneError, match="somebody removed it"):
+        placed.update(two.filter, one.filter)
+
+
+def test_a_filter_of_another_kind_or_protocol_is_left_alone(
+    wire: Wire, counter: Callable[[], Counter], lab: Lab
+) -> None:
+    one, two = counter(), counter()
+    pinned = lab.bpffs / "filter"
+    one.filter.pin(pinned)
+    Filter.attach(two.filter, wire.far, "ingress", priority=1)
+    at = ["filter", "add", "dev", wire.far.name, "ingress"]
+    tc(wire, *at, "pref", "2", "matchall", "action", "pass")
+    tc(wire, *at, "pref", "3", "protocol", "ip", "bpf", "direct-action", "object-pinned", str(pinned))
+    tc(wire, *at, "pref", "4", "protocol", "all", "bpf", "object-pinned", str(pinned))
+    tc(wire, *at, "pref", "5", "protocol", "all", "bpf", "direct-action", "object-pinned", str(pinned))
+    found = filters(wire.far, "ingress")
+    assert [(info.priority, info.is_plain) for info in found] == [(1, True), (3, False), (4, False), (5, True)]
+    for info in found[1:3]:
+        with pytest.raises(NodeError, match="not in direct-action mode for all protocols"):
+            Filter(wire.far, "ingress", info.priority, info.handle).update(two.filter, one.filter)
+    Filter(wire.far, "ingress", found[3].priority, found[3].handle).update(two.filter, one.filter)
+
+
+def test_a_filter_for_egress_is_not_put_where_it_would_see_what_comes_in(
+    wire: Wire, counter: Callable[[], Counter]
+) -> None:
+    tc(wire, "qdisc", "add", "dev", wire.far.name, "ingress")
+    with pytest.raises(NodeError, match="queueing discipline ingress in the place of clsact, which has no egress"):
+        Filter.attach(counter().filter, wire.far, "egress")
+    assert filters(wire.far, "ingress") == ()
+
+
+@pytest.mark.parametrize("mode", ["native", "generic"])
+def test_xdp_is_found_where_it_was_attached_and_gone_when_detached(
+    wire: Wire, counter: Callable[[], Counter], mode: Mode
+) -> None:
+    one = counter()
+    assert Xdp.find(wire.far) is None
+    placed = Xdp.attach(one.xdp, wire.far, mode)
+    assert Xdp.find(wire.far) == placed
+    assert (placed.info.program_id, placed.info.target_id) == (one.xdp.info.id, wire.far.index)
+    placed.detach(one.xdp)
+    assert placed.info.is_dead
+    assert Xdp.find(wire.far) is None
+
+
+def test_xdp_of_another_program_is_neither_replaced_nor_removed(wire: Wire, counter: Callable[[], Counter]) -> None:
+    one, two, foreign = counter(), counter(), counter()
+    placed = Xdp.attach(foreign.xdp, wire.far, "native")
+    differs = f"runs program {foreign.xdp.info.id}, not {one.xdp.info.id} as expected"
+    with pytest.raises(NodeError, match=differs):
+        placed.update(two.xdp, one.xdp)
+    with pytest.raises(NodeError, match=differs):
+        placed.detach(one.xdp)
+    modes: tuple[Mode, ...] = ("native", "generic")
+    for mode in modes:
+        with pytest.raises(NodeError, match=f"native XDP on .* runs program {foreign.xdp.info.id}"):
+            Xdp.attach(one.xdp, wire.far, mode)
+    assert placed.info.program_id == foreign.xdp.info.id
+
+
+def test_xdp_that_somebody_detached_is_not_attached_anew(wire: Wire, counter: Callable[[], Counter]) -> None:
+    one, two = counter(), counter()
+    placed = Xdp.attach(one.xdp, wire.far, "native")
+    ip("-n", Path(wire.far.namespace.path).name, "link", "set", wire.far.name, "xdp", "off")
+    with pytest.raises(GoneError, match="nothing runs there any more"):
+        placed.update(two.xdp, one.xdp)
+
+
+def test_an_interface_without_native_xdp_says_so(wire: Wire, counter: Callable[[], Counter]) -> None:
+    ip("-n", Path(wire.far.namespace.path).name, "link", "add", "dummy0", "type", "dummy")
+    (dummy,) = interfaces("dummy0", wire.far.namespace)
+    with pytest.raises(KernelError) as caught:
+        Xdp.attach(counter().xdp, dummy, "native")
+    assert caught.value.facts["errno"] == errno.EOPNOTSUPP
+
+
+def test_an_interface_that_vanished_is_named(wire: Wire, counter: Callable[[], Counter]) -> None:
+    one, two = counter(), counter()
+    filter_ = Filter.attach(one.filter, wire.far, "ingress")
+    xdp = Xdp.attach(one.xdp, wire.far, "native")
+    remove(wire)
+    attempts: list[Callable[[], object]] = [
+        lambda: filter_.update(two.filter, one.filter),
+        lambda: filter_.detach(one.filter),
+        lambda: Filter.attach(one.filter, wire.far, "ingress"),
+        lambda: xdp.update(two.xdp, one.xdp),
+        lambda: xdp.detach(one.xdp),
+        lambda: Xdp.attach(one.xdp, wire.far, "native"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(
+            GoneError, match=f"interface w0 of network namespace {wire.far.namespace.path} .* not there"
+        ):
+            attempt()
+    assert (filter_.info.target_id, xdp.info.target_id) == (0, 0)
+
+
+def test_a_namespace_that_is_gone_is_named(wire: Wire, counter: Callable[[], Counter]) -> None:
+    one, two = counter(), counter()
+    filter_ = Filter.attach(one.filter, wire.far, "ingress")
+    xdp = Xdp.attach(one.xdp, wire.far, "native")
+    ip("netns", "del", Path(wire.far.namespace.path).name)
+    with pytest.raises(GoneError, match=f"network namespace {wire.far.namespace.path} is not there"):
+        filter_.update(two.filter, one.filter)
+    with pytest.raises(GoneError, match=f"network namespace {wire.far.namespace.path} is not there"):
+        xdp.update(two.xdp, one.xdp)
+    assert filter_.info.is_dead
+    assert xdp.info.is_dead
+
+
+def test_a_namespace_that_took_the_place_of_another_is_not_taken_for_it(
+    wire: Wire, counter: Callable[[], Counter]
+) -> None:
+    one, two = counter(), counter()
+    placed = Filter.attach(one.filter, wire.near, "ingress")
+    name = Path(wire.near.namespace.path).name
+    before = Namespace.at(wire.near.namespace.path)
+    ip("netns", "add", f"{name}-b")
+    ip("netns", "del", name)
+    Path(f"/run/netns/{name}").symlink_to(f"{name}-b")
+    try:
+        assert Namespace.at(before.path) != before
+        with pytest.raises(GoneError, match="another file or namespace took its place"):
+            placed.update(two.filter, one.filter)
+    finally:
+        Path(f"/run/netns/{name}").unlink()
+        ip("netns", "del", f"{name}-b")
