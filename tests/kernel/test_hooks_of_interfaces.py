@@ -6,6 +6,7 @@ import errno
 import itertools
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,7 @@ def test_a_filter_of_another_kind_or_protocol_is_left_alone(
     one.filter.pin(pinned)
     Filter.attach(two.filter, wire.far, "ingress", priority=1)
     at = ["filter", "add", "dev", wire.far.name, "ingress"]
-    tc(wire, *at, "pref", "2", "matchall", "action", "pass")
+    tc(wire, *at, "pref", "2", "protocol", "ip", "u32", "match", "u32", "0", "0")
     tc(wire, *at, "pref", "3", "protocol", "ip", "bpf", "direct-action", "object-pinned", str(pinned))
     tc(wire, *at, "pref", "4", "protocol", "all", "bpf", "object-pinned", str(pinned))
     tc(wire, *at, "pref", "5", "protocol", "all", "bpf", "direct-action", "object-pinned", str(pinned))
@@ -177,10 +178,9 @@ def test_xdp_that_somebody_detached_is_not_attached_anew(wire: Wire, counter: Ca
 
 
 def test_an_interface_without_native_xdp_says_so(wire: Wire, counter: Callable[[], Counter]) -> None:
-    ip("-n", Path(wire.far.namespace.path).name, "link", "add", "dummy0", "type", "dummy")
-    (dummy,) = interfaces("dummy0", wire.far.namespace)
+    (loopback,) = interfaces("lo", wire.far.namespace)
     with pytest.raises(KernelError) as caught:
-        Xdp.attach(counter().xdp, dummy, "native")
+        Xdp.attach(counter().xdp, loopback, "native")
     assert caught.value.facts["errno"] == errno.EOPNOTSUPP
 
 
@@ -216,6 +216,19 @@ def test_a_namespace_that_is_gone_is_named(wire: Wire, counter: Callable[[], Cou
         xdp.update(two.xdp, one.xdp)
     assert filter_.info.is_dead
     assert xdp.info.is_dead
+
+
+def test_many_threads_replace_filters_in_many_places_at_once(counter: Callable[[], Counter]) -> None:
+    one, two = counter(), counter()
+    with wires(8) as made, ThreadPoolExecutor(8) as pool:
+        ends = [end for wire in made for end in (wire.near, wire.far)]
+        placed = list(pool.map(lambda end: Filter.attach(one.filter, end, "ingress"), ends))
+        for old, new in [(one, two), (two, one)] * 5:
+            list(pool.map(lambda place, new=new, old=old: place.update(new.filter, old.filter), placed))
+        assert {place.info.program_id for place in placed} == {one.filter.info.id}
+        with pytest.raises(NodeError) as caught:
+            list(pool.map(lambda place: place.update(one.filter, two.filter), placed))
+    assert caught.value.facts["expected"] == two.filter.info.id
 
 
 def test_a_namespace_that_took_the_place_of_another_is_not_taken_for_it(

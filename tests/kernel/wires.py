@@ -32,13 +32,13 @@ static void count(unsigned char *at, unsigned char *end)
     if (found && at + 42 <= end && at[12] == 8 && at[13] == 0 && at[23] == 17 && at[36] == 27 && at[37] == 95)
         __sync_fetch_and_add(found, 1);
 }
-SEC("tc") int filter(struct __sk_buff *ctx)
+SEC("tc") int count_filter(struct __sk_buff *ctx)
 {
     bpf_skb_pull_data(ctx, 42);
     count((void *)(long)ctx->data, (void *)(long)ctx->data_end);
     return -1;
 }
-SEC("xdp") int xdp(struct xdp_md *ctx)
+SEC("xdp") int count_xdp(struct xdp_md *ctx)
 {
     count((void *)(long)ctx->data, (void *)(long)ctx->data_end);
     return XDP_PASS;
@@ -52,8 +52,8 @@ class Counter:
 
     def __init__(self, data: bytes) -> None:
         loaded = load_object(data, "counter", {}, {})
-        self.filter: Program = loaded.programs["filter"]
-        self.xdp: Program = loaded.programs["xdp"]
+        self.filter: Program = loaded.programs["count_filter"]
+        self.xdp: Program = loaded.programs["count_xdp"]
         self._map: Map = loaded.maps["packets"]
 
     @property

@@ -60,7 +60,8 @@ def entered(namespace: Namespace) -> Iterator[None]:
     Raises GoneError if the namespace is not there any more, NodeError if it may not be entered.
     """
     wanted = namespace.device, namespace.inode
-    if _identity(_HERE.stat()) == wanted:
+    before = _identity(_HERE.stat())
+    if before == wanted:
         yield
         return
     try:
@@ -79,7 +80,8 @@ def entered(namespace: Namespace) -> Iterator[None]:
                     raise _trouble(namespace.path, OSError(ffi.errno, os.strerror(ffi.errno)))
                 yield
             finally:
-                check(libc().setns(home, _CLONE_NEWNET), "setns", "the network namespace that this thread came from")
+                if _identity(_HERE.stat()) != before:
+                    check(libc().setns(home, _CLONE_NEWNET), "setns", "the network namespace this thread came from")
         finally:
             os.close(home)
     finally:
