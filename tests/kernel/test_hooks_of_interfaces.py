@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import itertools
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -15,7 +18,7 @@ from hitless.errors import GoneError, KernelError, NodeError
 from hitless.kernel.filters import Direction, Filter, filters
 from hitless.kernel.interfaces import interfaces
 from hitless.kernel.namespaces import Namespace
-from hitless.kernel.xdp import Mode, Xdp
+from hitless.kernel.xdp import Mode, Xdp, quick
 from meshd.demo.lab import Lab
 from tests.kernel.wires import Counter, Traffic, Wire, compile_counter, ip, wires
 
@@ -63,6 +66,31 @@ def test_xdp_is_replaced_without_a_gap(wire: Wire, counter: Callable[[], Counter
             placed.update(new.xdp, old.xdp)
     assert one.packets + two.packets == traffic.sent == traffic.received
     assert min(one.packets, two.packets) > XDPS
+
+
+def seconds(placed: Xdp, one: Counter, two: Counter) -> list[float]:
+    took = []
+    for old, new in [(one, two), (two, one)] * 10:
+        began = time.monotonic()
+        placed.update(new.xdp, old.xdp)
+        took.append(time.monotonic() - began)
+    return took
+
+
+@pytest.mark.parametrize("mode", ["native", "generic"])
+def test_xdp_is_replaced_without_waiting_where_both_programs_run_elsewhere(
+    wire: Wire, counter: Callable[[], Counter], mode: Mode
+) -> None:
+    one, two = counter(), counter()
+    placed = Xdp.attach(one.xdp, wire.far, mode)
+    here, descriptors = Path("/proc/self/ns/net").stat().st_ino, len(list(Path("/proc/self/fd").iterdir()))
+    waiting = seconds(placed, one, two)
+    with Traffic(wire) as traffic, quick([one.xdp, two.xdp]):
+        at_once = seconds(placed, one, two)
+    assert median(at_once) * 5 < median(waiting)
+    assert one.packets + two.packets == traffic.sent == traffic.received
+    assert Path("/proc/self/ns/net").stat().st_ino == here
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
 
 
 def test_a_filter_is_found_where_it_was_attached_and_gone_when_detached(
@@ -216,6 +244,44 @@ def test_a_namespace_that_is_gone_is_named(wire: Wire, counter: Callable[[], Cou
         xdp.update(two.xdp, one.xdp)
     assert filter_.info.is_dead
     assert xdp.info.is_dead
+
+
+@pytest.mark.parametrize("names", [["SYS_ADMIN"], ["SYS_ADMIN", "NET_ADMIN"]], ids=["without", "with"])
+def test_changing_filters_and_xdp_takes_the_capability_that_the_document_names(
+    wire: Wire, counter: Callable[[], Counter], lab: Lab, names: list[str]
+) -> None:
+    one, two = counter(), counter()
+    filter_ = Filter.attach(one.filter, wire.far, "ingress")
+    xdp = Xdp.attach(one.xdp, wire.far, "native")
+    pins = [lab.bpffs / name for name in ("filter1", "filter2", "xdp1", "xdp2")]
+    for program, pin in zip((one.filter, two.filter, one.xdp, two.xdp), pins, strict=True):
+        program.pin(pin)
+    code = f"""if True:
+        from pathlib import Path
+        from hitless.errors import KernelError
+        from hitless.kernel.filters import Filter
+        from hitless.kernel.interfaces import interfaces
+        from hitless.kernel.namespaces import Namespace
+        from hitless.kernel.programs import Program
+        from hitless.kernel.xdp import Xdp
+        filter1, filter2, xdp1, xdp2 = (Program.open(Path(pin)) for pin in {[str(pin) for pin in pins]})
+        (far,) = interfaces("w0", Namespace.at({wire.far.namespace.path!r}))
+        for place, new, old in (
+            (Filter(far, "ingress", {filter_.priority}, {filter_.handle}), filter2, filter1),
+            (Xdp(far, "native"), xdp2, xdp1),
+        ):
+            try:
+                place.update(new, old)
+                print("updated")
+            except KernelError as error:
+                print("CAP_NET_ADMIN" in error.message, error.facts["errno_name"])
+    """
+    kept = ",".join(f"+{name.lower()}" for name in names)
+    command = ["setpriv", "--bounding-set", f"-all,{kept}", "--inh-caps", "-all", sys.executable, "-c", code]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told == (["updated"] * 2 if "NET_ADMIN" in names else ["True EPERM"] * 2)
+    runs = two if "NET_ADMIN" in names else one
+    assert (filter_.info.program_id, xdp.info.program_id) == (runs.filter.info.id, runs.xdp.info.id)
 
 
 def test_many_threads_replace_filters_in_many_places_at_once(counter: Callable[[], Counter]) -> None:

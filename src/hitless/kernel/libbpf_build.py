@@ -26,6 +26,7 @@ ffi.cdef(
     int capset(struct cap_header *header, const struct cap_data *data);
     int prctl(int option, ...);
     int setns(int fd, int nstype);
+    int unshare(int flags);
     int vsnprintf(char *str, size_t size, const char *format, void *args);
 
     /* bpf.h */

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -34,7 +35,10 @@ def request(call: str, what: object, *arguments: object) -> None:
         check(result, call, what)
     except KernelError as error:
         said = "; ".join(line.partition(_WORDS)[2] for text in heard for line in text.splitlines() if _WORDS in line)
-        raise KernelError(f"{error.message}: {said}" if said else error.message, **error.facts, said=said) from None
+        what = f"{error.message}: {said}" if said else error.message
+        if error.facts["errno"] == errno.EPERM:
+            what += "; netlink wants CAP_NET_ADMIN in the user namespace that owns the network namespace"
+        raise KernelError(what, **error.facts, said=said) from None
 
 
 def ask(kind: int, message: bytes, call: str, what: object) -> bytes:
