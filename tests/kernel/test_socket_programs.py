@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.dispatcher import Dispatcher, attached_program
 from hitless.kernel.maps import ANY, Map
 from hitless.kernel.names import attach_number
+from hitless.kernel.namespaces import Namespace
 from hitless.kernel.programs import Program
 from hitless.kernel.socket_programs import give, hand_over, programs_of_sockets
 from hitless.kernel.sockets import Adder, Sockets, create_base, list_sockets
@@ -52,7 +52,7 @@ def test_sockets_that_had_a_verdict_of_the_old_way_are_handed_over_and_no_messag
         traffic.say("run 0")
         dispatcher = adopt(bench, hook, "echo")
         with Program.by_id(dispatcher.program_id) as program:
-            done = hand_over(bench.peers, hook, program, [lab.netns])
+            done = hand_over(bench.peers, hook, program, [Namespace.at(str(lab.netns))])
         assert (done.given, done.left) == (2 * CONNECTIONS, {})
         assert counted(bench.peers, hook) == Counter({dispatcher.program_id: 2 * CONNECTIONS})
         sent = traffic.say("stop")
@@ -73,7 +73,7 @@ def test_sockets_are_handed_over_again_and_again(lab: Lab) -> None:
         traffic.say("connect 100")
         traffic.say("run 0")
         for number in range(30):
-            assert hand_over(bench.peers, hook, programs[1 - number % 2], [lab.netns]).given == 200
+            assert hand_over(bench.peers, hook, programs[1 - number % 2], [Namespace.at(str(lab.netns))]).given == 200
         sent = traffic.say("stop")
         assert sum(size for _, size in bench.tallies()) == 2 * 16 * sent
 
@@ -91,7 +91,7 @@ def test_a_kill_of_whoever_hands_over_leaves_every_socket_with_a_verdict(lab: La
             if not pid:
                 while True:
                     for program in programs:
-                        hand_over(bench.peers, hook, program, [lab.netns])
+                        hand_over(bench.peers, hook, program, [Namespace.at(str(lab.netns))])
             time.sleep(0.02 + 0.007 * number)
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -106,7 +106,7 @@ def test_sockets_of_other_network_namespaces_are_left_and_counted(lab: Lab) -> N
     attach_the_old_way(bench.releases[0].programs["echo"], bench.peers, hook)
     with clients(lab, answers=False) as traffic:
         traffic.say("connect 10")
-        done = hand_over(bench.peers, hook, bench.releases[1].programs["echo"], [Path("/proc/self/ns/net")])
+        done = hand_over(bench.peers, hook, bench.releases[1].programs["echo"], [Namespace.at("")])
         assert (done.given, done.left) == (0, {"no TCP socket of these network namespaces": 20})
         traffic.say("rounds 1")
         assert bench.tallies()[1] == (0, 0)
@@ -123,7 +123,7 @@ def test_sockets_that_had_an_sk_msg_program_keep_it_and_are_counted(lab: Lab) ->
         old = bench.releases[0].programs["to_peer"].info.id
         assert counted(bench.peers, hook) == Counter({old: 20, dispatcher.program_id: 10})
         with Program.by_id(dispatcher.program_id) as program, pytest.raises(UnsupportedError, match="until they close"):
-            hand_over(bench.peers, hook, program, [lab.netns])
+            hand_over(bench.peers, hook, program, [Namespace.at(str(lab.netns))])
         traffic.say("rounds 1")
         assert [calls for calls, _ in bench.tallies()] == [20, 10]
 
@@ -136,7 +136,7 @@ def test_sockets_with_a_stream_parser_are_not_handed_over(lab: Lab) -> None:
     with clients(lab, answers=False) as traffic:
         traffic.say("connect 10")
         with pytest.raises(UnsupportedError, match="20 sockets of map peers have a stream parser"):
-            hand_over(bench.peers, "sk_skb_stream_verdict", programs["echo"], [lab.netns])
+            hand_over(bench.peers, "sk_skb_stream_verdict", programs["echo"], [Namespace.at(str(lab.netns))])
 
 
 @pytest.mark.parametrize(("hook", "name"), HOOKS)

@@ -61,9 +61,10 @@ def interfaces(pattern: str, namespace: Namespace) -> tuple[Interface, ...]:
             return tuple(Interface(name, index, namespace) for index, name in matching)
         try:
             return (Interface(pattern, socket.if_nametoindex(pattern), namespace),)
-        except OSError as error:
+        except OSError:  # it says nothing more
             raise NodeError(
-                f"interface {pattern} of {namespace}: {error.strerror}; see `ip link` there, and correct the target",
+                f"interface {pattern} of {namespace} is not there; see `ip link` for those that are, and correct the "
+                "target",
                 interface=pattern,
                 namespace=namespace.path,
             ) from None

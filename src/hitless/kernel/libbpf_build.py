@@ -26,6 +26,7 @@ ffi.cdef(
     int capget(struct cap_header *header, struct cap_data *data);
     int capset(struct cap_header *header, const struct cap_data *data);
     int prctl(int option, ...);
+    int unshare(int flags);
     int vsnprintf(char *str, size_t size, const char *format, void *args);
 
     /* bpf.h */
@@ -116,6 +117,13 @@ ffi.cdef(
     const char *libbpf_bpf_prog_type_str(int type);
     const char *libbpf_bpf_attach_type_str(int type);
     const char *libbpf_bpf_link_type_str(int type);
+    struct bpf_xdp_attach_opts { size_t sz; int old_prog_fd; };
+    int bpf_xdp_attach(int ifindex, int prog_fd, __u32 flags, const struct bpf_xdp_attach_opts *opts);
+    struct bpf_tc_hook { size_t sz; int ifindex; int attach_point; __u32 parent; };
+    struct bpf_tc_opts { size_t sz; int prog_fd; __u32 flags; __u32 prog_id; __u32 handle; __u32 priority; };
+    int bpf_tc_hook_create(struct bpf_tc_hook *hook);
+    int bpf_tc_attach(const struct bpf_tc_hook *hook, struct bpf_tc_opts *opts);
+    int bpf_tc_detach(const struct bpf_tc_hook *hook, const struct bpf_tc_opts *opts);
     struct bpf_object;
     struct bpf_map;
     struct bpf_program;

@@ -60,7 +60,8 @@ def entered(namespace: Namespace) -> Iterator[None]:
     Raises GoneError if the namespace is not there any more, NodeError if it may not be entered.
     """
     wanted = namespace.device, namespace.inode
-    if _identity(_HERE.stat()) == wanted:
+    before = _identity(_HERE.stat())
+    if before == wanted:
         yield
         return
     try:
@@ -79,7 +80,8 @@ def entered(namespace: Namespace) -> Iterator[None]:
                     raise _trouble(namespace.path, OSError(ffi.errno, os.strerror(ffi.errno)))
                 yield
             finally:
-                check(libc().setns(home, _CLONE_NEWNET), "setns", "the network namespace that this thread came from")
+                if _identity(_HERE.stat()) != before:
+                    check(libc().setns(home, _CLONE_NEWNET), "setns", "the network namespace this thread came from")
         finally:
             os.close(home)
     finally:
@@ -138,8 +140,10 @@ def _identity(found: os.stat_result) -> tuple[int, int]:
 def _trouble(path: str, error: OSError) -> NodeError:
     if isinstance(error, FileNotFoundError | ProcessLookupError):
         return GoneError(f"network namespace {path} is not there; see `ip netns` and `lsns -t net`", namespace=path)
-    return NodeError(
-        f"network namespace {path} may not be entered: {error.strerror}; run as root with CAP_SYS_ADMIN in the user "
-        "namespace that owns it, or leave it out of the manifest",
-        namespace=path,
-    )
+    if isinstance(error, PermissionError):
+        return NodeError(
+            f"network namespace {path} may not be entered: {error.strerror}; run as root with CAP_SYS_ADMIN in the "
+            "user namespace that owns it, or leave it out of the manifest",
+            namespace=path,
+        )
+    return NodeError(f"network namespace {path} cannot be opened: {error.strerror}", namespace=path)

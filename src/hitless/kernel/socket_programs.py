@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -52,9 +51,10 @@ from hitless.kernel.codegen import (
     Assembler,
 )  # fmt: skip
 from hitless.kernel.iterators import Iterator as Pass
-from hitless.kernel.libbpf import check, libc, system_call
+from hitless.kernel.libbpf import system_call
 from hitless.kernel.links import Link
 from hitless.kernel.maps import ANY, Map, create
+from hitless.kernel.namespaces import Namespace, entered
 from hitless.kernel.programs import Program
 from hitless.kernel.sockets import Adder, Sockets, create_base, list_sockets
 from hitless.layout.btf import Btf
@@ -66,7 +66,6 @@ _COOKIE, _READ_KERNEL = 46, 113  # bpf_get_socket_cookie, bpf_probe_read_kernel
 _HASH, _SOCKMAP = 1, 15  # BPF_MAP_TYPE_HASH, BPF_MAP_TYPE_SOCKMAP
 _SOCKET_OF_MAP = 24  # in struct bpf_iter__sockmap, behind the pointers to meta, map and key
 _SOCKET_OF_TCP = 8  # in struct bpf_iter__tcp, behind the pointer to meta
-_CLONE_NEWNET = 0x40000000
 _UNTOUCHED = 1  # an outcome that no call has
 
 _PLACES = {
@@ -133,11 +132,11 @@ def give(held: Map, attach_type: str, program: Program) -> Given:
     return _told(outcome for outcome in outcomes if outcome != -errno.EBUSY)  # it came with one after the look
 
 
-def hand_over(held: Map, attach_type: str, program: Program, namespaces: Iterable[Path]) -> Given:
+def hand_over(held: Map, attach_type: str, program: Program, namespaces: Iterable[Namespace]) -> Given:
     """Let the sockets of ``held`` run ``program`` for ``attach_type`` instead of what they were added under.
 
     Each is changed under its own lock: data that comes meanwhile waits for the new program, and no socket leaves
-    ``held``. Only TCP sockets of the network ``namespaces`` (paths) can be locked; the others are left. Sockets that
+    ``held``. Only TCP sockets of the network ``namespaces`` can be locked; the others are left. Sockets that
     are added meanwhile get what is attached to ``held``, so attach ``program`` there first. It may be repeated. Raises
     UnsupportedError for attach types whose programs the kernel does not let go of, and where a stream parser may hold
     half a message; KernelError.
@@ -164,7 +163,7 @@ def hand_over(held: Map, attach_type: str, program: Program, namespaces: Iterabl
         with _attached(taker, program, attach_type), _attached(giver, program, attach_type):
             exchanger = Pass.load("tcp", _exchange_code(wanted, taker, giver), "exchange")
             for namespace in namespaces:
-                with _inside(namespace):
+                with entered(namespace):
                     exchanger.open(held)
                 while exchanger.read(1 << 15):
                     pass
@@ -238,22 +237,6 @@ def _add(held: Map, sockets: Sockets, target: Map) -> list[int | None]:
         outcomes = adder.add(keys, list(sockets.values()), numbers, [ANY] * len(sockets))
         adder.close()
     return outcomes
-
-
-@contextmanager
-def _inside(namespace: Path) -> Iterator[None]:
-    """This thread in another network namespace."""
-    with system_call("opening", namespace):
-        back, there = (os.open(path, os.O_RDONLY) for path in ("/proc/thread-self/ns/net", namespace))
-    try:
-        check(libc().setns(there, _CLONE_NEWNET), "setns", namespace)
-        try:
-            yield
-        finally:
-            check(libc().setns(back, _CLONE_NEWNET), "setns", "the network namespace of before")
-    finally:
-        os.close(back)
-        os.close(there)
 
 
 def _follow(asm: Assembler, offset: int, size: int) -> None:

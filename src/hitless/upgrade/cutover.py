@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hitless.errors import GoneError, KernelError
 from hitless.kernel.programs import Program
+from hitless.kernel.xdp import quick
 from hitless.upgrade.attached import Attached, attach, open_attached, pin_of, remove
 from hitless.upgrade.model import HookPlan
 
@@ -18,9 +19,8 @@ __all__ = ["detach_hooks", "switch_back", "switch_hooks"]
 
 
 def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path, maps: Path) -> float:
-    """Attach new hooks and update live ones to ``programs``, in the plan's order, but XDP first.
+    """Attach new hooks and update live ones to ``programs``, in the plan's order.
 
-    Each change of XDP waits some milliseconds for packets on their way; the others follow within microseconds.
     ``links`` is the directory of link pins, ``maps`` that of the release's maps. A hook that runs its new program
     already is left alone, so this may be repeated after a kill; one that a pattern led to and whose target is gone,
     too. Returns the microseconds from before the first change to after the last. Raises NodeError if a hook runs
@@ -29,7 +29,8 @@ def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], lin
     with ExitStack() as held:
         # Everything that can be opened is opened before the first hook changes, so that the gap holds nothing else.
         changes: list[tuple[HookPlan, Callable[[], None]]] = []
-        for hook in sorted(hooks, key=lambda hook: hook.hook != "xdp"):
+        xdp: dict[int, Program] = {}
+        for hook in hooks:
             if hook.action == "attach":
                 changes.append((hook, partial(_attach, hook, programs[hook.program], links, maps)))
             elif hook.action == "update" and hook.expected is not None:
@@ -38,6 +39,10 @@ def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], lin
                 if there.info.program_id != new.info.id:
                     old = held.enter_context(Program.by_id(hook.expected))
                     changes.append((hook, partial(there.update, new, old)))
+                    if hook.hook == "xdp":
+                        xdp |= {program.info.id: program for program in (old, new)}
+        if xdp:
+            held.enter_context(quick(list(xdp.values())))
         started = time.perf_counter()
         for hook, change in changes:
             with _may_go(hook):
