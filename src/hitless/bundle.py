@@ -8,14 +8,14 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
 
 from hitless.errors import BundleError, LayoutError, UnsupportedError
-from hitless.hooks import HOOKS
+from hitless.hooks import FAMILIES, HOOKS, POINTS, REFUSED, NetfilterPoint
 from hitless.layout.contradictions import check_rules, differences
 from hitless.layout.elf import Binding, read_btf, read_object
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec, Type
@@ -30,13 +30,18 @@ _NOT_YET = {
     "object.program": "program types and skipped programs",
 }
 _HOOKS_NOT_YET = ("tc-ingress", "tc-egress")
+_OF_ONE_MAP = ("bpf_map_elem", "bpf_sk_storage_map", "sockmap")  # iterators
+_PRIORITIES = range(-(1 << 31) + 1, (1 << 31) - 1)  # the first and the last are the kernel's own
 _SOCKET_MAPS = ("sockmap", "sockhash")
 _MODES = ("native", "generic")
 _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "": {"bundle": dict, "object": list, "attach": list, "map": dict},
     "bundle": {"name": str, "version": str},
     "object": {"file": str, "program": dict},
-    "attach": {"program": str, "hook": str, "target": str, "link": str, "was": str, "netns": str, "mode": str},
+    "attach": {
+        "program": str, "hook": str, "target": str, "link": str, "was": str, "netns": str, "mode": str,
+        "family": str, "point": str, "priority": int,
+    },
     "map": {
         "was": str, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str, "on_collision": str,
         "on_loss": str, "group": str, "programs": str, "infer": bool, "field": dict,
@@ -55,7 +60,8 @@ class Attach(msgspec.Struct, frozen=True):
     """One ``[[attach]]``: ``program`` runs on ``hook`` of ``target``, its link pinned as ``links/<link>``.
 
     ``target`` and ``netns``, the network namespace of an interface, may be patterns: then there are as many links as
-    things that match. ``mode`` is how XDP is to run, native or generic; None lets the kernel decide.
+    things that match. ``mode`` is how XDP is to run, native or generic; None lets the kernel decide. ``point`` is where
+    a netfilter program runs.
     """
 
     program: str
@@ -65,6 +71,20 @@ class Attach(msgspec.Struct, frozen=True):
     was: str | None = None
     netns: str | None = None
     mode: str | None = None
+    point: NetfilterPoint | None = None
+
+    def attach_type(self, program: ProgramSpec) -> str:
+        """What the kernel says of a link for ``program`` here, as in LinkInfo."""
+        if self.point is not None:
+            return f"netfilter {self.point}"
+        match self.hook:
+            case "iter" | "tracepoint":
+                return f"{self.hook} {self.target.rpartition('/')[2]}"
+            case "iter-cgroup":
+                return "iter cgroup"
+            case "raw_tracepoint" | "tp_btf":
+                return f"raw_tracepoint {self.target}"
+        return HOOKS[self.hook].attach_type(program)
 
     @property
     def is_pattern(self) -> bool:
@@ -462,6 +482,10 @@ class _Reader:
                 f"{self._where((*path, 'hook'))}: hook {hook} is not supported yet, only {', '.join(HOOKS)}",
                 feature=f"hook {hook}",
             )
+        if hook in REFUSED:
+            raise UnsupportedError(
+                f"{self._where((*path, 'hook'))}: hook {hook} is not supported: {REFUSED[hook]}", feature=f"hook {hook}"
+            )
         if hook not in HOOKS:
             self._fail((*path, "hook"), f"unknown hook {hook!r}; known: {', '.join((*HOOKS, *_HOOKS_NOT_YET))}")
         program = programs[entry["program"]]
@@ -482,6 +506,7 @@ class _Reader:
             self._fail((*path, "netns"), f"netns says where an interface is, and {hook} is on a {HOOKS[hook].on}")
         if "mode" in entry and (hook != "xdp" or entry["mode"] not in _MODES):
             self._fail((*path, "mode"), f"mode is {' or '.join(_MODES)}, and for xdp only, not {entry['mode']!r}")
+        self._check_section(entry, program, path)
         for key in ("link", "was"):
             if key in entry and not _PIN_NAME.fullmatch(entry[key]):
                 self._fail((*path, key), f"{entry[key]!r} cannot be a pin name: letters, digits, _ and - only")
@@ -493,7 +518,42 @@ class _Reader:
             was=entry.get("was"),
             netns=self._substitute(entry["netns"], (*path, "netns")) if "netns" in entry else None,
             mode=entry.get("mode"),
+            point=self._point(entry, path),
         )
+
+    def _check_section(self, entry: Any, program: ProgramSpec, path: tuple[str, ...]) -> None:
+        """What a program's section says of tracepoints and iterators is what it attaches to."""
+        hook, (_, _, own) = entry["hook"], program.section.partition("/")
+        if hook.startswith("iter") and own in _OF_ONE_MAP:
+            raise UnsupportedError(
+                f"{self._where(path)}: {program.name} iterates over {own}: iterators over one map are not supported",
+                feature=f"iter/{own}",
+            )
+        if hook == "iter-cgroup" or (hook == "iter" and own == "cgroup"):
+            if (hook, own) != ("iter-cgroup", "cgroup"):
+                self._fail((*path, "hook"), f"{hook} is not for {program.name} (section {program.section})")
+        elif HOOKS[hook].on == "kernel" and own not in ("", entry["target"]):
+            self._fail(
+                (*path, "target"), f"{program.name} is for {own} (section {program.section}), not for {entry['target']}"
+            )
+
+    def _point(self, entry: Any, path: tuple[str, ...]) -> NetfilterPoint | None:
+        if entry["hook"] != "netfilter":
+            for key in ("family", "point", "priority"):
+                if key in entry:
+                    self._fail((*path, key), f"{key} says where a netfilter program runs, not one of {entry['hook']}")
+            return None
+        known: dict[str, tuple[Container[object], str]] = {
+            "family": (FAMILIES, ", ".join(FAMILIES)),
+            "point": (POINTS, ", ".join(POINTS)),
+            "priority": (_PRIORITIES, f"{_PRIORITIES[0]} to {_PRIORITIES[-1]}"),
+        }
+        for key, (values, wanted) in known.items():
+            if key not in entry:
+                self._fail(path, f"netfilter needs {key}: {wanted}")
+            if entry[key] not in values:
+                self._fail((*path, key), f"{key} is {wanted}, not {entry[key]!r}")
+        return NetfilterPoint(*(entry[key] for key in known))
 
     def _substitute(self, text: str, path: tuple[str, ...]) -> str:
         if self._variables is None:

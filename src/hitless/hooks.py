@@ -11,20 +11,48 @@ import msgspec
 
 from hitless.layout.model import ProgramSpec
 
-__all__ = ["HOOKS", "HookKind"]
+__all__ = ["FAMILIES", "HOOKS", "POINTS", "REFUSED", "HookKind", "NetfilterPoint"]
+
+FAMILIES = {"ipv4": 2, "ipv6": 10}
+"""What netfilter programs may be for, with the kernel's number of it."""
+
+POINTS = ("prerouting", "input", "forward", "output", "postrouting")
+"""Where on its way netfilter shows a packet to programs; the index is the kernel's number of it."""
+
+
+class NetfilterPoint(msgspec.Struct, frozen=True):
+    """Where a netfilter program runs: its ``family`` and ``point``; of all there, those of lower ``priority`` first.
+
+    The kernel takes one program for each priority (EBUSY), and refuses the first and the last (EINVAL).
+    """
+
+    family: str
+    point: str
+    priority: int
+
+    def __str__(self) -> str:
+        return f"{self.family} {self.point} {self.priority}"
 
 
 class HookKind(msgspec.Struct, frozen=True):
     """A hook ``on`` some kind of target, for programs of type ``program`` (empty: any) with one of ``attach_types``.
 
     An attach type that ends in ``_`` stands for all that begin so. ``attaches`` is the attach type of the link if the
-    hook decides that and not the program, as for tcx, whose programs are all alike.
+    hook decides that and not the program, as for tcx, whose programs are all alike. ``slot`` says that the kernel
+    cannot exchange the program of such a link, or not for all who have it already: a dispatcher stays attached, and
+    the slot that it jumps to is written.
     """
 
-    on: Literal["cgroup", "interface", "map", "netns"]
+    on: Literal["cgroup", "interface", "kernel", "map", "netns"]
     program: str
     attach_types: tuple[str, ...]
     attaches: str = ""
+    slot: bool = False
+
+    @property
+    def method(self) -> str:
+        """How the program of a live hook is exchanged, in words."""
+        return "slot of its dispatcher" if self.slot else "link in place"
 
     def fits(self, program: ProgramSpec) -> bool:
         """Whether the program may be attached here."""
@@ -43,11 +71,34 @@ class HookKind(msgspec.Struct, frozen=True):
 HOOKS = {
     "cgroup": HookKind("cgroup", "", ("cgroup_",)),
     "flow_dissector": HookKind("netns", "flow_dissector", ("flow_dissector",)),
+    "iter": HookKind("kernel", "tracing", ("trace_iter",)),
+    "iter-cgroup": HookKind("cgroup", "tracing", ("trace_iter",)),
+    "netfilter": HookKind("netns", "netfilter", ("netfilter",), slot=True),
+    "raw_tracepoint": HookKind("kernel", "raw_tracepoint", ("",), slot=True),
     "sk_lookup": HookKind("netns", "sk_lookup", ("sk_lookup",)),
-    "sk_msg": HookKind("map", "sk_msg", ("sk_msg_verdict",)),
-    "sk_skb": HookKind("map", "sk_skb", ("sk_skb_stream_parser", "sk_skb_stream_verdict", "sk_skb_verdict")),
+    "sk_msg": HookKind("map", "sk_msg", ("sk_msg_verdict",), slot=True),
+    "sk_skb": HookKind("map", "sk_skb", ("sk_skb_stream_parser", "sk_skb_stream_verdict", "sk_skb_verdict"), slot=True),
     "tcx-egress": HookKind("interface", "sched_cls", ("", "tcx_egress"), "tcx_egress"),
     "tcx-ingress": HookKind("interface", "sched_cls", ("", "tcx_ingress"), "tcx_ingress"),
+    "tp_btf": HookKind("kernel", "tracing", ("trace_raw_tp",), slot=True),
+    "tracepoint": HookKind("kernel", "tracepoint", ("",), slot=True),
     "xdp": HookKind("interface", "xdp", ("xdp",)),
 }
 """By their names in a manifest."""
+
+REFUSED = {
+    **dict.fromkeys(
+        ("fentry", "fexit", "fmod_ret", "freplace", "lsm"),
+        "the kernels that hitless was tried on refuse to load its programs (BPF_PROG_LOAD: EPERM)",
+    ),
+    **dict.fromkeys(
+        ("kprobe", "kretprobe"), "the kernels that hitless was tried on were built without kprobes (CONFIG_KPROBES)"
+    ),
+    **dict.fromkeys(
+        ("uprobe", "uretprobe"),
+        "a dispatcher cannot jump to sleepable programs, and the kernel cannot update the link of a probe",
+    ),
+    "perf_event": "there would be an event and a link for every CPU, which this version does not make",
+    "struct_ops": "libbpf 1.1 makes no map from a section .struct_ops.link, which alone could be replaced in place",
+}
+"""Hooks that this version does not replace, by name, and why."""

@@ -195,13 +195,14 @@ def _changes(entry: MapPlan) -> str:
 
 def _show_hooks(hooks: Sequence[HookPlan]) -> None:
     matched = Counter((h.action, h.link.split("@")[0], h.program) for h in hooks if h.matched)
-    rows = [(*what, f"{count} that match") for what, count in matched.items() if count > _FEW_HOOKS]
+    methods = {(h.action, h.link.split("@")[0], h.program): h.method for h in hooks}
+    rows = [(*what, f"{count} that match", methods[what]) for what, count in matched.items() if count > _FEW_HOOKS]
     rows += [
-        (h.action, f"{h.was} -> {h.link}" if h.was else h.link, h.program, _where(h.target, h.netns))
+        (h.action, f"{h.was} -> {h.link}" if h.was else h.link, h.program, _where(h.target, h.netns), h.method)
         for h in hooks
         if not h.matched or matched[h.action, h.link.split("@")[0], h.program] <= _FEW_HOOKS
     ]
-    _table("hooks", ("action", "link", "program", "target"), rows)
+    _table("hooks", ("action", "link", "program", "target", "method"), rows)
 
 
 def _where(target: str, netns: str | None) -> str:

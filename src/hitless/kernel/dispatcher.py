@@ -1,4 +1,6 @@
-"""A dispatcher: the program that a sockmap or sockhash keeps for good, and that jumps to the one that is to run.
+"""A dispatcher: the program that a hook keeps for good, and that jumps to the one that is to run.
+
+Hooks whose links cannot be updated (netfilter, tracepoints) have one, and so have sockmaps and sockhashes.
 
 The kernel hands a socket the programs of a map when the socket is added, and never others after that: neither an
 update of the map's link nor adding the socket again reaches it. So what sockets are given is a program of ours, which
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -30,26 +33,43 @@ from hitless.kernel.maps import Map, create
 from hitless.kernel.names import attach_number, program_number
 from hitless.kernel.programs import Program, load_code
 
-__all__ = ["SOCKET_HOOKS", "Dispatcher", "attached_program"]
+__all__ = ["JUMPS", "SOCKET_HOOKS", "Dispatcher", "Jump", "attached_program", "jump_for"]
 
 _TAIL_CALL = 12  # bpf_tail_call
 _PROG_ARRAY = 3  # BPF_MAP_TYPE_PROG_ARRAY
 _SK_PASS = 1
+_NF_ACCEPT = 1
+_ON = "on_"  # a slot's name that begins so goes on with the number of its hook's target
 _FIRST = bytes(4)
 
 
-class _Hook(msgspec.Struct, frozen=True):
+class Jump(msgspec.Struct, frozen=True):
+    """What a dispatcher is loaded as: the type of its programs, and the attach type that they are loaded for if any.
+
+    ``passing`` is what lets pass what comes while the slot is empty; None is the whole of it, which is what a parser is
+    asked for. ``function`` is the kernel's number of the type that tracing programs are loaded for.
+    """
+
     program_type: str
-    passing: int | None  # what lets a message pass; None is the whole of it, which is what a parser is asked for
+    passing: int | None
+    loaded_for: str = ""
+    function: int = 0
 
 
 SOCKET_HOOKS = {
-    "sk_msg_verdict": _Hook("sk_msg", _SK_PASS),
-    "sk_skb_stream_parser": _Hook("sk_skb", None),
-    "sk_skb_stream_verdict": _Hook("sk_skb", _SK_PASS),
-    "sk_skb_verdict": _Hook("sk_skb", _SK_PASS),
+    "sk_msg_verdict": Jump("sk_msg", _SK_PASS),
+    "sk_skb_stream_parser": Jump("sk_skb", None),
+    "sk_skb_stream_verdict": Jump("sk_skb", _SK_PASS),
+    "sk_skb_verdict": Jump("sk_skb", _SK_PASS),
 }
 """What can be attached to a sockmap or sockhash, by libbpf's name of the attach type."""
+
+JUMPS = {
+    "netfilter": Jump("netfilter", _NF_ACCEPT, "netfilter"),
+    "raw_tracepoint": Jump("raw_tracepoint", 0),
+    "tracepoint": Jump("tracepoint", 0),
+}
+"""Of hooks that are no map's, by their names in a manifest; but see :func:`jump_for`."""
 
 
 class Dispatcher:
@@ -80,18 +100,46 @@ class Dispatcher:
             raise UnsupportedError(
                 f"no dispatcher is known for {attach_type}, only for {', '.join(SOCKET_HOOKS)}", feature=attach_type
             )
+        what = f"{attach_type} of map {held.info.label}"
+        jump = msgspec.structs.replace(hook, loaded_for=attach_type if expected is None else expected)
+
+        def link(program: Program) -> Link:
+            return Link.attach(program, held.fd, attach_type, f"map {held.info.label}")
+
+        return cls.put(jump, link, first, slot_pin, link_pin, what)
+
+    @classmethod
+    def put(
+        cls,
+        jump: Jump,
+        link_to: Callable[[Program], Link],
+        first: Program,
+        slot_pin: Path,
+        link_pin: Path,
+        what: str,
+        target_id: int = 0,
+    ) -> Dispatcher:
+        """The same for any hook, which ``link_to`` attaches a program to.
+
+        ``target_id`` is kept where the kernel does not tell of the link what it is attached to, see LinkInfo.
+        """
+        name = f"{_ON}{target_id}" if target_id else "dispatcher"
         kept = os.path.lexists(slot_pin)
-        slot = Map.open(slot_pin) if kept else create(_PROG_ARRAY, "dispatcher", 4, 4, 1)
-        what = f"the dispatcher of {attach_type} of map {held.info.label}"
-        kind, code = program_number(hook.program_type), _code(slot, hook.passing)
-        loaded_for = attach_type if expected is None else expected
-        fields = {"expected_attach_type": attach_number(loaded_for) if loaded_for else 0}
-        with load_code(kind, "dispatcher", code, what, **fields) as program:
+        slot = Map.open(slot_pin) if kept else create(_PROG_ARRAY, name, 4, 4, 1)
+        if kept and slot.info.name != name:
+            slot_pin.unlink()  # of one who was killed here when something else was there
+            kept, slot = False, create(_PROG_ARRAY, name, 4, 4, 1)
+        kind, code = program_number(jump.program_type), _code(slot, jump.passing)
+        fields = {
+            "expected_attach_type": attach_number(jump.loaded_for) if jump.loaded_for else 0,
+            "attach_btf_id": jump.function,
+        }
+        with load_code(kind, "dispatcher", code, f"the dispatcher of {what}", **fields) as program:
             if not kept:
                 slot.update(_FIRST, _descriptor(first))
                 slot.pin(slot_pin)
             try:
-                link = Link.attach(program, held.fd, attach_type, f"map {held.info.label}")
+                link = link_to(program)
             except KernelError:
                 if not kept:
                     slot_pin.unlink()
@@ -128,7 +176,10 @@ class Dispatcher:
     @property
     def info(self) -> LinkInfo:
         """The link's facts as they are now, but with the program in the slot; its id is 0 if all passes."""
-        return msgspec.structs.replace(self._link.info, program_id=self._runs())
+        link = self._link.info
+        name = self._slot.info.name
+        target = int(name.removeprefix(_ON)) if name.startswith(_ON) else link.target_id
+        return msgspec.structs.replace(link, program_id=self._runs(), target_id=target)
 
     def update(self, new: Program, old: Program) -> None:
         """Let all sockets run ``new`` from their next message on, if they run ``old`` now.
@@ -151,9 +202,13 @@ class Dispatcher:
     def detach(self) -> None:
         """Take the dispatcher off its map: sockets that are added later get none.
 
-        Those that have it keep it, and run what is in the slot as long as the slot is pinned; then all passes.
+        Those that have it keep it, and run what is in the slot as long as the slot is pinned; then all passes. On other
+        hooks all passes from now on, and the dispatcher is gone with the pins.
         """
-        self._link.detach()
+        if self._link.info.type == "sockmap":
+            self._link.detach()
+        else:
+            self._slot.delete(_FIRST)
 
     def close(self) -> None:
         """Give the descriptors back; the pins keep the hook working."""
@@ -168,6 +223,19 @@ class Dispatcher:
 
     def _runs(self) -> int:
         return int.from_bytes(self._slot.lookup(_FIRST) or b"", sys.byteorder)
+
+
+def jump_for(hook: str, target: str) -> Jump:
+    """What a dispatcher of ``hook`` is, which is no map's. Raises UnsupportedError if the kernel has no ``target``."""
+    if hook != "tp_btf":
+        return JUMPS[hook]
+    function = lib().libbpf_find_vmlinux_btf_id(target.encode(), attach_number("trace_raw_tp"))
+    if function < 0:
+        raise UnsupportedError(
+            f"this kernel tells of no tracepoint {target}: it has none, or no BTF of its own (/sys/kernel/btf/vmlinux)",
+            feature=f"tp_btf/{target}",
+        )
+    return Jump("tracing", 0, "trace_raw_tp", function)
 
 
 def attached_program(held: Map, attach_type: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno as errno_names
 import functools
 import os
+import platform
 import stat
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ __all__ = [
     "ffi",
     "lib",
     "libc",
+    "machine_call",
     "messages",
     "options",
     "pinned_kind",
@@ -37,6 +39,15 @@ ENOTSUPP = 524
 
 PASSING = frozenset({errno_names.ENOMEM, errno_names.ENOSPC, errno_names.EBUSY, errno_names.EINTR, errno_names.EAGAIN})
 """Errnos that say nothing of the object or the kernel that was asked: the same call may succeed later."""
+
+_CALLS = {
+    "bpf": {"x86_64": 321, "aarch64": 280, "riscv64": 280},
+    "fsconfig": {"": 431},  # newer calls have one number on all machines
+    "fsmount": {"": 432},
+    "fsopen": {"": 430},
+    "membarrier": {"x86_64": 324, "aarch64": 283, "riscv64": 283},
+    "perf_event_open": {"x86_64": 298, "aarch64": 241, "riscv64": 241},
+}
 
 _HINTS = {
     errno_names.EPERM: "run as root with CAP_SYS_ADMIN, and in no user namespace",
@@ -79,6 +90,19 @@ def check(result: int, call: str, what: object) -> int:
     raise KernelError(
         f"{call} on {what}: {name} ({text}){hint}", call=call, errno=number, errno_name=name, object=str(what)
     )
+
+
+def machine_call(call: str, what: object, *arguments: Any) -> int:
+    """Make system call ``call``, for which libc has no function, with numbers and pointers; return what it returns.
+
+    Raises KernelError about ``what``, UnsupportedError on a machine whose number of the call is not known here.
+    """
+    number = _CALLS[call].get(platform.machine(), _CALLS[call].get(""))
+    if number is None:
+        raise UnsupportedError(f"{call}(2) on {platform.machine()} is not known to hitless", feature=call)
+    # A variadic C call takes its arguments as they are typed here.
+    typed = [ffi.cast("long", one) if isinstance(one, int) else one for one in arguments]
+    return check(libc().syscall(number, *typed), call, what)
 
 
 @contextmanager

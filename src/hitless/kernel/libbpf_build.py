@@ -74,8 +74,15 @@ ffi.cdef(
             struct { __u32 ifindex; __u32 attach_type; } tcx;
             struct { __u32 map_id; __u32 attach_type; } sockmap;
             struct { __u32 pf; __u32 hooknum; int priority; __u32 flags; } netfilter;
+            struct { __u64 name; __u32 name_len; } raw_tracepoint;
+            struct { __u64 name; __u32 name_len; __u32 map_id; __u64 cgroup_id; __u32 order; } iter;
+            struct { __u32 type; __u32 pad; __u64 name; __u32 name_len; } perf_event;
             unsigned char other[64];
         };
+    };
+    struct netfilter_link_create {
+        __u32 prog_fd; __u32 target_fd; __u32 attach_type; __u32 link_flags; __u32 pf; __u32 hooknum; int priority;
+        __u32 flags;
     };
     int bpf_map_create(int type, const char *name, __u32 key_size, __u32 value_size, __u32 max_entries,
                        const struct bpf_map_create_opts *opts);
@@ -101,12 +108,19 @@ ffi.cdef(
     int bpf_link_get_fd_by_id(__u32 id);
     int bpf_link_get_next_id(__u32 start_id, __u32 *next_id);
     int bpf_link_create(int prog_fd, int target_fd, int attach_type, const void *opts);
+    int bpf_raw_tracepoint_open(const char *name, int prog_fd);
     int bpf_iter_create(int link_fd);
     int bpf_link_update(int link_fd, int new_prog_fd, const struct bpf_link_update_opts *opts);
     int bpf_link_detach(int link_fd);
     int bpf_prog_query(int target_fd, int type, __u32 query_flags, __u32 *attach_flags, __u32 *prog_ids,
                        __u32 *prog_cnt);
     int bpf_prog_test_run_opts(int prog_fd, struct bpf_test_run_opts *opts);
+
+    /* perf_event.h */
+    struct perf_event_attr {
+        __u32 type; __u32 size; __u64 config; __u64 sample_period; __u64 sample_type; __u64 read_format; __u64 flags;
+        __u32 wakeup_events; __u32 bp_type; __u64 config1; __u64 config2;
+    };
 
     /* libbpf.h */
     typedef int (*libbpf_print_fn_t)(int level, const char *format, void *args);

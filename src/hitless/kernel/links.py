@@ -6,18 +6,25 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from hitless.errors import KernelError, NodeError
-from hitless.kernel.libbpf import Object, check, ffi, lib, options, pinned_kind
+from hitless.hooks import FAMILIES, POINTS, NetfilterPoint
+from hitless.kernel.libbpf import Object, check, ffi, lib, machine_call, options, pinned_kind
 from hitless.kernel.mounts import filesystem
 from hitless.kernel.names import attach_name, attach_number, link_name
 from hitless.kernel.programs import Program
 
-__all__ = ["TARGETS", "Link", "LinkInfo", "all_links", "cgroup_id"]
+__all__ = ["TARGETS", "Link", "LinkInfo", "all_links", "cgroup_id", "create_link"]
 
 _F_REPLACE = 1 << 2  # BPF_F_REPLACE
+_LINK_CREATE = 28  # a command of bpf(2)
+_TRACE_ITER = 28  # BPF_TRACE_ITER
+_PARENTS_FIRST = 2  # BPF_CGROUP_ITER_DESCENDANTS_PRE
+_PERF_TRACEPOINT = 5  # BPF_PERF_EVENT_TRACEPOINT
+_NAME_BYTES = 256
 
 TARGETS = {
     "cgroup": ("cgroup", "cgroup_id"),
@@ -33,7 +40,8 @@ class LinkInfo(msgspec.Struct, frozen=True):
     """What the kernel says of a link.
 
     ``target_id`` is the number of what it is attached to, for the types in TARGETS: of a cgroup its id, of an interface
-    its index, of a network namespace its inode, of a map its id. 0 is none.
+    its index, of a network namespace its inode, of a map its id. 0 is none. ``attach_type`` is the kernel's name of the
+    hook, and of those that are many things at once (netfilter, tracepoints, iterators) which one it is.
     """
 
     id: int
@@ -50,7 +58,8 @@ class LinkInfo(msgspec.Struct, frozen=True):
     @property
     def where(self) -> str:
         """What it is attached to, as in ``cgroup 17``."""
-        return f"{TARGETS[self.type][0]} {self.target_id}" if self.type in TARGETS else self.type
+        where = "netns" if self.type == "netfilter" else TARGETS.get(self.type, (self.type,))[0]
+        return f"{where} {self.target_id}" if self.target_id or self.type in TARGETS else where
 
 
 class Link(Object):
@@ -64,7 +73,9 @@ class Link(Object):
         check(lib().bpf_obj_get_info_by_fd(self.fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", "link")
         kind = link_name(raw.type)
         if kind not in TARGETS:
-            return LinkInfo(id=raw.id, type=kind, program_id=raw.prog_id)
+            cgroup = raw.iter.cgroup_id if kind == "iter" else 0
+            place = self._place(kind, raw)
+            return LinkInfo(id=raw.id, type=kind, program_id=raw.prog_id, target_id=cgroup, attach_type=place)
         own = getattr(raw, kind)
         return LinkInfo(
             id=raw.id,
@@ -73,6 +84,24 @@ class Link(Object):
             target_id=getattr(own, TARGETS[kind][1]),
             attach_type="xdp" if kind == "xdp" else attach_name(own.attach_type),
         )
+
+    def _place(self, kind: str, told: Any) -> str:
+        if kind == "netfilter":
+            own = told.netfilter
+            family = next((name for name, number in FAMILIES.items() if number == own.pf), f"family{own.pf}")
+            return f"netfilter {NetfilterPoint(family, POINTS[own.hooknum], own.priority)}"
+        if kind == "perf_event" and told.perf_event.type == _PERF_TRACEPOINT:
+            return f"tracepoint {self._name(kind)}"
+        return f"{kind} {self._name(kind)}" if kind in ("iter", "raw_tracepoint") else ""
+
+    def _name(self, kind: str) -> str:
+        """Of the tracepoint, or of what is iterated over."""
+        raw, buffer = ffi.new("struct bpf_link_info *"), ffi.new("char[]", _NAME_BYTES)
+        own = getattr(raw, kind)
+        own.name, own.name_len = int(ffi.cast("uintptr_t", buffer)), _NAME_BYTES
+        length = ffi.new("__u32 *", ffi.sizeof("struct bpf_link_info"))
+        check(lib().bpf_obj_get_info_by_fd(self.fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", "link")
+        return str(ffi.string(buffer).decode())
 
     @classmethod
     def open(cls, path: Path) -> Link:
@@ -93,6 +122,20 @@ class Link(Object):
         opts = options("bpf_link_create_opts", flags=flags) if flags else ffi.NULL
         fd = lib().bpf_link_create(program.fd, target, attach_number(attach_type), opts)
         return cls(check(fd, "BPF_LINK_CREATE", f"{attach_type} of {what}"))
+
+    @classmethod
+    def iterate(cls, program: Program, what: object, cgroup: int = -1) -> Link:
+        """Let who reads the pin of the link read what ``program``, an iterator, writes of all there is of ``what``.
+
+        ``cgroup`` is a descriptor of the one from which an iterator over cgroups goes down. Raises KernelError.
+        """
+        info = ffi.new("union bpf_iter_link_info *")
+        if cgroup >= 0:
+            info.cgroup.order, info.cgroup.cgroup_fd = _PARENTS_FIRST, cgroup
+        size = ffi.sizeof("union bpf_iter_link_info") if cgroup >= 0 else 0
+        opts = options("bpf_link_create_opts", iter_info=info if size else ffi.NULL, iter_info_len=size)
+        fd = lib().bpf_link_create(program.fd, 0, _TRACE_ITER, opts)
+        return cls(check(fd, "BPF_LINK_CREATE", f"an iterator over {what}"))
 
     def update(self, new: Program, old: Program) -> None:
         """Let the hook run ``new`` from now on, if it runs ``old`` now (compare-and-swap).
@@ -115,8 +158,17 @@ class Link(Object):
             raise
 
     def detach(self) -> None:
-        """Take the program off its hook now, whoever still holds the link."""
-        check(lib().bpf_link_detach(self.fd), "BPF_LINK_DETACH", f"link {self.info.id}")
+        """Take the program off its hook now, whoever still holds the link.
+
+        An iterator has no hook: it is gone with the link's last pin, and who is reading then reads to the end.
+        """
+        if self.info.type != "iter":
+            check(lib().bpf_link_detach(self.fd), "BPF_LINK_DETACH", f"link {self.info.id}")
+
+
+def create_link(wanted: Any, what: object) -> Link:
+    """The link that ``wanted`` asks bpf(2) for (BPF_LINK_CREATE), where libbpf has no options. Raises KernelError."""
+    return Link(machine_call("bpf", f"{what} (BPF_LINK_CREATE)", _LINK_CREATE, wanted, ffi.sizeof(wanted[0])))
 
 
 def all_links() -> Iterator[LinkInfo]:

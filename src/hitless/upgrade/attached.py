@@ -1,7 +1,7 @@
 """One hook: what is attached there, found by its pins, and attaching something there for the first time.
 
-``links`` is always the directory of link pins. A sockmap's hook has a dispatcher, whose slot is pinned in ``slots/``
-beside it, under the same name.
+``links`` is always the directory of link pins. Hooks of sockmaps and those whose links cannot be updated have a
+dispatcher, whose slot is pinned in ``slots/`` beside it, under the same name.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from typing import Protocol
 from hitless.errors import GoneError, NodeError
 from hitless.hooks import HOOKS
 from hitless.kernel.bpffs import make_directory, move, unpin
-from hitless.kernel.dispatcher import Dispatcher
+from hitless.kernel.dispatcher import Dispatcher, jump_for
 from hitless.kernel.interfaces import interfaces
 from hitless.kernel.libbpf import system_call
 from hitless.kernel.links import Link, LinkInfo
 from hitless.kernel.maps import Map
-from hitless.kernel.namespaces import Namespace
+from hitless.kernel.namespaces import Namespace, entered
+from hitless.kernel.netfilter import attach_netfilter
 from hitless.kernel.programs import Program
 from hitless.kernel.socket_programs import give
 from hitless.kernel.sockets import list_sockets
+from hitless.kernel.tracing import attach_raw_tracepoint, attach_tracepoint
 from hitless.upgrade.model import HookPlan
 
 __all__ = ["Attached", "attach", "open_attached", "pin_of", "remove", "rename"]
@@ -76,6 +78,14 @@ def attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
             return
         case "interface":
             link = _attach_interface(hook, program)
+        case "kernel" if hook.hook == "iter":
+            link = Link.iterate(program, hook.target)
+        case "netns" | "kernel" if HOOKS[hook.hook].slot:
+            _put_dispatcher(hook, program, links)
+            return
+        case _ if hook.hook == "iter-cgroup":
+            with _opened(Path(hook.target)) as target:
+                link = Link.iterate(program, hook.target, target)
         case _:
             with _opened(Path(hook.target)) as target:
                 link = Link.attach(program, target, hook.attach_type, hook.target)
@@ -104,6 +114,24 @@ def _open(links: Path, name: str) -> Attached:
 
 def _slot(links: Path, name: str) -> Path:
     return links.parent / "slots" / name
+
+
+def _put_dispatcher(hook: HookPlan, program: Program, links: Path) -> None:
+    slot = _slot(links, hook.link)
+    make_directory(slot.parent, exist_ok=True)
+
+    def link_to(dispatcher: Program) -> Link:
+        if hook.point is not None:
+            with entered(Namespace.at(hook.target)):
+                return attach_netfilter(dispatcher, hook.point)
+        if hook.hook == "tracepoint":
+            return attach_tracepoint(dispatcher, hook.target)
+        return attach_raw_tracepoint(dispatcher, hook.target)
+
+    what = f"{hook.attach_type} of {hook.target}" if hook.point else hook.attach_type
+    jump = jump_for(hook.hook, hook.target)
+    with Dispatcher.put(jump, link_to, program, slot, links / hook.link, what, hook.target_id):
+        pass  # the pins keep it
 
 
 def _attach_dispatcher(held: Map, hook: HookPlan, program: Program, links: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import msgspec
 
 from hitless.bundle import Attach
+from hitless.hooks import NetfilterPoint
 from hitless.kernel.links import LinkInfo
 from hitless.kernel.maps import MapInfo
 from hitless.kernel.programs import ProgramInfo
@@ -74,7 +75,8 @@ class HookPlan(msgspec.Struct, frozen=True):
 
     ``expected`` is the kernel's id of the program that must be running there for the update to happen. ``target_id`` is
     the number of the target, as in LinkInfo, and ``netns`` the network namespace of an interface. ``matched`` says that
-    a pattern led to it, so that it may go at any time.
+    a pattern led to it, so that it may go at any time. ``method`` is how the program of a live hook is exchanged, in
+    words, and ``point`` where one of netfilter runs.
     """
 
     link: str
@@ -89,6 +91,8 @@ class HookPlan(msgspec.Struct, frozen=True):
     mode: str | None = None
     target_id: int = 0
     matched: bool = False
+    method: str = ""
+    point: NetfilterPoint | None = None
 
 
 class MapFacts(msgspec.Struct, frozen=True):

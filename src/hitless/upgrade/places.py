@@ -16,9 +16,11 @@ import msgspec
 from hitless.bundle import Attach
 from hitless.errors import GoneError
 from hitless.hooks import HOOKS
+from hitless.kernel.dispatcher import jump_for
 from hitless.kernel.interfaces import interfaces
 from hitless.kernel.links import cgroup_id
 from hitless.kernel.namespaces import Namespace, namespaces
+from hitless.kernel.tracing import tracepoint_id
 
 __all__ = ["Place", "find_places", "place_id"]
 
@@ -50,6 +52,12 @@ def place_id(hook: str, target: str, netns: str | None) -> int:
     match HOOKS[hook].on:
         case "cgroup":
             return cgroup_id(Path(target))
+        case "kernel":
+            if hook == "tracepoint":
+                tracepoint_id(target)
+            elif hook == "tp_btf":
+                jump_for(hook, target)
+            return 0
         case "map":
             return 0  # whichever the release has under this name
         case "netns":

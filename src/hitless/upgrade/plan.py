@@ -401,13 +401,15 @@ def _hook(
         program=entry.program,
         hook=entry.hook,
         target=place.target,
-        attach_type=HOOKS[entry.hook].attach_type(programs[entry.program]),
+        attach_type=entry.attach_type(programs[entry.program]),
         was=was,
         expected=expected,
         netns=place.netns,
         mode=entry.mode,
         target_id=place.id,
         matched=entry.is_pattern,
+        method=HOOKS[entry.hook].method if action == "update" else "",
+        point=entry.point,
     )
 
 
@@ -423,11 +425,13 @@ def _plan_hooks(
         name = place.link if place.link in state.links else place.was or place.link
         link = state.links.get(name)
         taken.add(name)
-        if link is None or link.is_dead:  # the kernel detached it with its target
+        # The kernel detached it with its target. Of a netfilter link it does not tell, so that another namespace at the
+        # same path is taken for a sign that the old one is gone.
+        if link is None or link.is_dead or (entry.point and link.target_id != place.id):
             attached.append(_hook(place, bundle.programs, "attach"))
             continue
-        attach_type = HOOKS[entry.hook].attach_type(bundle.programs[entry.program])
-        if link.attach_type != attach_type:
+        attach_type = entry.attach_type(bundle.programs[entry.program])
+        if link.attach_type != attach_type or (name in known and known[name].hook != entry.hook):
             raise UnsupportedError(
                 f"link {name} is on {link.attach_type or link.type}, and {entry.program} attaches to {attach_type}: "
                 "moving a link to another hook is not supported; give the new hook a link name of its own",

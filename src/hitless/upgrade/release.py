@@ -15,7 +15,6 @@ import msgspec
 
 from hitless.bundle import Attach, Bundle, BundleObject
 from hitless.carry import is_global
-from hitless.hooks import HOOKS
 from hitless.layout.diff import diff_maps, resolve
 from hitless.layout.model import MapSpec
 from hitless.layout.model import Record as RecordType
@@ -157,4 +156,4 @@ def _attach(record: Record, current: Record) -> tuple[Attach, ...]:
 
 def _place(entry: Attach, record: Record) -> tuple[str, str, str | None, str]:
     programs = {program.name: program for item in record.objects for program in item.programs}
-    return entry.hook, entry.target, entry.netns, HOOKS[entry.hook].attach_type(programs[entry.program])
+    return entry.hook, entry.target, entry.netns, entry.attach_type(programs[entry.program])

@@ -1,0 +1,178 @@
+"""Hooks whose links the kernel cannot update: a dispatcher stays attached, and programs take turns in its slot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+import hitless
+from hitless.kernel.links import all_links
+from hitless.kernel.programs import Program, is_loaded
+from hitless.upgrade.cutover import switch_hooks
+from hitless.upgrade.status import status
+from meshd.demo.lab import Lab
+from tests.releases import write_release
+
+REPLACEMENTS = 1000
+
+# Every datagram passes input once; every name that the sender gives itself is one passage of the tracepoint.
+SOURCES = {
+    "netfilter": ("netfilter", "note(); return 1;"),
+    "raw_tracepoint": ("raw_tp/task_rename", "note_own(); return 0;"),
+    "tp_btf": ("tp_btf/task_rename", "note_own(); return 0;"),
+    "tracepoint": ("tp/task/task_rename", "note_own(); return 0;"),
+}
+TARGETS = {"netfilter": "${netns}", "tracepoint": "task/task_rename"}
+POINT = 'family = "ipv4"\npoint = "input"\npriority = -100\n'
+
+COMMON = """
+#define __maybe_unused __attribute__((unused))
+MAP(seen, ARRAY, 3, __u32, __u64);
+static __always_inline void note(void)
+{
+    __u32 key = RELEASE;
+    __u64 *found = bpf_map_lookup_elem(&seen, &key);
+    if (found)
+        __sync_fetch_and_add(found, 1);
+}
+static __always_inline __maybe_unused void note_own(void)
+{
+    union { char text[16]; __u64 word; } comm, sender = { .text = "counted" };
+    bpf_get_current_comm(&comm, sizeof(comm));
+    if (comm.word == sender.word)
+        note();
+}
+SEC("SECTION") int count(void *ctx) { BODY }
+char _license[] SEC("license") = "GPL";
+"""
+ATTACH = """
+[[attach]]
+program = "count"
+hook = "%s"
+target = "%s"
+link = "hook"
+"""
+
+ON_REQUEST = "not (sent % 16 == 0 and sent and select.select([0], [], [], 0)[0])"
+DATAGRAMS = f"""
+import select, socket, sys
+ends = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2)]
+ends[1].bind(("127.0.0.1", 4242))
+sent = 0
+print("go", flush=True)
+while sent < 1_000_000 and {ON_REQUEST}:
+    ends[0].sendto(b"x", ("127.0.0.1", 4242))
+    ends[1].recv(1)
+    sent += 1
+print(sent, flush=True)
+"""
+NAMES = f"""
+import os, select
+comm = os.open("/proc/self/comm", os.O_WRONLY)
+os.write(comm, b"counted")
+sent = 0
+print("go", flush=True)
+while sent < 1_000_000 and {ON_REQUEST}:
+    os.write(comm, b"counted")
+    sent += 1
+print(sent, flush=True)
+"""
+
+
+def bundle(tmp_path: Path, hook: str, number: int, netns: str, point: str = POINT) -> hitless.Bundle:
+    section, body = SOURCES[hook]
+    source = COMMON.replace("RELEASE", str(number)).replace("SECTION", section).replace("BODY", body)
+    manifest = ATTACH % (hook, TARGETS.get(hook, "task_rename")) + (point if hook == "netfilter" else "")
+    return hitless.Bundle.load(
+        write_release(tmp_path / str(number), f"{number}.0", source, manifest), {"netns": netns}
+    )
+
+
+def start(lab: Lab, hook: str) -> subprocess.Popen[str]:
+    source = DATAGRAMS if hook == "netfilter" else NAMES
+    sender = lab.popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert sender.stdout is not None
+    assert sender.stdout.readline() == "go\n"
+    return sender
+
+
+def stop(sender: subprocess.Popen[str]) -> int:
+    return int(sender.communicate("\n", timeout=10)[0])
+
+
+@pytest.mark.parametrize("hook", SOURCES)
+def test_each_event_is_counted_by_one_of_two_programs_that_took_turns_a_thousand_times(
+    lab: Lab, tmp_path: Path, hook: str
+) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    releases = {number: bundle(tmp_path, hook, number, str(lab.netns)) for number in (1, 2)}
+    hitless.apply(node, releases[1])
+    sender = start(lab, hook)
+    result = hitless.apply(node, releases[2])
+    assert [(update.action, update.method) for update in result.hooks] == [("update", "slot of its dispatcher")]
+    programs = [Program.open(generation / "progs" / "count") for generation in (node.current, node.previous)]
+    for turn in range(REPLACEMENTS):
+        there, comes = programs[turn % 2], programs[(turn + 1) % 2]
+        update = msgspec.structs.replace(result.hooks[0], expected=there.info.id)
+        switch_hooks([update], {update.program: comes}, node.links, node.current / "maps")
+    hitless.rollback(node)
+    hitless.apply(node, releases[2])
+    hitless.apply(node, releases[1])
+    sent = stop(sender)
+    counted = [node.map("seen").get(number) for number in (1, 2)]
+    assert sum(counted) == sent
+    assert min(counted) > 100
+    assert status(node).problems == ()
+    assert hitless.verify(node).problems == ()
+
+
+@pytest.mark.parametrize("hook", SOURCES)
+def test_an_upgrade_that_fails_after_the_cutover_counts_everything_in_the_old_release(
+    lab: Lab, tmp_path: Path, hook: str
+) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    hitless.apply(node, bundle(tmp_path, hook, 1, str(lab.netns)))
+
+    def fail(event: hitless.Progress) -> None:
+        if event.step == "commit":
+            raise ZeroDivisionError
+
+    sender = start(lab, hook)
+    with pytest.raises(ZeroDivisionError):
+        hitless.apply(node, bundle(tmp_path, hook, 2, str(lab.netns)), progress=fail)
+    sent = stop(sender)
+    assert sum(node.map("seen").get(number) for number in (1, 2)) == sent
+    assert hitless.verify(node).problems == ()
+    with Program.open(node.current / "progs" / "count") as program:
+        number = program.info.id
+    hitless.unload(node)
+    assert not is_loaded(number)
+
+
+def test_another_point_needs_another_link(lab: Lab, tmp_path: Path) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    hitless.apply(node, bundle(tmp_path, "netfilter", 1, str(lab.netns)))
+    moved = bundle(tmp_path, "netfilter", 2, str(lab.netns), POINT.replace("input", "output"))
+    with pytest.raises(hitless.UnsupportedError, match="hook is on netfilter ipv4 input -100, and count attaches to"):
+        hitless.plan(node, moved)
+
+
+def test_a_priority_that_is_taken_is_named_and_nothing_stays(lab: Lab, tmp_path: Path) -> None:
+    hitless.apply(hitless.Node(lab.bpffs / "store"), bundle(tmp_path, "netfilter", 1, str(lab.netns)))
+    before = {link.id for link in all_links() if link.type == "netfilter"}
+    other = hitless.Node(lab.bpffs / "other")
+    with pytest.raises(hitless.KernelError, match=r"netfilter ipv4 input -100 .*EBUSY"):
+        hitless.apply(other, bundle(tmp_path, "netfilter", 2, str(lab.netns)))
+    assert {link.id for link in all_links() if link.type == "netfilter"} == before
+    assert not other.root.exists()
+
+
+def test_a_tracepoint_that_this_kernel_has_not_is_named(lab: Lab, tmp_path: Path) -> None:
+    source = COMMON.replace("RELEASE", "1").replace("SECTION", "tp/task/none").replace("BODY", "note(); return 0;")
+    path = write_release(tmp_path / "one", "1.0", source, ATTACH % ("tracepoint", "task/none"))
+    with pytest.raises(hitless.NodeError, match="this kernel has no tracepoint task/none"):
+        hitless.plan(hitless.Node(lab.bpffs / "store"), hitless.Bundle.load(path, {}))
