@@ -11,7 +11,10 @@ import msgspec
 
 from hitless.layout.model import ProgramSpec
 
-__all__ = ["FAMILIES", "HOOKS", "POINTS", "REFUSED", "HookKind", "NetfilterPoint"]
+__all__ = ["FAMILIES", "HOOKS", "POINTS", "REFUSED", "SLEEPABLE", "HookKind", "NetfilterPoint"]
+
+SLEEPABLE = "barrier of sleepable programs"
+"""A feature of the kernel: running programs that may sleep can be waited for."""
 
 FAMILIES = {"ipv4": 2, "ipv6": 10}
 """What netfilter programs may be for, with the kernel's number of it."""

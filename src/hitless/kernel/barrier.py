@@ -1,17 +1,66 @@
-"""Waiting until no CPU still runs a program that was taken off its hook."""
+"""Waiting until no CPU still runs a program that was taken off its hook.
+
+Two waits, since the kernel guards programs that may sleep by another kind of RCU (tasks trace). No system call is made
+for waiting on that one; but a probe of user code that is taken away waits for it, whatever the code is. Ours is a byte
+of a file in memory that nobody executes.
+"""
 
 from __future__ import annotations
 
-from hitless.kernel.libbpf import machine_call
+import os
+from pathlib import Path
 
-__all__ = ["wait_for_running_programs"]
+from hitless.errors import KernelError, UnsupportedError
+from hitless.hooks import SLEEPABLE
+from hitless.kernel.libbpf import PASSING, ffi, machine_call
+
+__all__ = ["can_wait_for_sleepable", "wait_for_running_programs"]
 
 _CMD_GLOBAL = 1  # MEMBARRIER_CMD_GLOBAL: synchronize_rcu() in the kernel
+_PROBES = Path("/sys/bus/event_source/devices/uprobe/type")
+_CLOSED_ON_EXEC = 8  # PERF_FLAG_FD_CLOEXEC
+_SINCE = (6, 13)  # before, a probe waited for another kind of RCU, which no try would show
 
 
-def wait_for_running_programs() -> None:
-    """Return once every non-sleepable BPF program that ran at the time of the call has ended (8 ms typical).
+def wait_for_running_programs(sleepable: bool = False) -> None:
+    """Return once every BPF program that ran at the time of the call has ended: 8 ms typical, 80 with ``sleepable``.
 
-    Raises UnsupportedError on a machine whose number of membarrier(2) is not known, KernelError.
+    Without ``sleepable``, programs that may sleep are left out. An iterator runs during each read of its output, and
+    again in the next one. Raises UnsupportedError on a machine or kernel where there is no way, KernelError.
     """
     machine_call("membarrier", "all CPUs (MEMBARRIER_CMD_GLOBAL)", _CMD_GLOBAL, 0, 0)
+    if sleepable:
+        _wait_for_tasks_trace()
+
+
+def can_wait_for_sleepable() -> bool:
+    """Whether this kernel has a way, found by trying. Raises KernelError if that says nothing of it (ENOMEM)."""
+    try:
+        _wait_for_tasks_trace()
+    except UnsupportedError:
+        return False
+    except KernelError as error:
+        if error.facts["errno"] in PASSING:
+            raise
+        return False
+    return True
+
+
+def _wait_for_tasks_trace() -> None:
+    major, minor = (int(part) for part in os.uname().release.split(".")[:2])
+    if (major, minor) < _SINCE or not _PROBES.exists():
+        raise UnsupportedError(
+            f"this kernel ({os.uname().release}) has no way to wait for sleepable programs: hitless knows of one in "
+            f"Linux {'.'.join(map(str, _SINCE))} and later, with probes of user code ({_PROBES})",
+            feature=SLEEPABLE,
+        )
+    file = os.memfd_create("barrier", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(file, 1)
+        path = ffi.new("char[]", f"/proc/self/fd/{file}".encode())
+        wanted = ffi.new("struct perf_event_attr *")
+        wanted.type, wanted.size = int(_PROBES.read_text()), ffi.sizeof("struct perf_event_attr")
+        wanted.config1 = int(ffi.cast("uintptr_t", path))
+        os.close(machine_call("perf_event_open", "a probe to wait with", wanted, -1, 0, -1, _CLOSED_ON_EXEC))
+    finally:
+        os.close(file)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from hitless.carry import VISITED, visiting
 from hitless.errors import KernelError, UnsupportedError
+from hitless.hooks import SLEEPABLE
+from hitless.kernel.barrier import can_wait_for_sleepable
 from hitless.kernel.codegen import EXIT, MOV_IMM, R0, Assembler
 from hitless.kernel.iterators import Iterator
 from hitless.kernel.libbpf import PASSING
@@ -92,6 +94,6 @@ def _is_absent(error: KernelError | UnsupportedError) -> bool:
     return False
 
 
-_PROBES = {ITERATE_HASH: _iterates_hash} | {
+_PROBES = {ITERATE_HASH: _iterates_hash, SLEEPABLE: can_wait_for_sleepable} | {
     visiting(kind): functools.partial(_visits, kind) for kind, found in ANSWERS.items() if found.kind in VISITED
 }

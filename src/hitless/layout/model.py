@@ -175,6 +175,11 @@ class ProgramSpec(msgspec.Struct, frozen=True):
     attach_type: str = ""
     autoload: bool = True
 
+    @property
+    def may_sleep(self) -> bool:
+        """Whether it may sleep on its hook, as in waiting for a page of user memory."""
+        return self.section.lstrip("?").split("/")[0].endswith(".s")
+
 
 class ObjectSpec(msgspec.Struct, frozen=True):
     """Everything read from one object file. Global data appear as maps named ``.rodata``, ``.data``, ``.bss``..."""

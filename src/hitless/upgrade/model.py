@@ -261,6 +261,11 @@ class Record(msgspec.Struct, frozen=True):
     former: Former | None = None
     schema: int = SCHEMA
 
+    @property
+    def may_sleep(self) -> bool:
+        """Whether one of the programs may sleep, so that it may run on for long."""
+        return any(program.may_sleep for item in self.objects for program in item.programs)
+
 
 class LiveMap(msgspec.Struct, frozen=True):
     """A pinned map: the kernel's facts, and its layouts from ``source``.

@@ -448,7 +448,7 @@ class _Upgrade:
             with self._step("catch-up"):
                 # A first merge at once keeps short the time in which new programs miss what old ones wrote last.
                 self._merge()
-                wait_for_running_programs()
+                wait_for_running_programs(self._current is not None and self._current.record.may_sleep)
             with node.access.alone(self._wait):
                 with self._step("merge"):
                     self._merge(last=True)
@@ -560,7 +560,7 @@ class _Upgrade:
         if not filled:
             write_record(record, self._phase("undoing"))
         switch_back(self._plan.hooks, self._programs, node.links)
-        wait_for_running_programs()
+        wait_for_running_programs(self._record is not None and self._record.may_sleep)
         with node.access.alone(self._wait):
             backs = self._ways_back(node.next / "back", filled)
             if not filled:
@@ -687,8 +687,8 @@ def _let_go(node: Node, record: Record) -> None:
     if not gone:
         return
     detach_hooks(sorted(gone), node.links)
-    wait_for_running_programs()
     old = read_generation(node.next)
+    wait_for_running_programs(old.record.may_sleep)
     used: set[int] = set()
     for hook in old.record.hooks:
         if hook.link in gone:
