@@ -1,0 +1,466 @@
+"""A board of dispatchers: each connection sees one release, whatever happens to the hooks meanwhile."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hitless.errors import KernelError, NodeError, UnsupportedError
+from hitless.kernel.links import Link
+from hitless.kernel.maps import Map, create
+from hitless.kernel.programs import Program, load_object
+from hitless.kernel.switchboard import KINDS, WITNESSES, Kind, Left, Switchboard
+from meshd.demo.lab import Lab
+from tests.releases import compile_object
+
+HOOKS = {
+    "connect4": "cgroup_inet4_connect",
+    "ops": "cgroup_sock_ops",
+    "egress": "cgroup_inet_egress",
+    "ingress": "cgroup_inet_ingress",
+    "peername": "cgroup_inet4_getpeername",
+}
+
+# Each program notes by the socket's cookie that this release ran on this hook. Packets of a handshake are the listener's.
+NOTING = """
+struct sight { __u32 runs[5][2]; };
+MAP(seen, HASH, 65536, __u64, struct sight);
+static int note(__u64 cookie, __u32 hook)
+{
+    struct sight none = {};
+    struct sight *sight = bpf_map_lookup_elem(&seen, &cookie);
+    if (!sight) {
+        bpf_map_update_elem(&seen, &cookie, &none, BPF_NOEXIST);
+        sight = bpf_map_lookup_elem(&seen, &cookie);
+    }
+    if (sight)
+        __sync_fetch_and_add(&sight->runs[hook][RELEASE], 1);
+    return 1;
+}
+static int packet(struct __sk_buff *skb, __u32 hook)
+{
+    struct bpf_sock *sk = skb->sk ? bpf_sk_fullsock(skb->sk) : 0;
+    return sk && sk->state != BPF_TCP_LISTEN ? note(bpf_get_socket_cookie(skb), hook) : 1;
+}
+SEC("cgroup/connect4") int connect4(struct bpf_sock_addr *ctx) { return note(bpf_get_socket_cookie(ctx), 0); }
+SEC("sockops") int ops(struct bpf_sock_ops *ctx)
+{
+    if (ctx->op == BPF_SOCK_OPS_TCP_CONNECT_CB || ctx->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB ||
+        ctx->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
+        note(bpf_get_socket_cookie(ctx), 1);
+    return 1;
+}
+SEC("cgroup_skb/egress") int egress(struct __sk_buff *skb) { return packet(skb, 2); }
+SEC("cgroup_skb/ingress") int ingress(struct __sk_buff *skb) { return packet(skb, 3); }
+SEC("cgroup/getpeername4") int peername(struct bpf_sock_addr *ctx) { return note(bpf_get_socket_cookie(ctx), 4); }
+char _license[] SEC("license") = "Dual BSD/GPL";
+"""
+
+# Connections one after the other in two threads: each is opened, asked for its peer, used twice and closed.
+CLIENTS = """
+import socket, struct, sys, threading
+def clients(count):
+    listener = socket.create_server(("127.0.0.1", 0))
+    for _ in range(count):
+        client = socket.create_connection(listener.getsockname())
+        server = listener.accept()[0]
+        for _ in range(2):
+            server.getpeername(), client.sendall(b"a"), server.recv(1), server.sendall(b"b"), client.recv(1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close(), server.close()
+threads = [threading.Thread(target=clients, args=[int(sys.argv[1])]) for _ in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+# Does what it is told line by line, and answers with cookies.
+PEER = """
+import json, socket, sys
+COOKIE = 57  # SO_COOKIE
+listener, named = socket.create_server(("127.0.0.1", 0)), {}
+datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+datagrams.bind(("127.0.0.1", 0))
+def cookie(end):
+    return int.from_bytes(end.getsockopt(socket.SOL_SOCKET, COOKIE, 8), "little")
+def open_tcp(name):
+    named[name] = client = socket.create_connection(listener.getsockname())
+    named[name + "-server"] = server = listener.accept()[0]
+    return [cookie(client), cookie(server)]
+def open_udp(name):
+    named[name] = client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    client.connect(datagrams.getsockname())
+    return [cookie(client)]
+def make(name):
+    named[name] = socket.socket()
+    return [cookie(named[name])]
+def connect(name):
+    named[name].connect(listener.getsockname())
+    named[name + "-server"] = listener.accept()[0]
+    return [cookie(named[name])]
+def disconnect(name):
+    import ctypes
+    assert not ctypes.CDLL(None).connect(named[name].fileno(), bytes(16), 16)  # AF_UNSPEC
+    return []
+def use(name):
+    client, server = named[name], named.get(name + "-server")
+    client.getpeername(), client.send(b"a")
+    if server:
+        server.recv(1), server.getpeername(), server.send(b"b"), client.recv(1)
+    else:
+        datagrams.recv(1)
+    return []
+def close(name):
+    for end in (name, name + "-server"):
+        if end in named: named.pop(end).close()
+    return []
+for line in sys.stdin:
+    what, name = line.split()
+    print(json.dumps(globals()[what](name)), flush=True)
+"""
+
+
+class Peer:
+    """A process in the clients' cgroup that opens, uses and closes sockets as it is told."""
+
+    def __init__(self, lab: Lab) -> None:
+        pipe = subprocess.PIPE
+        self._process = lab.popen([sys.executable, "-c", PEER], cgroup="clients", stdin=pipe, stdout=pipe)
+
+    def __call__(self, what: str, name: str) -> list[int]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{what} {name}\n")
+        cookies: list[int] = json.loads(self._process.stdout.readline())
+        return cookies
+
+
+class Mesh:
+    """Two releases, and the hooks of the lab's cgroup: plain, or through a board of dispatchers."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self.releases: list[dict[str, Program]] = []
+        shared: dict[str, Map] = {}
+        for release in (0, 1):
+            source = f"#define RELEASE {release}\n{NOTING}"
+            target = compile_object(source, lab.scratch / f"release{release}.bpf.o")
+            loaded = load_object(target.read_bytes(), "noting", shared, {})
+            shared = {"seen": loaded.maps["seen"]}
+            self.releases.append(loaded.programs)
+        self._seen = shared["seen"]
+        self.links: dict[str, Link] = {}
+        self.running = self.releases[0]
+
+    def attach(self) -> None:
+        for name, kind in HOOKS.items():
+            self.links[name] = Link.attach_cgroup(self.running[name], self._lab.cgroup, kind)
+
+    def update(self, to: dict[str, Program]) -> None:
+        """The default mode of a cutover."""
+        for name, link in self.links.items():
+            link.update(to[name], self.running[name])
+        self.running = to
+
+    def install(self) -> Switchboard:
+        """Dispatchers take the place of the programs on live links, or are attached."""
+        board = Switchboard.create(self._lab.bpffs / "board")
+        for kind in WITNESSES:
+            if kind not in HOOKS.values():
+                self.links[kind] = Link.attach_cgroup(board.add(kind, kind, None), self._lab.cgroup, kind)
+        for name, kind in HOOKS.items():
+            dispatcher = board.add(name, kind, self.running[name])
+            if name in self.links:
+                self.links[name].update(dispatcher, self.running[name])
+            else:
+                self.links[name] = Link.attach_cgroup(dispatcher, self._lab.cgroup, kind)
+        return board
+
+    def put(self, board: Switchboard, release: dict[str, Program]) -> None:
+        for name, kind in HOOKS.items():
+            board.put(name, kind, release[name], board.epoch + 1)
+
+    def seen_by(self, cookie: int) -> list[set[int]]:
+        """For each hook the releases that ran for this socket since it was asked for last."""
+        key = struct.pack("=Q", cookie)
+        runs = struct.unpack("=10I", self._seen.lookup(key) or bytes(40))
+        self._seen.delete(key)
+        return [{release for release in (0, 1) if runs[2 * hook + release]} for hook in range(len(HOOKS))]
+
+    def shares(self) -> tuple[int, int, int]:
+        """How many sockets saw the first release alone, the second alone, and both."""
+        _, values = self._seen.entries()
+        runs = values.view("u4").reshape(-1, len(HOOKS), 2).sum(axis=1) > 0
+        return int((~runs[:, 1]).sum()), int((~runs[:, 0]).sum()), int(runs.all(axis=1).sum())
+
+    def close(self) -> None:
+        for link in self.links.values():
+            link.close()
+
+
+@pytest.fixture
+def mesh(lab: Lab) -> Iterator[Mesh]:
+    made = Mesh(lab)
+    yield made
+    made.close()
+
+
+def released(release: int, *hooks: int) -> list[set[int]]:
+    """What a socket saw if one release ran for it on these hooks."""
+    return [{release} if hook in hooks else set() for hook in range(len(HOOKS))]
+
+
+def connect_many(lab: Lab, count: int) -> subprocess.Popen[str]:
+    return lab.popen([sys.executable, "-c", CLIENTS, str(count // 2)], cgroup="clients")
+
+
+def test_plain_link_updates_mix_releases_within_a_connection(lab: Lab, mesh: Mesh) -> None:
+    mesh.attach()
+    clients = connect_many(lab, 2000)
+    flips = 0
+    while clients.poll() is None:
+        mesh.update(mesh.releases[flips % 2])
+        flips += 1
+        time.sleep(0.0005)
+    old, new, mixed = mesh.shares()
+    assert clients.returncode == 0
+    assert mixed > 20
+
+
+def test_no_connection_sees_two_releases_of_a_board(lab: Lab, mesh: Mesh) -> None:
+    board = mesh.install()
+    clients = connect_many(lab, 4000)
+    flips = moved = 0
+    while clients.poll() is None:
+        flips += 1
+        mesh.put(board, mesh.releases[flips % 2])
+        board.flip()
+        while board.left().before and clients.poll() is None:
+            time.sleep(0.001)
+        moved += board.settle()
+    old, new, mixed = mesh.shares()
+    assert clients.returncode == 0
+    assert (mixed, moved) == (0, 0)
+    assert old + new == 8000
+    assert min(old, new) > 400
+    assert flips >= 10
+
+
+def test_a_connection_keeps_to_its_release_on_every_hook_until_the_board_settles(lab: Lab, mesh: Mesh) -> None:
+    board, peer = mesh.install(), Peer(lab)
+    client, server = peer("open_tcp", "first")
+    assert mesh.seen_by(client) == released(0, 0, 1, 2, 3)
+    assert mesh.seen_by(server)[1] == {0}
+    mesh.put(board, mesh.releases[1])
+    peer("use", "first")
+    assert mesh.seen_by(client) == released(0, 2, 3, 4)
+    board.flip()
+    later = peer("open_tcp", "second")
+    for name in ("first", "second"):
+        peer("use", name)
+    assert mesh.seen_by(client) == mesh.seen_by(server) == released(0, 2, 3, 4)
+    assert mesh.seen_by(later[0]) == released(1, 0, 1, 2, 3, 4)
+    assert mesh.seen_by(later[1]) == released(1, 1, 2, 3, 4)
+    assert board.left() == Left(2, 2, True)
+    assert board.settle() == 2
+    peer("use", "first")
+    assert mesh.seen_by(client) == mesh.seen_by(server) == released(1, 2, 3, 4)
+    assert board.left() == Left(4, 0, False)
+
+
+def test_connections_that_end_are_left_no_more(lab: Lab, mesh: Mesh) -> None:
+    board, peer = mesh.install(), Peer(lab)
+    peer("open_tcp", "first")
+    mesh.put(board, mesh.releases[1])
+    board.flip()
+    assert board.left().before == 2
+    peer("close", "first")
+    until = time.monotonic() + 5
+    while board.left().before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert board.left().before == 0
+    assert board.settle() == 0
+
+
+def test_connections_older_than_the_board_stay_with_the_release_that_ran_then(lab: Lab, mesh: Mesh) -> None:
+    mesh.attach()
+    peer = Peer(lab)
+    client, server = peer("open_tcp", "elder")
+    (datagrams,) = peer("open_udp", "datagrams")
+    board = mesh.install()
+    mesh.put(board, mesh.releases[1])
+    board.flip()
+    for name in ("elder", "datagrams"):
+        peer("use", name)
+    assert 1 not in set().union(*mesh.seen_by(client), *mesh.seen_by(server), *mesh.seen_by(datagrams))
+    assert board.left() == Left(0, 0, True)
+    board.settle()
+    for name in ("elder", "datagrams"):
+        peer("use", name)
+    assert mesh.seen_by(client) == mesh.seen_by(server) == released(1, 2, 3, 4)
+    assert mesh.seen_by(datagrams) == released(1, 2, 4)
+
+
+def test_connect_again_begins_another_connection(lab: Lab, mesh: Mesh) -> None:
+    board, peer = mesh.install(), Peer(lab)
+    (client, _) = peer("open_tcp", "again")
+    mesh.put(board, mesh.releases[1])
+    board.flip()
+    peer("disconnect", "again")
+    mesh.seen_by(client)
+    peer("connect", "again")
+    peer("use", "again")
+    assert mesh.seen_by(client) == released(1, 0, 1, 2, 3, 4)
+
+
+def test_without_a_dispatcher_on_connect_the_first_packet_of_tcp_begins_a_connection(lab: Lab, mesh: Mesh) -> None:
+    board, peer = mesh.install(), Peer(lab)
+    mesh.links.pop("connect4").detach()
+    (client, _) = peer("open_tcp", "again")
+    mesh.put(board, mesh.releases[1])
+    board.flip()
+    peer("use", "again")
+    assert mesh.seen_by(client) == released(0, 1, 2, 3, 4)
+    peer("disconnect", "again")
+    mesh.seen_by(client)
+    peer("connect", "again")
+    assert mesh.seen_by(client) == released(1, 1, 2, 3)
+
+
+def test_a_socket_made_before_the_flip_and_connected_after_it_is_new(lab: Lab, mesh: Mesh) -> None:
+    board, peer = mesh.install(), Peer(lab)
+    (client,) = peer("make", "waiting")
+    mesh.put(board, mesh.releases[1])
+    board.flip()
+    assert board.left().before == 0
+    peer("connect", "waiting")
+    assert mesh.seen_by(client) == released(1, 0, 1, 2, 3)
+
+
+def test_a_connected_datagram_socket_is_a_connection_until_it_is_moved(lab: Lab, mesh: Mesh) -> None:
+    board, peer = mesh.install(), Peer(lab)
+    (client,) = peer("open_udp", "datagrams")
+    mesh.put(board, mesh.releases[1])
+    board.flip()
+    peer("use", "datagrams")
+    assert mesh.seen_by(client) == released(0, 0, 2, 4)
+    assert board.left().before == 1
+    assert board.settle() == 1
+    peer("use", "datagrams")
+    assert mesh.seen_by(client) == released(1, 2, 4)
+
+
+def test_a_hook_that_only_the_new_release_has_lets_old_connections_pass(lab: Lab, mesh: Mesh) -> None:
+    del mesh.releases[0]["peername"]
+    mesh.running = {**mesh.releases[0]}
+    board, peer = Switchboard.create(lab.bpffs / "board"), Peer(lab)
+    for name, kind in {**{kind: kind for kind in WITNESSES[:1]}, **HOOKS}.items():
+        dispatcher = board.add(name, kind, mesh.running.get(name))
+        mesh.links[name] = Link.attach_cgroup(dispatcher, lab.cgroup, kind)
+    (client, _) = peer("open_tcp", "old")
+    mesh.put(board, mesh.releases[1])
+    board.flip()
+    peer("use", "old")
+    assert mesh.seen_by(client)[4] == set()
+    (client, _) = peer("open_tcp", "new")
+    peer("use", "new")
+    assert mesh.seen_by(client)[4] == {1}
+
+
+def test_a_flip_is_taken_back_with_the_connections_that_began_meanwhile(lab: Lab, mesh: Mesh) -> None:
+    board, peer = mesh.install(), Peer(lab)
+    (old, _) = peer("open_tcp", "old")
+    mesh.put(board, mesh.releases[1])
+    board.flip()
+    (new, _) = peer("open_tcp", "new")
+    assert [board.flip_back(), board.flip_back()] == [3, 3]
+    board.settle()
+    for cookie in (old, new):
+        mesh.seen_by(cookie)
+    for name in ("old", "new"):
+        peer("use", name)
+    assert mesh.seen_by(old) == mesh.seen_by(new) == released(0, 2, 3, 4)
+    (later, _) = peer("open_tcp", "later")
+    assert mesh.seen_by(later) == released(0, 0, 1, 2, 3)
+
+
+def test_a_third_release_is_refused_while_the_first_may_have_connections(lab: Lab, mesh: Mesh) -> None:
+    board = mesh.install()
+    mesh.put(board, mesh.releases[1])
+    board.flip()
+    with pytest.raises(NodeError, match="connections may be left of the epoch before 2"):
+        mesh.put(board, mesh.releases[0])
+    board.settle()
+    mesh.put(board, mesh.releases[0])
+
+
+def test_another_process_finds_the_board_by_its_pins_and_finishes(lab: Lab, mesh: Mesh) -> None:
+    board, peer = mesh.install(), Peer(lab)
+    (client, _) = peer("open_tcp", "held")
+    mesh.put(board, mesh.releases[1])
+    board.flip()
+    board.close()
+    again = Switchboard(lab.bpffs / "board")
+    assert (again.epoch, again.is_settled, again.flip()) == (2, False, 2)
+    assert again.hooks() == sorted([*HOOKS, WITNESSES[0]])
+    assert again.settle() == 2
+    mesh.seen_by(client)
+    peer("use", "held")
+    assert mesh.seen_by(client) == released(1, 2, 3, 4)
+
+
+def test_settling_lets_the_old_programs_go(lab: Lab, mesh: Mesh) -> None:
+    board = mesh.install()
+    mesh.put(board, mesh.releases[1])
+    board.flip()
+    board.settle()
+    with Map.open(lab.bpffs / "board" / "slots" / "connect4") as slots:
+        ids = {struct.unpack("=I", slots.lookup(struct.pack("=I", slot)) or b"")[0] for slot in (0, 1)}
+    assert ids == {mesh.releases[1]["connect4"].info.id}
+
+
+@pytest.mark.parametrize("attach_type", KINDS)
+def test_a_dispatcher_can_stand_on(lab: Lab, attach_type: str) -> None:
+    board = Switchboard.create(lab.bpffs / "board")
+    first = board.add("hook", attach_type, None)
+    assert board.add("hook", attach_type, None).info == first.info
+
+
+@pytest.mark.parametrize(("attach_type", "socket"), [("sk_lookup", 0), ("sk_skb_verdict", 168)])
+def test_programs_on_some_hooks_see_a_socket_and_get_no_storage_of_it(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, attach_type: str, socket: int
+) -> None:
+    kind = KINDS[attach_type]
+    monkeypatch.setitem(KINDS, attach_type, Kind(kind.program, kind.attach, socket))
+    board = Switchboard.create(lab.bpffs / "board")
+    with pytest.raises(KernelError, match="cannot use helper bpf_sk_storage_get"):
+        board.add("hook", attach_type, None)
+
+
+def test_a_hook_that_calls_no_dispatcher_is_refused(lab: Lab) -> None:
+    board = Switchboard.create(lab.bpffs / "board")
+    with pytest.raises(UnsupportedError, match="no dispatcher can stand on netfilter"):
+        board.add("hook", "netfilter", None)
+
+
+def test_a_program_with_storage_of_its_cgroup_is_refused_by_the_kernel(lab: Lab) -> None:
+    source = """
+    struct { __uint(type, BPF_MAP_TYPE_CGROUP_STORAGE); __type(key, struct bpf_cgroup_storage_key);
+             __type(value, __u64); } counts SEC(".maps");
+    SEC("cgroup_skb/egress") int egress(struct __sk_buff *skb)
+    {
+        __sync_fetch_and_add((__u64 *)bpf_get_local_storage(&counts, 0), 1);
+        return 1;
+    }
+    char _license[] SEC("license") = "Dual BSD/GPL";
+    """
+    loaded = load_object(compile_object(source, lab.scratch / "own.bpf.o").read_bytes(), "own", {}, {})
+    board = Switchboard.create(lab.bpffs / "board")
+    with pytest.raises(KernelError, match="EINVAL"):
+        board.add("egress", "cgroup_inet_egress", loaded.programs["egress"])
