@@ -21,6 +21,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -28,9 +29,8 @@ import numpy as np
 
 from hitless.errors import NodeError, UnsupportedError
 from hitless.kernel.barrier import wait_for_running_programs
-from hitless.kernel.bpffs import make_directory
+from hitless.kernel.bpffs import make_directory, unpin
 from hitless.kernel.codegen import (
-    ADD_IMM,
     AND_IMM,
     ATOMIC,
     CMPXCHG,
@@ -56,6 +56,7 @@ from hitless.kernel.codegen import (
     STORE,
     Assembler,
 )  # fmt: skip
+from hitless.kernel.elders import bind_elders
 from hitless.kernel.iterators import Iterator
 from hitless.kernel.libbpf import check, ffi, lib, options
 from hitless.kernel.maps import Map, create
@@ -77,7 +78,8 @@ _SOCKET_TYPE = 32  # in struct bpf_sock_addr
 # The word of a socket: its epoch, 0 before its connection begins. The top bit is set between connect() and the first
 # thing that TCP does for it, so that what is called meanwhile is of the same connection, and connect() later is not.
 _CONNECTING = 31
-_PRESENT, _ELDER = 0, 4  # the two words of a board
+# The words of a board: the present epoch, that of sockets older than the board, and the last one that is alone.
+_PRESENT, _ELDER, _SETTLED = 0, 4, 8
 _HERE, _ELSEWHERE = 0, 8  # counters of a pass
 
 
@@ -177,20 +179,20 @@ class Switchboard:
                 storage.pin(directory / "storage")
         if not (directory / "epoch").exists():
             opts = options("bpf_map_create_opts", map_flags=_MMAPABLE)
-            with create(_ARRAY, "board_epoch", 4, 8, 1, opts) as word:
-                word.update(bytes(4), np.ones(2, np.uint32).tobytes())
+            with create(_ARRAY, "board_epoch", 4, 12, 1, opts) as word:
+                word.update(bytes(4), np.ones(3, np.uint32).tobytes())
                 word.pin(directory / "epoch")
         return cls(directory)
 
     @property
     def epoch(self) -> int:
         """The present epoch: 1, 2, 3 and so on."""
-        return int(self._epochs[0])
+        return int(self._epochs[_PRESENT])
 
     @property
     def is_settled(self) -> bool:
         """Whether everything is of the present epoch: no :meth:`flip` that was not followed by :meth:`settle`."""
-        return int(self._epochs[1]) == self.epoch
+        return int(self._epochs[_SETTLED // 4]) == self.epoch
 
     def hooks(self) -> list[str]:
         """The names under which hooks were added."""
@@ -215,15 +217,35 @@ class Switchboard:
             return Program.open(pin)
         place = self._directory / "slots" / name
         if place.exists():
-            place.unlink()  # of an addition that was cut short: nothing leads there yet
+            unpin(place)  # of an addition that was cut short: nothing leads there yet
         with create(_PROG_ARRAY, f"board_{name}", 4, 4, 2) as slots:
             code = _dispatcher(kind, self._storage, self._word, slots)
             made = load_code(kind.program, f"to_{name}", code, f"the dispatcher of hook {name}", **_typed(kind))
             slots.pin(place)
-        for epoch in (self.epoch, self.epoch + 1):
+        for epoch in (self.epoch - 1, self.epoch):
             self.put(name, attach_type, running, epoch)
         made.pin(pin)
         return made
+
+    def remove(self, name: str) -> None:
+        """Forget hook ``name``, whose dispatcher is attached no more; nothing happens if it is not known."""
+        for pin in (self._directory / "dispatchers" / name, self._directory / "slots" / name):
+            if pin.exists():
+                unpin(pin)
+
+    def bind_elders(self, cgroups: Iterable[Path]) -> int:
+        """Bind connections that are older than the board, in these cgroups and all below, so that they are counted.
+
+        To be called when all dispatchers are attached, before the first :meth:`flip`; returns how many were bound. Some
+        may stay unseen (:mod:`hitless.kernel.elders`). Raises UnsupportedError, KernelError.
+        """
+        if not self.is_settled:
+            raise NodeError(
+                f"{self._directory}: with two epochs there is no telling of which one a connection is; settle the board",
+                path=str(self._directory),
+            )
+        inside = {path.stat().st_ino for top in cgroups for path in (top, *top.rglob("*/"))}
+        return bind_elders(self._storage, self.epoch, inside)
 
     def put(self, name: str, attach_type: str, program: Program | None, epoch: int) -> None:
         """Let hook ``name`` run ``program`` for connections of ``epoch``; None lets all pass, as if there was no hook.
@@ -271,15 +293,15 @@ class Switchboard:
         Each moves at one stroke, for all hooks; sockets older than the board all at once, uncounted. On return no
         program of an epoch before runs or will. May be repeated after a kill. Raises KernelError.
         """
-        self._epochs[1] = self.epoch
-        wait_for_running_programs()
         _, moved = self._pass(moving=True)
+        self._epochs[_ELDER // 4] = self.epoch
         wait_for_running_programs()
         for name in self.hooks():
             with Map.open(self._directory / "slots" / name) as slots:
                 number = np.frombuffer(slots.lookup(_number(self.epoch & 1)) or bytes(4), np.uint32)[0]
                 with Program.by_id(int(number)) as program:
                     slots.update(_number(~self.epoch & 1), _number(program.fd))
+        self._epochs[_SETTLED // 4] = self.epoch
         return moved
 
     def close(self) -> None:
@@ -288,7 +310,7 @@ class Switchboard:
         self._storage.close()
 
     def _turn(self, steps: int) -> int:
-        self._epochs[0] = self._epochs[1] + np.uint32(steps)
+        self._epochs[_PRESENT] = self._epochs[_SETTLED // 4] + np.uint32(steps)
         wait_for_running_programs()
         return self.epoch
 
