@@ -35,6 +35,11 @@ SEC("sockops") int ops(struct bpf_sock_ops *ctx)
 	return 1;
 }
 
+SEC("xdp") int frame(struct xdp_md *ctx)
+{
+	return XDP_PASS;
+}
+
 /* At its first run it binds the socket of a test run, which no hook sees made, to epoch 1. */
 SEC("cgroup_skb/egress") int bound(struct __sk_buff *skb)
 {

@@ -28,7 +28,8 @@ class Machine(msgspec.Struct, frozen=True):
 def this_machine() -> Machine:
     """This one, as it is now."""
     model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return Machine(model[1] if model else platform.machine(), len(os.sched_getaffinity(0)), platform.release(), _preemption())
+    cpu, cores = model[1] if model else platform.machine(), len(os.sched_getaffinity(0))
+    return Machine(cpu, cores, platform.release(), _preemption())
 
 
 def _preemption() -> str:

@@ -1,9 +1,9 @@
 """``python -m benchmarks.mixing``: connections that see two releases, by mode of the cutover, and what a board costs.
 
 Clients open connections and keep each for up to ``--longest`` ms, while five hooks go from one release to another
-and back every ``--every`` ms: by link updates one after the other, then through a board of dispatchers, where each upgrade
-waits for the old connections and is over only when none is left. Then the hooks' programs are timed under the same
-traffic with and without dispatchers in front of them, in turns, and one kind of them by test runs.
+and back every ``--every`` ms: by link updates one after the other, then through a board of dispatchers, where each
+upgrade waits for the old connections and is over only when none is left. Then programs are timed under the same traffic
+with and without dispatchers in front of them, in turns, and one of them by test runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hitless.kernel.programs import Program, load_object
 from hitless.kernel.switchboard import WITNESSES, Switchboard
 from meshd.demo.lab import Lab
 
-__all__ = ["Mixing", "main", "measure_mixing", "measure_runs"]
+__all__ = ["MODES", "Stage", "Traffic", "main", "measure_costs", "measure_mixing", "measure_test_runs"]
 
 _HOOKS = {
     "connect4": "cgroup_inet4_connect",
@@ -43,9 +43,23 @@ _HOOKS = {
     "peername": "cgroup_inet4_getpeername",
 }
 _WITNESSES = dict(zip(("create", "ops"), WITNESSES, strict=True))
+MODES = ("link updates", "a board")
 _ENDLESS = 1 << 40
 _TEST_RUNS = 500_000
 _PACKET = bytes(64)
+
+
+class Traffic(msgspec.Struct, frozen=True):
+    """``connections``, ``threads`` at a time, each kept up to ``longest`` seconds; an upgrade ``every`` so many.
+
+    It ends after ``limit`` seconds even if not all were made.
+    """
+
+    connections: int
+    threads: int
+    longest: float
+    every: float
+    limit: float
 
 
 class Mixing(msgspec.Struct, frozen=True):
@@ -71,7 +85,15 @@ class Mixing(msgspec.Struct, frozen=True):
         return self.mixed / max(1, self.old_first + self.new_first)
 
 
-class _Stage:
+class Costs(msgspec.Struct, frozen=True):
+    """One round, without and with a board: nanoseconds a run of each hook's program, and connections a second."""
+
+    without: dict[str, float]
+    behind: dict[str, float]
+    rates: tuple[float, float]
+
+
+class Stage:
     """Two releases for the lab's cgroup, and the hooks there."""
 
     def __init__(self, lab: Lab) -> None:
@@ -123,11 +145,11 @@ class _Stage:
         return Background(self.lab, [str(word) for word in command], "clients")
 
 
-def measure_mixing(stage: _Stage, mode: str, settings: argparse.Namespace) -> Mixing:
-    """Upgrade all the time while connections are made, for ``settings.limit`` seconds at most."""
-    every, drained, moved = settings.every / 1000, [], 0
+def measure_mixing(stage: Stage, mode: str, traffic: Traffic) -> Mixing:
+    """Upgrade all the time while connections are made."""
+    drained, moved = [], 0
     stage.ends()
-    if mode == "link updates":
+    if mode == MODES[0]:
         with stage.plain(stage.releases[0]) as links:
 
             def update(upgrade: int, until: float) -> None:
@@ -135,7 +157,7 @@ def measure_mixing(stage: _Stage, mode: str, settings: argparse.Namespace) -> Mi
                 for name, link in links.items():
                     link.update(new[name], old[name])
 
-            connections, upgrades, seconds = _upgrade(stage, settings, every, update)
+            connections, upgrades, seconds = _upgrade(stage, traffic, update)
     else:
         with stage.board(stage.releases[0]) as (board, _):
 
@@ -150,19 +172,17 @@ def measure_mixing(stage: _Stage, mode: str, settings: argparse.Namespace) -> Mi
                 drained.append((time.monotonic() - began) * 1000)
                 moved += board.settle()
 
-            connections, upgrades, seconds = _upgrade(stage, settings, every, turn)
+            connections, upgrades, seconds = _upgrade(stage, traffic, turn)
     spread = (statistics.median(drained), max(drained)) if drained else (0.0, 0.0)
     return Mixing(mode, connections, upgrades, seconds, *stage.ends(), moved, spread)
 
 
-def _upgrade(
-    stage: _Stage, settings: argparse.Namespace, every: float, change: Callable[[int, float], None]
-) -> tuple[int, int, float]:
+def _upgrade(stage: Stage, traffic: Traffic, change: Callable[[int, float], None]) -> tuple[int, int, float]:
     began = time.monotonic()
     upgrades = 0
-    with stage.clients(settings.connections, settings.threads, settings.longest / 1000) as clients:
-        while clients.is_running() and time.monotonic() < began + settings.limit:
-            due = began + (upgrades + 1) * every
+    with stage.clients(traffic.connections, traffic.threads, traffic.longest) as clients:
+        while clients.is_running() and time.monotonic() < began + traffic.limit:
+            due = began + (upgrades + 1) * traffic.every
             time.sleep(max(0.0, due - time.monotonic()))
             change(upgrades, time.monotonic() + 5.0)
             upgrades += 1
@@ -170,32 +190,35 @@ def _upgrade(
     return made, upgrades, time.monotonic() - began
 
 
-def measure_runs(stage: _Stage, rounds: int, seconds: float, threads: int) -> dict[str, list[tuple[float, float]]]:
-    """Nanoseconds a run by hook, as the kernel counts them under traffic: without and with a board, a pair a round.
+def measure_costs(stage: Stage, rounds: int, seconds: float, threads: int) -> list[Costs]:
+    """Programs that do nothing, under traffic, as the kernel counts their time.
 
-    Programs that do nothing, so that what they are slowed or sped up by (storage that is there already) is not counted.
+    They do nothing so that nothing else is counted, such as storage that is there already when they ask for it.
     """
     bare = load_object(compile_bpf("bare", stage.lab.scratch), "bare", {}, {}).programs
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ("create", *_HOOKS)}
+    found = []
     for _ in range(rounds):
         with stage.plain(bare):
-            without = _timed(stage, {name: bare[name] for name in _HOOKS}, seconds, threads)
+            without, rate = _timed(stage, {name: bare[name] for name in _HOOKS}, seconds, threads)
         with stage.board(bare) as (_, dispatchers):
-            behind = _timed(stage, dispatchers, seconds, threads)
-        for name, times in taken.items():
-            times.append((without.get(name, 0.0), behind[name]))
-    return taken
+            behind, slower = _timed(stage, dispatchers, seconds, threads)
+        found.append(Costs(without, behind, (rate, slower)))
+    return found
 
 
-def _timed(stage: _Stage, programs: dict[str, Program], seconds: float, threads: int) -> dict[str, float]:
+def _timed(
+    stage: Stage, programs: dict[str, Program], seconds: float, threads: int
+) -> tuple[dict[str, float], float]:
+    began = time.monotonic()
     with stage.clients(_ENDLESS, threads, 0.0) as clients:
         counting = check(ctypes.CDLL("libbpf.so.1").bpf_enable_stats(0), "BPF_ENABLE_STATS", "BPF_STATS_RUN_TIME")
         before = {name: _counters(program) for name, program in programs.items()}
         time.sleep(seconds)
         after = {name: _counters(program) for name, program in programs.items()}
         os.close(counting)
-        clients.stop()
-    return {name: (after[name][0] - before[name][0]) / (after[name][1] - before[name][1]) for name in programs}
+        made = int(clients.stop())
+    times = {name: (after[name][0] - before[name][0]) / (after[name][1] - before[name][1]) for name in programs}
+    return times, made / (time.monotonic() - began)
 
 
 def _counters(program: Program) -> tuple[int, int]:
@@ -204,16 +227,18 @@ def _counters(program: Program) -> tuple[int, int]:
     return int(facts["run_time_ns"]), int(facts["run_cnt"])
 
 
-def measure_test_runs(stage: _Stage, rounds: int) -> dict[str, list[float]]:
-    """Nanoseconds a run of a program on packets that does nothing: alone, and behind a dispatcher."""
+def measure_test_runs(stage: Stage, rounds: int) -> dict[str, list[float]]:
+    """Nanoseconds a run of programs that do nothing: alone, and behind a dispatcher."""
     board = Switchboard.create(stage.lab.bpffs / "bare")
     kind = _HOOKS["egress"]
     with Map.open(stage.lab.bpffs / "bare" / "storage") as storage:
         bare = load_object(compile_bpf("bare", stage.lab.scratch), "bare", {"board_storage": storage}, {}).programs
     ways = {
-        "alone": bare["bound"],
-        "behind a dispatcher, its socket bound to an epoch": board.add("bound", kind, bare["bound"]),
-        "behind a dispatcher, its socket older than the board": board.add("egress", kind, bare["egress"]),
+        "egress": bare["bound"],
+        "egress behind a dispatcher, its socket bound to an epoch": board.add("bound", kind, bare["bound"]),
+        "egress behind a dispatcher, its socket older than that": board.add("egress", kind, bare["egress"]),
+        "XDP": bare["frame"],
+        "XDP behind a dispatcher, which knows of no sockets": board.add("frame", "xdp", bare["frame"]),
     }
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
@@ -240,14 +265,16 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=300.0, metavar="S", help="for each mode")
     parser.add_argument("--rounds", type=int, default=7, help="of timing")
     settings = parser.parse_args(args)
+    longest, every = settings.longest / 1000, settings.every / 1000
+    traffic = Traffic(settings.connections, settings.threads, longest, every, settings.limit)
     print(f"{this_machine()}\n{shlex.join(['python', '-m', 'benchmarks.mixing', *sys.argv[1:]])}\n")
     try:
         build_tools()
         with Lab() as lab:
-            stage = _Stage(lab)
-            for mode in ("link updates", "a board"):
-                _print_mixing(measure_mixing(stage, mode, settings))
-            _print_runs(measure_runs(stage, settings.rounds, 1.0, settings.threads))
+            stage = Stage(lab)
+            for mode in MODES:
+                _print_mixing(measure_mixing(stage, mode, traffic))
+            _print_costs(measure_costs(stage, settings.rounds, 1.0, settings.threads))
             _print_test_runs(measure_test_runs(stage, settings.rounds))
     except HitlessError as error:
         print(error.message, file=sys.stderr)
@@ -266,18 +293,20 @@ def _print_mixing(found: Mixing) -> None:
         print(f"  old connections were gone {median:.0f} ms after a flip ({longest:.0f} at most); {found.moved} moved")
 
 
-def _print_runs(taken: dict[str, list[tuple[float, float]]]) -> None:
+def _print_costs(rounds: list[Costs]) -> None:
     print("\nns a run of programs that do nothing, under traffic, by the kernel's count; medians (from, to)")
-    for name, pairs in taken.items():
-        without, behind = ([pair[side] for pair in pairs] for side in (0, 1))
-        more = [with_board - plain for plain, with_board in pairs]
+    for name in rounds[0].behind:
+        without, behind = [each.without.get(name, 0.0) for each in rounds], [each.behind[name] for each in rounds]
+        more = [after - before for before, after in zip(without, behind, strict=True)]
         print(f"  {name:10} alone {_spread(without)}   behind a dispatcher {_spread(behind)}   more {_spread(more)}")
+    for side, where in enumerate(("without a board", "with a board")):
+        print(f"  connections a second, {where}: {_spread([each.rates[side] for each in rounds])}")
 
 
 def _print_test_runs(taken: dict[str, list[float]]) -> None:
-    print(f"\nns a run of an egress program that does nothing, in {_TEST_RUNS:,} test runs; medians")
+    print(f"\nns a run of programs that do nothing, in {_TEST_RUNS:,} test runs; medians (from, to)")
     for way, times in taken.items():
-        print(f"  {way:55} {_spread(times)}")
+        print(f"  {way:58} {_spread(times)}")
 
 
 def _spread(times: list[float]) -> str:

@@ -1,17 +1,14 @@
 """Binding connections that are older than a board of dispatchers, so that they can be counted.
 
 Nothing leads from a cgroup to its sockets. But an iterator program can visit every file of every task, and the socket
-behind it, whatever its network namespace is. It does not see sockets that no task has as a file: not yet accepted, closed
-but still sending, on their way in a message to another process, or of a task in another PID namespace.
+behind it, whatever its network namespace is. It does not see sockets that no task has as a file: not yet accepted,
+closed but still sending, on their way in a message to another process, or of a task in another PID namespace.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection
-from pathlib import Path
 
-from hitless.errors import UnsupportedError
 from hitless.kernel.codegen import (
     ATOMIC,
     CMPXCHG,
@@ -37,8 +34,7 @@ from hitless.kernel.codegen import (
 from hitless.kernel.iterators import Iterator
 from hitless.kernel.maps import Map, create
 from hitless.kernel.per_entry import Scratch, count
-from hitless.layout.btf import Btf
-from hitless.layout.model import Record
+from hitless.kernel.vmlinux import offsets
 
 __all__ = ["bind_elders"]
 
@@ -52,10 +48,10 @@ _BOUND = 0  # a counter
 
 
 def bind_elders(storage: Map, epoch: int, cgroups: Collection[int]) -> int:
-    """Give every connection in the cgroups with these ids ``epoch`` in ``storage``, unless it has one; returns how many.
+    """Give every connection in the cgroups with these ids ``epoch`` in ``storage``, unless it has one.
 
-    Sockets that are not connected stay as they are. Raises UnsupportedError if this kernel does not tell how a
-    socket is kept, KernelError.
+    Returns how many got it. Sockets that are not connected stay as they are. Raises UnsupportedError if this kernel
+    does not tell how a socket is kept, KernelError.
     """
     with create(_HASH, "board_cgroups", 8, 1, max(1, len(cgroups))) as wanted:
         for each in cgroups:
@@ -72,24 +68,30 @@ def bind_elders(storage: Map, epoch: int, cgroups: Collection[int]) -> int:
 
 # Registers: R6 the socket, R7 its word.
 def _binding(storage: Map, epoch: int, wanted: Map, scratch: Scratch) -> bytes:
+    place = offsets(
+        "a socket", "connections older than the dispatchers cannot be counted",
+        "socket.sk", "sock_common.skc_family", "sock_common.skc_state", "sock.sk_cgrp_data", "sock_cgroup_data.cgroup",
+        "cgroup.kn", "kernfs_node.id",
+    )  # fmt: skip
     asm = Assembler()
     asm.emit(LOAD[8], R1, R1, _FILE)
     asm.emit(JEQ_IMM, R1, off="exit", imm=0)  # the last call, after all files, has none
     asm.call(_SOCK_FROM_FILE)
     asm.emit(JEQ_IMM, R0, off="exit", imm=0)
-    asm.emit(LOAD[8], R6, R0, _offset("socket", "sk"))
+    asm.emit(LOAD[8], R6, R0, place["socket.sk"])
     asm.emit(JEQ_IMM, R6, off="exit", imm=0)
-    asm.emit(LOAD[2], R1, R6, _offset("sock_common", "skc_family"))
+    asm.emit(LOAD[2], R1, R6, place["sock_common.skc_family"])
     asm.emit(JEQ_IMM, R1, off="internet", imm=_INET)
     asm.emit(JNE_IMM, R1, off="exit", imm=_INET6)
     asm.label("internet")
-    asm.emit(LOAD[1], R1, R6, _offset("sock_common", "skc_state"))
+    asm.emit(LOAD[1], R1, R6, place["sock_common.skc_state"])
     asm.emit(JEQ_IMM, R1, off="exit", imm=_CLOSED)
     asm.emit(JEQ_IMM, R1, off="exit", imm=_LISTENING)
 
-    asm.emit(LOAD[8], R1, R6, _offset("sock", "sk_cgrp_data") + _offset("sock_cgroup_data", "cgroup"))
-    asm.emit(LOAD[8], R1, R1, _offset("cgroup", "kn"))
-    asm.emit(LOAD[8], R1, R1, _offset("kernfs_node", "id"))
+    at = place["sock.sk_cgrp_data"] + place["sock_cgroup_data.cgroup"]
+    asm.emit(LOAD[8], R1, R6, at)
+    asm.emit(LOAD[8], R1, R1, place["cgroup.kn"])
+    asm.emit(LOAD[8], R1, R1, place["kernfs_node.id"])
     asm.emit(STORE[8], FP, R1, -8)
     asm.map(R1, wanted.fd)
     asm.pointer(R2, FP, -8)
@@ -112,23 +114,3 @@ def _binding(storage: Map, epoch: int, wanted: Map, scratch: Scratch) -> bytes:
     asm.emit(MOV_IMM, R0, imm=0)
     asm.emit(EXIT)
     return asm.code()
-
-
-def _offset(struct: str, member: str) -> int:
-    """Where the kernel keeps ``member`` of one of its own structs, in bytes."""
-    types = _kernel_types()
-    made = types.find(f"struct {struct}") if types else None
-    found = next((field for field in made.fields if field.name == member), None) if isinstance(made, Record) else None
-    if found is None:
-        raise UnsupportedError(
-            f"this kernel does not tell how it keeps a socket (struct {struct} in /sys/kernel/btf/vmlinux), so that "
-            "connections older than the dispatchers cannot be counted",
-            feature=f"struct {struct}",
-        )
-    return found.offset // 8
-
-
-@functools.cache
-def _kernel_types() -> Btf | None:
-    path = Path("/sys/kernel/btf/vmlinux")
-    return Btf.parse(path.read_bytes(), str(path)) if path.exists() else None

@@ -51,7 +51,8 @@ class Iterator:
     def open(self, over: Map) -> None:
         """Begin a pass over ``over``; one that had begun ends here. Raises KernelError (EINVAL: not a map for it).
 
-        A target that is no part of a map (``task``, ``task_file``, ``cgroup``) is passed over wholly, whatever ``over`` is.
+        A target that is no part of a map (``task``, ``task_file``, ``cgroup``) is passed over wholly, whatever ``over``
+        is.
         """
         self._end()
         info = ffi.new("union bpf_iter_link_info *")

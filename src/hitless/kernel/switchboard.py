@@ -2,18 +2,18 @@
 
 A *board* is a directory of pins: one word that says which epoch is present, socket storage that says which epoch a
 connection belongs to, and for each hook a program array of two slots. The dispatcher on the hook looks up the epoch of
-the socket it is called for and goes on to the program in that epoch's slot. One store makes the next epoch the present
-one, on all hooks at once; connections that had begun stay in theirs.
+the socket that it is called for and goes on to the program in that epoch's slot. One store makes the next epoch the
+present one, on all hooks at once; connections that had begun stay in theirs.
 
 At rest both slots of every hook hold the running release. An upgrade puts the new one into the slots of the next epoch
-(:meth:`Switchboard.put`), makes it present (:meth:`flip`), waits until no connection is :meth:`left` in the old one or
-no longer, and ends that one (:meth:`settle`): what is left moves over, socket by socket, each at one stroke on all hooks.
+(:meth:`Switchboard.put`), makes it present (``flip``), waits until no connection of the old one is ``left``, or no
+longer, and ends that one (``settle``): what is left moves over, each connection at one stroke on all hooks.
 
-When a connection begins: with connect(), or when a passive one is established, or with the first datagram. What is
-called for a socket before that (creation, bind, options, packets of a handshake, which are the listener's) is of the
-present release and binds to nothing. A socket without storage is older than the board, since creation and establishment
-give every other one its storage: that takes the hooks :data:`WITNESSES` on each cgroup, even where a release has
-no program for them. All those older sockets are of one epoch, the *elder*, until it ends.
+When a connection begins: with connect(), when a passive one is established, or with the first datagram. What is called
+for a socket before that (creation, bind, options, packets of a handshake, which are the listener's) is of the present
+release and binds to nothing. A socket without storage is older than the board, since creation and establishment give
+every other one its storage: that takes the hooks :data:`WITNESSES` on each cgroup, even where a release has no program
+for them. All those older sockets are of one epoch, the *elder*, until it ends.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ from hitless.kernel.libbpf import check, ffi, lib, options
 from hitless.kernel.maps import Map, create
 from hitless.kernel.per_entry import Scratch, count
 from hitless.kernel.programs import Program, load_code
+from hitless.kernel.vmlinux import offsets
 
 __all__ = ["KINDS", "WITNESSES", "Kind", "Left", "Switchboard"]
 
@@ -69,7 +70,7 @@ _TAIL_CALL, _FULLSOCK, _STORAGE_GET = 12, 95, 107  # bpf_tail_call, bpf_sk_fulls
 _F_CREATE = 1  # BPF_SK_STORAGE_GET_F_CREATE
 _ARRAY, _PROG_ARRAY, _SK_STORAGE = 2, 3, 24  # BPF_MAP_TYPE_*
 _NO_PREALLOC, _MMAPABLE = 1, 1 << 10  # BPF_F_*
-_LISTEN = 10  # BPF_TCP_LISTEN
+_CLOSED, _LISTENING = 7, 10  # BPF_TCP_*, and a socket of datagrams that is not connected is closed
 _STREAM = 1  # SOCK_STREAM
 _CONNECT_CB, _PASSIVE_CB = 3, 5  # BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB
 _SOCKET_STATE = 72  # in struct bpf_sock
@@ -80,16 +81,17 @@ _SOCKET_TYPE = 32  # in struct bpf_sock_addr
 _CONNECTING = 31
 # The words of a board: the present epoch, that of sockets older than the board, and the last one that is alone.
 _PRESENT, _ELDER, _SETTLED = 0, 4, 8
-_HERE, _ELSEWHERE = 0, 8  # counters of a pass
+_HERE, _BEFORE, _LOOSE = 0, 8, 16  # counters of a pass
 
 
 class Kind(msgspec.Struct, frozen=True):
     """Hooks of one attach type: numbers of the program type and the attach type, and how their socket is found.
 
-    ``socket`` is the offset of the socket in the context; -1 if the context is one, None if there is none that a program
-    of this type could ask for storage: such a hook is always of the present epoch. ``begins`` says what a call
-    means for a connection: ``create`` (there is none yet), ``connect`` (a new one), ``use``, ``packet`` (it begins here if
-    it has not), ``look`` (begins nothing), ``ops`` (it depends). ``passed`` is returned where a release has no program.
+    ``socket`` is the offset of the socket in the context; -1 if the context is one, None if there is none that a
+    program of this type could ask for storage: such a hook is always of the present epoch. ``begins`` says what a call
+    means for a connection: ``create`` (there is none yet), ``connect`` (a new one), ``use`` (it begins here if it has
+    not), ``packet`` (the same, but for a listener), ``look`` (begins nothing), ``ops`` (it depends). ``passed`` is
+    returned where a release has no program.
     """
 
     program: int
@@ -144,18 +146,21 @@ WITNESSES = ("cgroup_inet_sock_create", "cgroup_sock_ops")
 
 
 class Left(msgspec.Struct, frozen=True):
-    """How many connections are in the present epoch, and in ones before it.
+    """How many connections are in the present epoch, and in ones before it (``before``).
 
-    ``elders`` is whether sockets older than the board are in an epoch before: nobody knows how many there are.
+    ``loose`` are sockets that belong to an epoch before and have no connection that could end: those of datagrams to
+    anybody, and those whose peer refused or reset. ``elders`` is whether sockets older than the board are in an
+    epoch before: nobody knows how many there are.
     """
 
     present: int
     before: int
+    loose: int
     elders: bool
 
 
 class Switchboard:
-    """Dispatchers with what they share, pinned in a directory that holds nothing else. One process changes it at a time.
+    """Dispatchers with what they share, pinned in a directory of their own; one process changes them at a time.
 
     A program array whose last pin or descriptor goes is emptied by the kernel, and its hook lets everything
     pass: take dispatchers off their hooks before the directory is removed.
@@ -241,7 +246,7 @@ class Switchboard:
         """
         if not self.is_settled:
             raise NodeError(
-                f"{self._directory}: with two epochs there is no telling of which one a connection is; settle the board",
+                f"{self._directory}: with two epochs there is no telling which a connection is of; settle the board",
                 path=str(self._directory),
             )
         inside = {path.stat().st_ino for top in cgroups for path in (top, *top.rglob("*/"))}
@@ -271,7 +276,7 @@ class Switchboard:
     def flip(self) -> int:
         """Make the next epoch the present one, by one store; returns it. Connections that had begun stay as they are.
 
-        On return no new connection can be of the epoch before. May be repeated until :meth:`settle`. Raises KernelError.
+        On return none can be added to the epoch before. May be repeated until ``settle``. Raises KernelError.
         """
         return self._turn(1)
 
@@ -284,16 +289,16 @@ class Switchboard:
 
     def left(self) -> Left:
         """Count connections. Those that begin or end meanwhile may count or not. Raises KernelError."""
-        present, before = self._pass(moving=False)
-        return Left(present, before, not self.is_settled)
+        present, before, loose = self._pass(moving=False)
+        return Left(present, before, loose, int(self._epochs[_ELDER // 4]) != self.epoch)
 
     def settle(self) -> int:
-        """End all epochs before the present one: what is left in them moves over. Returns how many connections did.
+        """End all epochs before the present one: what is left in them moves over. Returns how many connections.
 
         Each moves at one stroke, for all hooks; sockets older than the board all at once, uncounted. On return no
         program of an epoch before runs or will. May be repeated after a kill. Raises KernelError.
         """
-        _, moved = self._pass(moving=True)
+        _, moved, _ = self._pass(moving=True)
         self._epochs[_ELDER // 4] = self.epoch
         wait_for_running_programs()
         for name in self.hooks():
@@ -314,8 +319,8 @@ class Switchboard:
         wait_for_running_programs()
         return self.epoch
 
-    def _pass(self, moving: bool) -> tuple[int, int]:
-        """Sockets of the present epoch, and of others, which move to it if they shall."""
+    def _pass(self, moving: bool) -> tuple[int, int, int]:
+        """Sockets by where they belong, counted; those not of the present epoch move to it if they shall."""
         scratch = Scratch("board_count")
         iterator = Iterator.load("bpf_sk_storage_map", _counting(self._word, scratch, moving), "board_count")
         try:
@@ -323,7 +328,7 @@ class Switchboard:
         finally:
             iterator.close()
             scratch.map.close()
-        return scratch[_HERE], scratch[_ELSEWHERE]
+        return scratch[_HERE], scratch[_BEFORE], scratch[_LOOSE]
 
 
 def _create_storage() -> Map:
@@ -429,7 +434,7 @@ def _use(asm: Assembler, storage: Map, word: Map, listens: bool = False) -> None
     asm.emit(JNE_IMM, R9, off="go", imm=0)
     if listens:
         asm.emit(LOAD[4], R1, R8, _SOCKET_STATE)
-        asm.emit(JEQ_IMM, R1, off="present", imm=_LISTEN)
+        asm.emit(JEQ_IMM, R1, off="present", imm=_LISTENING)
     _begin(asm, word)
 
 
@@ -504,17 +509,30 @@ def _go_on(asm: Assembler, slots: Map, slot: int) -> None:
 
 def _counting(word: Map, scratch: Scratch, moving: bool) -> bytes:
     """Over struct bpf_iter__bpf_sk_storage_map: meta, map, socket, value."""
+    state = "sock_common.skc_state"
+    place = offsets("a socket", "old connections cannot be counted", state)[state]
     asm = Assembler()
+    asm.emit(LOAD[8], R6, R1, 16)
+    asm.emit(JEQ_IMM, R6, off="exit", imm=0)
     asm.emit(LOAD[8], R7, R1, 24)
     asm.emit(JEQ_IMM, R7, off="exit", imm=0)  # the last call, after all sockets, has none
     asm.emit(LOAD[4], R8, R7, 0)
+    asm.emit(MOV, R2, R8)
+    asm.emit(RSH_IMM, R2, imm=_CONNECTING)
     asm.emit(AND_IMM, R8, imm=(1 << _CONNECTING) - 1)
     asm.emit(JEQ_IMM, R8, off="exit", imm=0)
     _load_epoch(asm, word, _PRESENT)
     asm.emit(JEQ, R8, R9, "here")
     if moving:
         asm.emit(STORE[4], R7, R9, 0)  # a connect() at the same time writes the same
-    count(asm, scratch, _ELSEWHERE)
+    asm.emit(JNE_IMM, R2, off="before", imm=0)  # amid connect(), where TCP has not opened it yet
+    asm.emit(LOAD[1], R1, R6, place)
+    asm.emit(JEQ_IMM, R1, off="loose", imm=_CLOSED)
+    asm.label("before")
+    count(asm, scratch, _BEFORE)
+    asm.emit(JA, off="exit")
+    asm.label("loose")
+    count(asm, scratch, _LOOSE)
     asm.emit(JA, off="exit")
     asm.label("here")
     count(asm, scratch, _HERE)
