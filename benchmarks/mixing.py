@@ -163,8 +163,8 @@ def measure_mixing(stage: Stage, mode: str, traffic: Traffic) -> Mixing:
 
             def turn(upgrade: int, until: float) -> None:
                 nonlocal moved
-                for name, kind in _HOOKS.items():
-                    board.put(name, kind, stage.releases[1 - upgrade % 2][name], board.epoch + 1)
+                for name in _HOOKS:
+                    board.put(name, stage.releases[1 - upgrade % 2][name], board.epoch + 1)
                 began = time.monotonic()
                 board.flip()
                 while board.left().before and time.monotonic() < until:

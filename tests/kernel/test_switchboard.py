@@ -189,8 +189,8 @@ class Mesh:
         return board
 
     def put(self, board: Switchboard, release: dict[str, Program]) -> None:
-        for name, kind in HOOKS.items():
-            board.put(name, kind, release[name], board.epoch + 1)
+        for name in HOOKS:
+            board.put(name, release[name], board.epoch + 1)
 
     def seen_by(self, cookie: int) -> list[set[int]]:
         """For each hook the releases that ran for this socket since it was asked for last."""
@@ -464,8 +464,8 @@ def test_sockets_in_a_sockhash_are_served_by_their_release_and_then_by_the_next(
     ]
     peer("open_tcp", "old"), peer("use", "old")
     assert messages() == [1, 0]
-    board.put("verdict", "sk_msg_verdict", releases[1]["verdict"], 2)
-    board.put(WITNESSES[1], WITNESSES[1], releases[1]["take"], 2)
+    board.put("verdict", releases[1]["verdict"], 2)
+    board.put(WITNESSES[1], releases[1]["take"], 2)
     board.flip()
     peer("open_tcp", "new"), peer("use", "new"), peer("use", "old")
     assert messages() == [2, 1]
@@ -564,13 +564,13 @@ def test_a_hook_comes_and_goes_while_two_releases_run(lab: Lab, mesh: Mesh) -> N
     board.remove("peername")
     assert "peername" not in board.hooks()
     (old, _) = peer("open_tcp", "old")
-    for name, kind in HOOKS.items():
+    for name in HOOKS:
         if name != "peername":
-            board.put(name, kind, mesh.releases[1][name], 2)
+            board.put(name, mesh.releases[1][name], 2)
     board.flip()
     (new, _) = peer("open_tcp", "new")
     dispatcher = board.add("peername", HOOKS["peername"], mesh.releases[1]["peername"])
-    board.put("peername", HOOKS["peername"], mesh.releases[0]["peername"], 1)
+    board.put("peername", mesh.releases[0]["peername"], 1)
     mesh.links["peername"] = Link.attach_cgroup(dispatcher, lab.cgroup, HOOKS["peername"])
     for name in ("old", "new"):
         peer("use", name)
@@ -624,5 +624,17 @@ def test_a_program_with_storage_of_its_cgroup_is_refused_by_the_kernel(lab: Lab)
     """
     loaded = load_object(compile_object(source, lab.scratch / "own.bpf.o").read_bytes(), "own", {}, {})
     board = Switchboard.create(lab.bpffs / "board")
-    with pytest.raises(KernelError, match="EINVAL"):
+    with pytest.raises(UnsupportedError, match="hook egress: the kernel lets no dispatcher lead to program egress"):
         board.add("egress", "cgroup_inet_egress", loaded.programs["egress"])
+
+
+@pytest.mark.parametrize(("section", "attach_type"), [("cgroup/skb", "cgroup_inet_egress"), ("tc", "tcx_egress")])
+def test_a_dispatcher_is_of_the_attach_type_that_the_programs_were_loaded_for(
+    lab: Lab, section: str, attach_type: str
+) -> None:
+    source = f'SEC("{section}") int any(struct __sk_buff *skb) {{ return 1; }} char _license[] SEC("license") = "GPL";'
+    loaded = load_object(compile_object(source, lab.scratch / "any.bpf.o").read_bytes(), "any", {}, {})
+    board = Switchboard.create(lab.bpffs / "board")
+    board.add("own", attach_type, loaded.programs["any"], expected=0)
+    with pytest.raises(UnsupportedError, match="loaded for another attach type"):
+        board.add("hook", attach_type, loaded.programs["any"])

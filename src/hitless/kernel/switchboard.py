@@ -18,6 +18,7 @@ for them. All those older sockets are of one epoch, the *elder*, until it ends.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import struct
@@ -27,7 +28,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from hitless.errors import NodeError, UnsupportedError
+from hitless.errors import KernelError, NodeError, UnsupportedError
 from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.bpffs import make_directory, unpin
 from hitless.kernel.codegen import (
@@ -81,6 +82,7 @@ _SOCKET_TYPE = 32  # in struct bpf_sock_addr
 _CONNECTING = 31
 # The words of a board: the present epoch, that of sockets older than the board, and the last one that is alone.
 _PRESENT, _ELDER, _SETTLED = 0, 4, 8
+_PARTS = ("dispatchers", "slots", "passing")
 _HERE, _BEFORE, _LOOSE = 0, 8, 16  # counters of a pass
 
 
@@ -177,7 +179,7 @@ class Switchboard:
     def create(cls, directory: Path) -> Switchboard:
         """Make a board without hooks, or complete one whose making was cut short. Raises KernelError."""
         make_directory(directory, exist_ok=True)
-        for name in ("slots", "dispatchers"):
+        for name in _PARTS:
             make_directory(directory / name, exist_ok=True)
         if not (directory / "storage").exists():
             with _create_storage() as storage:
@@ -203,12 +205,12 @@ class Switchboard:
         """The names under which hooks were added."""
         return sorted(path.name for path in (self._directory / "dispatchers").iterdir())
 
-    def add(self, name: str, attach_type: str, running: Program | None) -> Program:
+    def add(self, name: str, attach_type: str, running: Program | None, expected: int | None = None) -> Program:
         """The dispatcher for hook ``name``, to be attached by the caller; ``running`` is in both slots, or nothing.
 
-        A dispatcher that is there is returned as it is. Raises UnsupportedError if no dispatcher can stand on that
-        hook, KernelError if the kernel lets no dispatcher lead to that program (EINVAL, as of one that uses storage of
-        its cgroup).
+        ``expected`` is the number of the attach type that the hook's programs were loaded for, where it is not the
+        hook's own (``SEC("tc")`` and ``SEC("cgroup/skb")`` say none, 0). A dispatcher that is there is returned as it
+        is. Raises UnsupportedError if no dispatcher can stand on that hook or lead to that program, KernelError.
         """
         kind = KINDS.get(attach_type)
         if kind is None:
@@ -220,21 +222,23 @@ class Switchboard:
         pin = self._directory / "dispatchers" / name
         if pin.exists():
             return Program.open(pin)
-        place = self._directory / "slots" / name
-        if place.exists():
-            unpin(place)  # of an addition that was cut short: nothing leads there yet
+        self.remove(name)  # what is left of an addition that was cut short: nothing leads there yet
+        opts = {"expected_attach_type": kind.attach if expected is None else expected}
         with create(_PROG_ARRAY, f"board_{name}", 4, 4, 2) as slots:
             code = _dispatcher(kind, self._storage, self._word, slots)
-            made = load_code(kind.program, f"to_{name}", code, f"the dispatcher of hook {name}", **_typed(kind))
-            slots.pin(place)
+            made = load_code(kind.program, f"to_{name}", code, f"the dispatcher of hook {name}", **opts)
+            slots.pin(self._directory / "slots" / name)
+        with load_code(kind.program, f"pass_{name}", _passing(kind), f"what lets hook {name} pass", **opts) as passing:
+            passing.pin(self._directory / "passing" / name)
         for epoch in (self.epoch - 1, self.epoch):
-            self.put(name, attach_type, running, epoch)
+            self.put(name, running, epoch)
         made.pin(pin)
         return made
 
     def remove(self, name: str) -> None:
         """Forget hook ``name``, whose dispatcher is attached no more; nothing happens if it is not known."""
-        for pin in (self._directory / "dispatchers" / name, self._directory / "slots" / name):
+        for part in _PARTS:
+            pin = self._directory / part / name
             if pin.exists():
                 unpin(pin)
 
@@ -246,17 +250,17 @@ class Switchboard:
         """
         if not self.is_settled:
             raise NodeError(
-                f"{self._directory}: with two epochs there is no telling which a connection is of; settle the board",
+                f"{self._directory}: with two epochs there is no telling which one a connection is of; settle it",
                 path=str(self._directory),
             )
         inside = {path.stat().st_ino for top in cgroups for path in (top, *top.rglob("*/"))}
         return bind_elders(self._storage, self.epoch, inside)
 
-    def put(self, name: str, attach_type: str, program: Program | None, epoch: int) -> None:
+    def put(self, name: str, program: Program | None, epoch: int) -> None:
         """Let hook ``name`` run ``program`` for connections of ``epoch``; None lets all pass, as if there was no hook.
 
         The next epoch's slots are those of the one that ended last, so there must be nothing :meth:`left` of it. Raises
-        NodeError if there may be, KernelError.
+        NodeError if there may be, UnsupportedError if the kernel lets no dispatcher lead to ``program``, KernelError.
         """
         if epoch > self.epoch and not self.is_settled:
             raise NodeError(
@@ -265,13 +269,23 @@ class Switchboard:
                 path=str(self._directory),
                 epoch=self.epoch,
             )
-        kind = KINDS[attach_type]
         with Map.open(self._directory / "slots" / name) as slots:
-            if program is not None:
-                slots.update(_number(epoch & 1), _number(program.fd))
+            if program is None:
+                with Program.open(self._directory / "passing" / name) as passing:
+                    slots.update(_number(epoch & 1), _number(passing.fd))
                 return
-            with load_code(kind.program, f"pass_{name}", _passing(kind), f"hook {name}", **_typed(kind)) as passing:
-                slots.update(_number(epoch & 1), _number(passing.fd))
+            try:
+                slots.update(_number(epoch & 1), _number(program.fd))
+            except KernelError as error:
+                if error.facts["errno"] != errno.EINVAL:
+                    raise
+                raise UnsupportedError(
+                    f"hook {name}: the kernel lets no dispatcher lead to program {program.info.name}: it was loaded for "
+                    "another attach type than the hook's programs before it (see its SEC), or uses storage of its "
+                    "cgroup (BPF_MAP_TYPE_CGROUP_STORAGE)",
+                    feature=f"dispatcher to {program.info.name}",
+                    hook=name,
+                ) from error
 
     def flip(self) -> int:
         """Make the next epoch the present one, by one store; returns it. Connections that had begun stay as they are.
@@ -298,7 +312,10 @@ class Switchboard:
         Each moves at one stroke, for all hooks; sockets older than the board all at once, uncounted. On return no
         program of an epoch before runs or will. May be repeated after a kill. Raises KernelError.
         """
-        _, moved, _ = self._pass(moving=True)
+        moved, found = 0, -1
+        while found:  # a pass over very many sockets has breaks, and can miss one that changes its place meanwhile
+            _, before, loose = self._pass(moving=True)
+            moved, found = moved + before, before + loose
         self._epochs[_ELDER // 4] = self.epoch
         wait_for_running_programs()
         for name in self.hooks():
@@ -343,10 +360,6 @@ def _create_storage() -> Map:
         return create(_SK_STORAGE, "board_storage", 4, 4, 0, opts)
     finally:
         os.close(btf)
-
-
-def _typed(kind: Kind) -> dict[str, int]:
-    return {"expected_attach_type": kind.attach}
 
 
 def _number(number: int) -> bytes:
