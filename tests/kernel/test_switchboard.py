@@ -31,6 +31,7 @@ HOOKS = {
 
 # Each program notes by a socket's cookie that this release ran on this hook; a handshake's packets are the listener's.
 NOTING = """
+#include <linux/pkt_cls.h>
 struct sight { __u32 runs[5][2]; };
 MAP(seen, HASH, 65536, __u64, struct sight);
 static int note(__u64 cookie, __u32 hook)
@@ -60,6 +61,10 @@ SEC("sockops") int ops(struct bpf_sock_ops *ctx)
 }
 SEC("cgroup_skb/egress") int egress(struct __sk_buff *skb) { return packet(skb, 2); }
 SEC("cgroup_skb/ingress") int ingress(struct __sk_buff *skb) { return packet(skb, 3); }
+SEC("cgroup/sendmsg4") int sendmsg4(struct bpf_sock_addr *ctx) { return note(bpf_get_socket_cookie(ctx), 0); }
+SEC("cgroup/recvmsg4") int recvmsg4(struct bpf_sock_addr *ctx) { return note(bpf_get_socket_cookie(ctx), 1); }
+SEC("cgroup/sock_release") int release(struct bpf_sock *ctx) { return note(bpf_get_socket_cookie(ctx), 4); }
+SEC("tc") int interface(struct __sk_buff *skb) { return packet(skb, 2), TC_ACT_UNSPEC; }
 SEC("cgroup/getpeername4") int peername(struct bpf_sock_addr *ctx) { return note(bpf_get_socket_cookie(ctx), 4); }
 char _license[] SEC("license") = "Dual BSD/GPL";
 """
@@ -114,6 +119,11 @@ def send(name):
     named[name].sendto(b"a", datagrams.getsockname())
     datagrams.recv(1)
     return [cookie(named[name])]
+def exchange(name):
+    cookies = send(name)
+    datagrams.sendto(b"b", named[name].getsockname())
+    named[name].recvfrom(1)
+    return cookies
 def use(name):
     client, server = named[name], named.get(name + "-server")
     client.getpeername(), client.send(b"a")
@@ -332,6 +342,24 @@ def test_connections_older_than_the_board_are_counted_once_they_are_bound(lab: L
     assert board.settle() == 1
 
 
+def test_packets_that_leave_by_an_interface_keep_to_the_release_of_their_connection(lab: Lab, mesh: Mesh) -> None:
+    board, peer = Switchboard.create(lab.bpffs / "board"), Peer(lab)
+    for kind in WITNESSES:
+        mesh.links[kind] = Link.attach_cgroup(board.add(kind, kind, None), lab.cgroup, kind)
+    board.add("egress", "tcx_egress", mesh.releases[0]["interface"], expected=0)
+    pinned = lab.bpffs / "board" / "dispatchers" / "egress"
+    for command in ("qdisc add dev lo clsact", f"filter add dev lo egress bpf da pinned {pinned}"):
+        done = lab.run(["tc", *command.split()])
+        assert done.returncode == 0, done.stderr
+    (old, _) = peer("open_tcp", "old")
+    board.put("egress", mesh.releases[1]["interface"], 2)
+    board.flip()
+    (new, _) = peer("open_tcp", "new")
+    for name in ("old", "new"):
+        peer("use", name)
+    assert (mesh.seen_by(old), mesh.seen_by(new)) == (released(0, 2), released(1, 2))
+
+
 def test_connect_again_begins_another_connection(lab: Lab, mesh: Mesh) -> None:
     board, peer = mesh.install(), Peer(lab)
     (client, _) = peer("open_tcp", "again")
@@ -419,6 +447,22 @@ def test_a_socket_of_datagrams_belongs_to_the_release_of_its_first_one(lab: Lab,
     peer("send", "old")
     assert board.left() == Left(1, 0, 2, True)  # the receiver, too
     assert (mesh.seen_by(old), mesh.seen_by(new)) == (released(0, 2), released(1, 2))
+
+
+def test_calls_for_datagrams_and_the_end_of_a_socket_are_of_its_release(lab: Lab, mesh: Mesh) -> None:
+    kinds = {"sendmsg4": "cgroup_udp4_sendmsg", "recvmsg4": "cgroup_udp4_recvmsg"}
+    kinds["release"] = "cgroup_inet_sock_release"
+    board, peer = Switchboard.create(lab.bpffs / "board"), Peer(lab)
+    for name, kind in {**dict(zip(WITNESSES, WITNESSES, strict=True)), **kinds}.items():
+        mesh.links[name] = Link.attach_cgroup(board.add(name, kind, mesh.running.get(name)), lab.cgroup, kind)
+    (old,) = peer("exchange", "old")
+    for name in kinds:
+        board.put(name, mesh.releases[1][name], 2)
+    board.flip()
+    (new,) = peer("exchange", "new")
+    peer("exchange", "old")
+    peer("close", "old"), peer("close", "new")
+    assert (mesh.seen_by(old), mesh.seen_by(new)) == (released(0, 0, 1, 4), released(1, 0, 1, 4))
 
 
 MESSAGES = """

@@ -250,7 +250,7 @@ class Switchboard:
         """
         if not self.is_settled:
             raise NodeError(
-                f"{self._directory}: with two epochs there is no telling which one a connection is of; settle it",
+                f"{self._directory}: with two epochs there is no telling which a connection is of; settle it",
                 path=str(self._directory),
             )
         inside = {path.stat().st_ino for top in cgroups for path in (top, *top.rglob("*/"))}
@@ -280,8 +280,8 @@ class Switchboard:
                 if error.facts["errno"] != errno.EINVAL:
                     raise
                 raise UnsupportedError(
-                    f"hook {name}: the kernel lets no dispatcher lead to program {program.info.name}: it was loaded for "
-                    "another attach type than the hook's programs before it (see its SEC), or uses storage of its "
+                    f"hook {name}: the kernel lets no dispatcher lead to program {program.info.name}: it was loaded "
+                    "for another attach type than the hook's programs before it (see its SEC), or uses storage of its "
                     "cgroup (BPF_MAP_TYPE_CGROUP_STORAGE)",
                     feature=f"dispatcher to {program.info.name}",
                     hook=name,
