@@ -215,6 +215,10 @@ class Mesh:
         runs = values.view("u4").reshape(-1, len(HOOKS), 2).sum(axis=1) > 0
         return int((~runs[:, 1]).sum()), int((~runs[:, 0]).sum()), int(runs.all(axis=1).sum())
 
+    def connects(self) -> int:
+        """How often a program ran on connect()."""
+        return int(self._seen.entries()[1].view("u4").reshape(-1, len(HOOKS), 2)[:, 0].sum())
+
     def close(self) -> None:
         for link in self.links.values():
             link.close()
@@ -262,8 +266,22 @@ def test_no_connection_sees_two_releases_of_a_board(lab: Lab, mesh: Mesh) -> Non
     old, new, mixed = mesh.shares()
     assert clients.returncode == 0
     assert (mixed, moved) == (0, 0)
-    assert old + new == 8000
+    assert (old + new, mesh.connects()) == (8000, 4000)
     assert min(old, new) > 200
+    assert flips >= 4
+
+
+def test_no_connect_is_missed_or_counted_twice_while_connections_are_moved(lab: Lab, mesh: Mesh) -> None:
+    board = mesh.install()
+    clients = connect_many(lab, 4000)
+    flips = 0
+    while clients.poll() is None:
+        flips += 1
+        mesh.put(board, mesh.releases[flips % 2])
+        board.flip()
+        board.settle()
+    assert clients.returncode == 0
+    assert mesh.connects() == 4000
     assert flips >= 4
 
 
