@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from hitless.bundle import Attach
+from hitless.bundle import Attach, CutoverRule
 from hitless.kernel.links import LinkInfo
 from hitless.kernel.maps import MapInfo
 from hitless.kernel.programs import ProgramInfo
@@ -137,7 +137,7 @@ class Plan(msgspec.Struct, frozen=True):
     """What ``apply`` or ``rollback`` would do on one node.
 
     ``start_type`` is ``normal``, ``restart``, ``update`` or ``rollback``. ``digest`` is the bundle's. ``fingerprint``
-    is of the node; None in a plan of a rollback, or of a hitless that took none.
+    is of the node; None in a plan of a rollback, or of a hitless that took none. ``cutover`` says how hooks go over.
     """
 
     root: str
@@ -150,6 +150,7 @@ class Plan(msgspec.Struct, frozen=True):
     maps: tuple[MapPlan, ...] = ()
     hooks: tuple[HookPlan, ...] = ()
     fingerprint: Fingerprint | None = None
+    cutover: CutoverRule = CutoverRule()
     schema: int = 1
 
     @property
@@ -245,6 +246,7 @@ class Record(msgspec.Struct, frozen=True):
     maps: dict[str, MapSpec]
     hooks: tuple[Hook, ...]
     attach: tuple[Attach, ...] = ()
+    cutover: CutoverRule = CutoverRule()
     plan: Plan | None = None
     rules: dict[str, MapRules] = {}
     replaced: tuple[ReplacedMap, ...] = ()
@@ -359,11 +361,15 @@ class MapResult(MapPlan, frozen=True):
 
 
 class Cutover(msgspec.Struct, frozen=True):
-    """The switch of ``hooks`` hooks: microseconds from first to last, and from the first until the catch-up ended."""
+    """The switch of ``hooks`` hooks: microseconds from first to last, and from the first until the catch-up ended.
+
+    ``moved`` connections were still open when they were not waited for any longer; None if none was waited for.
+    """
 
     hooks: int = 0
     first_to_last_us: float = 0.0
     stale_window_us: float = 0.0
+    moved: int | None = None
 
 
 class Result(msgspec.Struct, frozen=True):
