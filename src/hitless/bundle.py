@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from hitless.errors import BundleError, LayoutError, UnsupportedError
+from hitless.hooks import HOOKS
 from hitless.layout.contradictions import check_rules, differences
 from hitless.layout.elf import Binding, read_btf, read_object
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec, Type
@@ -28,18 +29,17 @@ MANIFEST = "bundle.toml"
 _NOT_YET = {
     "object.program": "program types and skipped programs",
 }
-_HOOKS = ("cgroup",)
-_HOOKS_NOT_YET = (
-    "xdp", "tcx-ingress", "tcx-egress", "tc-ingress", "tc-egress", "sk_msg", "sk_skb", "sk_lookup", "flow_dissector",
-)  # fmt: skip
+_HOOKS_NOT_YET = ("tc-ingress", "tc-egress")
+_SOCKET_MAPS = ("sockmap", "sockhash")
+_MODES = ("native", "generic")
 _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "": {"bundle": dict, "object": list, "attach": list, "map": dict},
     "bundle": {"name": str, "version": str},
     "object": {"file": str, "program": dict},
-    "attach": {"program": str, "hook": str, "target": str, "link": str, "was": str},
+    "attach": {"program": str, "hook": str, "target": str, "link": str, "was": str, "netns": str, "mode": str},
     "map": {
         "was": str, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str, "on_collision": str,
-        "on_loss": str, "group": str, "programs": str, "infer": bool, "field": dict,
+        "on_loss": str, "group": str, "programs": str, "infer": bool, "field": dict, "slots": dict,
     },
     "field": {"was": str, "merge": str, "default": (int, float)},
 }  # fmt: skip
@@ -52,13 +52,25 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 class Attach(msgspec.Struct, frozen=True):
-    """One ``[[attach]]``: ``program`` runs on ``hook`` of ``target``, its link pinned as ``links/<link>``."""
+    """One ``[[attach]]``: ``program`` runs on ``hook`` of ``target``, its link pinned as ``links/<link>``.
+
+    ``target`` and ``netns``, the network namespace of an interface, may be patterns: then there are as many links as
+    things that match. ``mode`` is how XDP is to run, native or generic; None lets the kernel decide.
+    """
 
     program: str
     hook: str
     target: str
     link: str
     was: str | None = None
+    netns: str | None = None
+    mode: str | None = None
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether any number of interfaces, or of network namespaces, may match."""
+        texts = (self.target, self.netns or "") if HOOKS[self.hook].on in ("interface", "netns") else ()
+        return any(sign in text for sign in "*?[" for text in texts)
 
 
 class BundleObject(msgspec.Struct, frozen=True):
@@ -255,7 +267,7 @@ class _Reader:
         programs = self._programs(specs)
         rules = {name: self._rules(entry, maps, name, objects) for name, entry in manifest.get("map", {}).items()}
         attach = [
-            self._attach(entry, programs, ("attach", str(index)))
+            self._attach(entry, programs, maps, ("attach", str(index)))
             for index, entry in enumerate(manifest.get("attach", []))
         ]
         self._unique(attach)
@@ -376,6 +388,7 @@ class _Reader:
             functions=self._functions(entry["convert"], path) if "convert" in entry else (),
             group=entry.get("group"),
             programs=programs,
+            slots=self._slots(entry.get("slots", {}), maps.get(name), objects, path),
         )
         if name in maps:
             try:
@@ -384,6 +397,25 @@ class _Reader:
                 field = error.facts.get("field")
                 self._fail((*path, "field", str(field)) if field else path, error.message)
         return rules
+
+    def _slots(
+        self, entry: Mapping[str, Any], spec: MapSpec | None, objects: Iterable[BundleObject], path: tuple[str, ...]
+    ) -> dict[int, str]:
+        """The programs that the manifest puts into a program array."""
+        if entry and (spec is None or spec.type != "prog_array"):
+            self._fail((*path, "slots"), f"slots hold programs, and this map is no program array: {path[-1]}")
+        programs = {program.name: program for item in objects for program in item.spec.programs}
+        slots = {}
+        for slot, name in entry.items():
+            here = (*path, "slots", slot)
+            if not slot.isdecimal() or spec is None or int(slot) >= spec.max_entries:
+                room = spec.max_entries if spec else 0
+                self._fail(here, f"{slot!r} is no slot of {path[-1]}, which has {room} of them")
+            if name not in programs or not programs[name].autoload:
+                known = ", ".join(sorted(one for one, program in programs.items() if program.autoload))
+                self._fail(here, f"no object has a program {name!r} that is loaded; there are: {known}")
+            slots[int(slot)] = name
+        return slots
 
     def _old_type(
         self, entry: Mapping[str, Any], key: str, objects: Iterable[BundleObject], path: tuple[str, ...]
@@ -437,7 +469,9 @@ class _Reader:
         except UnicodeDecodeError as error:
             bad(f"is not UTF-8: {error}")
 
-    def _attach(self, entry: Any, programs: Mapping[str, ProgramSpec], path: tuple[str, ...]) -> Attach:
+    def _attach(
+        self, entry: Any, programs: Mapping[str, ProgramSpec], maps: Mapping[str, MapSpec], path: tuple[str, ...]
+    ) -> Attach:
         self._check(entry, "attach", path)
         if entry["program"] not in programs:
             known = ", ".join(sorted(programs))
@@ -445,20 +479,29 @@ class _Reader:
         hook = entry["hook"]
         if hook in _HOOKS_NOT_YET:
             raise UnsupportedError(
-                f"{self._where((*path, 'hook'))}: hook {hook} is not supported yet, only {', '.join(_HOOKS)}",
+                f"{self._where((*path, 'hook'))}: hook {hook} is not supported yet, only {', '.join(HOOKS)}",
                 feature=f"hook {hook}",
             )
-        if hook not in _HOOKS:
-            self._fail((*path, "hook"), f"unknown hook {hook!r}; known: {', '.join((*_HOOKS, *_HOOKS_NOT_YET))}")
+        if hook not in HOOKS:
+            self._fail((*path, "hook"), f"unknown hook {hook!r}; known: {', '.join((*HOOKS, *_HOOKS_NOT_YET))}")
         program = programs[entry["program"]]
         if not program.autoload:
             why = f"{program.name} is in section {program.section}, which libbpf does not load"
             self._fail((*path, "program"), why)
-        if not program.attach_type.startswith("cgroup_"):
-            what = program.attach_type or "nothing that libbpf knows"
+        if not HOOKS[hook].fits(program):
+            typed = f"what a program of type {program.type} does" if program.type else "nothing that libbpf knows"
+            what = program.attach_type or typed
+            wanted = f"a {HOOKS[hook].on}" if hook == "cgroup" else hook
             self._fail(
-                (*path, "program"), f"{program.name} (section {program.section}) attaches to {what}, not to a cgroup"
+                (*path, "program"), f"{program.name} (section {program.section}) attaches to {what}, not to {wanted}"
             )
+        if HOOKS[hook].on == "map" and (entry["target"] not in maps or maps[entry["target"]].type not in _SOCKET_MAPS):
+            there = ", ".join(sorted(name for name, spec in maps.items() if spec.type in _SOCKET_MAPS)) or "none"
+            self._fail((*path, "target"), f"{hook} is on a sockmap or sockhash of this bundle, which has: {there}")
+        if "netns" in entry and HOOKS[hook].on != "interface":
+            self._fail((*path, "netns"), f"netns says where an interface is, and {hook} is on a {HOOKS[hook].on}")
+        if "mode" in entry and (hook != "xdp" or entry["mode"] not in _MODES):
+            self._fail((*path, "mode"), f"mode is {' or '.join(_MODES)}, and for xdp only, not {entry['mode']!r}")
         for key in ("link", "was"):
             if key in entry and not _PIN_NAME.fullmatch(entry[key]):
                 self._fail((*path, key), f"{entry[key]!r} cannot be a pin name: letters, digits, _ and - only")
@@ -468,6 +511,8 @@ class _Reader:
             target=self._substitute(entry["target"], (*path, "target")),
             link=entry["link"],
             was=entry.get("was"),
+            netns=self._substitute(entry["netns"], (*path, "netns")) if "netns" in entry else None,
+            mode=entry.get("mode"),
         )
 
     def _substitute(self, text: str, path: tuple[str, ...]) -> str:

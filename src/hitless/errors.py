@@ -13,6 +13,7 @@ __all__ = [
     "BundleError",
     "BusyError",
     "ConverterError",
+    "GoneError",
     "HitlessError",
     "InterruptedUpgradeError",
     "KernelError",
@@ -64,6 +65,12 @@ class BusyError(NodeError):
     """Another process holds the lock of the pin root; ``facts["pid"]`` is the holder where it could be found."""
 
     code = "busy"
+
+
+class GoneError(NodeError):
+    """A network namespace, an interface or a program on it that was there is not there any more."""
+
+    code = "gone"
 
 
 class InterruptedUpgradeError(NodeError):

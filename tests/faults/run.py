@@ -25,7 +25,7 @@ _BESIDE = 1
 
 
 class Options(msgspec.Struct, frozen=True):
-    """Which points: every ``stride``-th call whose name begins with ``calls``, each with all of ``kinds``.
+    """Which points: of all calls whose name begins with ``calls`` every ``stride``-th, each with all of ``kinds``.
 
     From which one on is decided by ``seed``. With ``doubles``, so many times the recovery after a kill is killed too.
     ``share`` K, N is the K-th of N parts of all this.
@@ -101,10 +101,11 @@ class _Run:
         self.report.calls = len(calls)
         self._tell(f"{self._scenario.name}: {len(calls)} calls")
         for kind in self._options.kinds:
-            for at in chosen(calls, self._options)[share::shares]:
-                self._point(Fault(at, kind, self._options.calls))
-            if self._options.stride == 1 and share == 0:
-                self._rest(len(calls), kind)
+            for name, at in chosen(calls, self._options)[share::shares]:
+                self._point(Fault(at, kind, name))
+            if self._options.stride == 1:
+                for name, count in list(Counter(call.name for call in calls).items())[share::shares]:
+                    self._rest(name, count, kind)
             self._tell(f"{self._scenario.name}: {kind} done, {len(self.report.failures)} failures so far")
         dice = random.Random(f"{self._options.seed} {share}")
         for _ in range(share, self._options.doubles, shares):
@@ -119,9 +120,9 @@ class _Run:
         self._world.reset()
         return [call for call in found.calls if call.name.startswith(self._options.calls)]
 
-    def _rest(self, at: int, kind: str) -> None:
+    def _rest(self, name: str, at: int, kind: str) -> None:
         """Traffic decides how many calls there are: go on until there are no more."""
-        while self._point(Fault(at, kind, self._options.calls)):
+        while self._point(Fault(at, kind, name)):
             at += 1
 
     def _point(self, fault: Fault) -> bool:
@@ -228,11 +229,20 @@ def _asks_for_libbpf(call: Call) -> bool:
     return asks and (not call.what or call.what.startswith("libbpf_"))
 
 
-def chosen(calls: Sequence[Call], options: Options) -> list[int]:
-    """Which calls of ``calls`` are tried: every so many, and all around the cutover and the commit."""
+def chosen(calls: Sequence[Call], options: Options) -> list[tuple[str, int]]:
+    """Which calls of ``calls`` are tried: every so many, and all around the cutover and the commit.
+
+    Each is told by its name and how many so called came before it, which traffic shifts less than its place among all.
+    """
     start = random.Random(options.seed).randrange(options.stride)
     every = set(range(start, len(calls), options.stride))
     for at, call in enumerate(calls):
         if call.name.startswith(_AROUND):
             every |= set(range(max(0, at - _BESIDE), min(len(calls), at + _BESIDE + 1)))
-    return sorted(every)
+    before: Counter[str] = Counter()
+    found = []
+    for at, call in enumerate(calls):
+        if at in every:
+            found.append((call.name, before[call.name]))
+        before[call.name] += 1
+    return found

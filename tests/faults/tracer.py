@@ -81,14 +81,14 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """What happens at the call number ``at`` of those whose name begins with ``calls``: BEFORE, AFTER or an errno.
+    """What happens at the call number ``at`` of those called ``name``, or of all: BEFORE, AFTER or an errno.
 
     With an errno and ``+`` that call fails and all of them that follow.
     """
 
     at: int
     kind: str
-    calls: str = ""
+    name: str = ""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -235,7 +235,7 @@ class _Tracer:
     def _called(self, thread: int) -> None:
         call = self._look(thread)
         fault = self._fault
-        if call is not None and fault is not None and call.name.startswith(fault.calls):
+        if call is not None and fault is not None and fault.name in ("", call.name):
             self._matching += 1
             stays = fault.kind.endswith("+") and self._matching > fault.at
             if self._matching == fault.at + 1 or stays:

@@ -61,7 +61,7 @@ def held(node: hitless.Node, lab: Lab) -> Times:
     found: Times = Counter()
     for kind, name in (*_maps(), *_programs(), *_types()):
         found[f"{kind} {name}"] += 1
-    found["links"] = sum(link.cgroup_id == lab.cgroup.stat().st_ino for link in all_links())
+    found["links"] = sum(link.target_id == lab.cgroup.stat().st_ino for link in all_links())
     for path in node.root.rglob("*"):
         found[f"{'directory' if path.is_dir() else 'pin'} {path.name}"] += 1
     for descriptor in os.listdir("/proc/self/fd"):  # noqa: PTH208

@@ -173,7 +173,7 @@ FULL = Fingerprint(
     maps={"flow": MapFacts(1, "hash", 64, 0, "x")},
     programs={"count4": 5},
     links={"connect4": LinkFacts(1, 5, 100, "cgroup_inet4_connect")},
-    cgroups={"/c": 100},
+    targets={"cgroup /c": 100},
     features={"iter": True},
 )
 

@@ -533,7 +533,7 @@ SWITCHED: dict[str, tuple[Callable[[], None], str, str]] = {
     "committing": (lambda: None, "commit", ""),
     "exchanged": (after(transaction, "exchange"), "", ""),
     "cleaning up": (lambda: None, "clean-up", ""),
-    "moved the newer one": (before(transaction, "detach_hooks"), "", ""),
+    "moved the newer one": (after(transaction, "move"), "", ""),
 }
 
 

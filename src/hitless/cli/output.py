@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -49,6 +50,7 @@ _COLOURS = {
     "ok": "green", "wrong": "red",
 }  # fmt: skip
 
+_FEW_HOOKS = 8  # of one pattern, which are shown one by one
 _SELDOM = 5.0  # seconds between two lines about one copy, where lines stay
 
 
@@ -192,8 +194,18 @@ def _changes(entry: MapPlan) -> str:
 
 
 def _show_hooks(hooks: Sequence[HookPlan]) -> None:
-    rows = [(h.action, f"{h.was} -> {h.link}" if h.was else h.link, h.program, h.target) for h in hooks]
+    matched = Counter((h.action, h.link.split("@")[0], h.program) for h in hooks if h.matched)
+    rows = [(*what, f"{count} that match") for what, count in matched.items() if count > _FEW_HOOKS]
+    rows += [
+        (h.action, f"{h.was} -> {h.link}" if h.was else h.link, h.program, _where(h.target, h.netns))
+        for h in hooks
+        if not h.matched or matched[h.action, h.link.split("@")[0], h.program] <= _FEW_HOOKS
+    ]
     _table("hooks", ("action", "link", "program", "target"), rows)
+
+
+def _where(target: str, netns: str | None) -> str:
+    return f"{target} in {netns}" if netns else target
 
 
 def show_result(result: Result) -> None:
@@ -249,7 +261,10 @@ def show_status(status: Status) -> None:
             for m in status.maps
         ]
         _table("maps", ("map", "type", "entries", "of", "id"), rows)
-        hooks = [(h.link, h.attach_type, h.program or "?", str(h.program_id or "-"), h.target) for h in status.hooks]
+        hooks = [
+            (h.link, h.attach_type, h.program or "?", str(h.program_id or "-"), _where(h.target, h.netns))
+            for h in status.hooks
+        ]
         _table("hooks", ("link", "attach type", "program", "id", "target"), hooks)
         _show_holders(status.holders)
         left = [

@@ -28,6 +28,7 @@ USED = (
         "CAP_SYS_ADMIN", 21, "open BTF, programs and maps by their ids, load programs and attach them", needed=True
     ),
     Capability("CAP_SYS_PTRACE", 19, "see which processes hold a map or a ring buffer"),
+    Capability("CAP_NET_ADMIN", 12, "change tc filters, and XDP programs that were attached by netlink"),
     Capability("CAP_DAC_READ_SEARCH", 2, "read a release, or Python's modules, in a directory that is closed to root"),
     Capability("CAP_SYS_RESOURCE", 24, "let libbpf raise RLIMIT_MEMLOCK on a kernel that counts maps against it"),
 )

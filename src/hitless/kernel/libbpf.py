@@ -6,6 +6,7 @@ import errno as errno_names
 import functools
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,25 +158,27 @@ def pinned_kind(path: Path) -> tuple[int, str]:
     return fd, target.removeprefix("anon_inode:").strip("[]").replace("_", "-").removeprefix("bpf-")
 
 
-# What libbpf printed while someone listens, or None. libbpf has one global print function.
-_heard: list[str] | None = None
+# libbpf has one global print function, and calls it in the thread that called libbpf: so who listens is a thread's own.
+_ears = threading.local()
 
 
 @ffi.callback("int (int, const char *, void *)")  # type: ignore[untyped-decorator, unused-ignore]
 def _collect(_level: int, template: Any, arguments: Any) -> int:
-    if _heard is not None:
+    heard: list[str] | None = getattr(_ears, "heard", None)
+    if heard is not None:
         buffer = ffi.new("char[]", 1 << 16)
         libc().vsnprintf(buffer, len(buffer), template, arguments)
-        _heard.append(ffi.string(buffer).decode(errors="replace"))
+        heard.append(ffi.string(buffer).decode(errors="replace"))
     return 0
 
 
 @contextmanager
 def messages() -> Iterator[list[str]]:
-    """Collect what libbpf prints (its warnings and the verifier's log) while the block runs."""
-    global _heard
-    previous, _heard = _heard, []
+    """Collect what libbpf prints in this thread (its warnings and the verifier's log) while the block runs."""
+    previous: list[str] | None = getattr(_ears, "heard", None)
+    heard: list[str] = []
+    _ears.heard = heard
     try:
-        yield _heard
+        yield heard
     finally:
-        _heard = previous
+        _ears.heard = previous

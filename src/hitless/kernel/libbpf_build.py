@@ -20,11 +20,13 @@ ffi.cdef(
     long syscall(long number, ...);
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset);
     int munmap(void *addr, size_t length);
+    int setns(int fd, int nstype);
     struct cap_header { __u32 version; int pid; };
     struct cap_data { __u32 effective; __u32 permitted; __u32 inheritable; };
     int capget(struct cap_header *header, struct cap_data *data);
     int capset(struct cap_header *header, const struct cap_data *data);
     int prctl(int option, ...);
+    int unshare(int flags);
     int vsnprintf(char *str, size_t size, const char *format, void *args);
 
     /* bpf.h */
@@ -65,7 +67,15 @@ ffi.cdef(
     struct bpf_btf_info { __u64 btf; __u32 btf_size; __u32 id; __u64 name; __u32 name_len; __u32 kernel_btf; };
     struct bpf_link_info {
         __u32 type; __u32 id; __u32 prog_id; __u32 pad;
-        union { struct { __u64 cgroup_id; __u32 attach_type; } cgroup; unsigned char other[64]; };
+        union {
+            struct { __u64 cgroup_id; __u32 attach_type; } cgroup;
+            struct { __u32 netns_ino; __u32 attach_type; } netns;
+            struct { __u32 ifindex; } xdp;
+            struct { __u32 ifindex; __u32 attach_type; } tcx;
+            struct { __u32 map_id; __u32 attach_type; } sockmap;
+            struct { __u32 pf; __u32 hooknum; int priority; __u32 flags; } netfilter;
+            unsigned char other[64];
+        };
     };
     int bpf_map_create(int type, const char *name, __u32 key_size, __u32 value_size, __u32 max_entries,
                        const struct bpf_map_create_opts *opts);
@@ -94,6 +104,8 @@ ffi.cdef(
     int bpf_iter_create(int link_fd);
     int bpf_link_update(int link_fd, int new_prog_fd, const struct bpf_link_update_opts *opts);
     int bpf_link_detach(int link_fd);
+    int bpf_prog_query(int target_fd, int type, __u32 query_flags, __u32 *attach_flags, __u32 *prog_ids,
+                       __u32 *prog_cnt);
     int bpf_prog_test_run_opts(int prog_fd, struct bpf_test_run_opts *opts);
 
     /* libbpf.h */
@@ -105,6 +117,13 @@ ffi.cdef(
     const char *libbpf_bpf_prog_type_str(int type);
     const char *libbpf_bpf_attach_type_str(int type);
     const char *libbpf_bpf_link_type_str(int type);
+    struct bpf_xdp_attach_opts { size_t sz; int old_prog_fd; };
+    int bpf_xdp_attach(int ifindex, int prog_fd, __u32 flags, const struct bpf_xdp_attach_opts *opts);
+    struct bpf_tc_hook { size_t sz; int ifindex; int attach_point; __u32 parent; };
+    struct bpf_tc_opts { size_t sz; int prog_fd; __u32 flags; __u32 prog_id; __u32 handle; __u32 priority; };
+    int bpf_tc_hook_create(struct bpf_tc_hook *hook);
+    int bpf_tc_attach(const struct bpf_tc_hook *hook, struct bpf_tc_opts *opts);
+    int bpf_tc_detach(const struct bpf_tc_hook *hook, const struct bpf_tc_opts *opts);
     struct bpf_object;
     struct bpf_map;
     struct bpf_program;
@@ -122,7 +141,10 @@ ffi.cdef(
     int bpf_map__set_pin_path(struct bpf_map *map, const char *path);
     const char *bpf_program__name(const struct bpf_program *prog);
     int bpf_program__fd(const struct bpf_program *prog);
+    const char *bpf_program__section_name(const struct bpf_program *prog);
     int bpf_program__type(const struct bpf_program *prog);
+    int bpf_program__set_type(struct bpf_program *prog, int type);
+    int bpf_program__set_expected_attach_type(struct bpf_program *prog, int type);
     int bpf_program__expected_attach_type(const struct bpf_program *prog);
     int bpf_program__set_autoload(struct bpf_program *prog, bool autoload);
     """

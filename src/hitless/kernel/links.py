@@ -9,29 +9,48 @@ from pathlib import Path
 
 import msgspec
 
-from hitless.errors import KernelError, NodeError, UnsupportedError
+from hitless.errors import KernelError, NodeError
 from hitless.kernel.libbpf import Object, check, ffi, lib, options, pinned_kind
 from hitless.kernel.mounts import filesystem
+from hitless.kernel.names import attach_name, attach_number, link_name
 from hitless.kernel.programs import Program
 
-__all__ = ["Link", "LinkInfo", "all_links", "cgroup_id"]
+__all__ = ["TARGETS", "Link", "LinkInfo", "all_links", "cgroup_id"]
 
 _F_REPLACE = 1 << 2  # BPF_F_REPLACE
 
+TARGETS = {
+    "cgroup": ("cgroup", "cgroup_id"),
+    "netns": ("netns", "netns_ino"),
+    "sockmap": ("map", "map_id"),
+    "tcx": ("interface", "ifindex"),
+    "xdp": ("interface", "ifindex"),
+}
+"""By type of link: what it is attached to, and the kernel's name for the number that it has."""
+
 
 class LinkInfo(msgspec.Struct, frozen=True):
-    """What the kernel says of a link. ``cgroup_id`` and ``attach_type`` are set for cgroup links only."""
+    """What the kernel says of a link.
+
+    ``target_id`` is the number of what it is attached to, for the types in TARGETS: of a cgroup its id, of an interface
+    its index, of a network namespace its inode, of a map its id. 0 is none.
+    """
 
     id: int
     type: str
     program_id: int
-    cgroup_id: int = 0
+    target_id: int = 0
     attach_type: str = ""
 
     @property
     def is_dead(self) -> bool:
-        """Whether it runs nowhere: its cgroup was removed, or somebody detached it. Told of cgroup links only."""
-        return self.type == "cgroup" and self.cgroup_id == 0
+        """Whether it runs nowhere: its target was removed, or somebody detached it. Told of types in TARGETS only."""
+        return self.type in TARGETS and self.target_id == 0
+
+    @property
+    def where(self) -> str:
+        """What it is attached to, as in ``cgroup 17``."""
+        return f"{TARGETS[self.type][0]} {self.target_id}" if self.type in TARGETS else self.type
 
 
 class Link(Object):
@@ -43,17 +62,16 @@ class Link(Object):
         raw = ffi.new("struct bpf_link_info *")
         length = ffi.new("__u32 *", ffi.sizeof("struct bpf_link_info"))
         check(lib().bpf_obj_get_info_by_fd(self.fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", "link")
-        text = lib().libbpf_bpf_link_type_str(raw.type)
-        kind = ffi.string(text).decode() if text else f"type{raw.type}"
-        if kind != "cgroup":
+        kind = link_name(raw.type)
+        if kind not in TARGETS:
             return LinkInfo(id=raw.id, type=kind, program_id=raw.prog_id)
-        attach = lib().libbpf_bpf_attach_type_str(raw.cgroup.attach_type)
+        own = getattr(raw, kind)
         return LinkInfo(
             id=raw.id,
             type=kind,
             program_id=raw.prog_id,
-            cgroup_id=raw.cgroup.cgroup_id,
-            attach_type=ffi.string(attach).decode() if attach else f"attach{raw.cgroup.attach_type}",
+            target_id=getattr(own, TARGETS[kind][1]),
+            attach_type="xdp" if kind == "xdp" else attach_name(own.attach_type),
         )
 
     @classmethod
@@ -68,13 +86,22 @@ class Link(Object):
     @classmethod
     def attach_cgroup(cls, program: Program, cgroup: Path, attach_type: str) -> Link:
         """Attach ``program`` to the cgroup v2 directory ``cgroup``, beside whatever is attached there already."""
-        number = _attach_number(attach_type)
         target = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fd = lib().bpf_link_create(program.fd, target, number, ffi.NULL)
-            return cls(check(fd, "BPF_LINK_CREATE", f"{attach_type} of {cgroup}"))
+            return cls.attach(program, target, attach_type, cgroup)
         finally:
             os.close(target)
+
+    @classmethod
+    def attach(cls, program: Program, target: int, attach_type: str, what: object, flags: int = 0) -> Link:
+        """Attach ``program`` to ``target``, which errors call ``what``.
+
+        That is an interface's index in the network namespace of this thread, or a descriptor of a network namespace, a
+        cgroup or a map. ``flags`` are those of the attach type (XDP_FLAGS_SKB_MODE). Raises KernelError.
+        """
+        opts = options("bpf_link_create_opts", flags=flags) if flags else ffi.NULL
+        fd = lib().bpf_link_create(program.fd, target, attach_number(attach_type), opts)
+        return cls(check(fd, "BPF_LINK_CREATE", f"{attach_type} of {what}"))
 
     def update(self, new: Program, old: Program) -> None:
         """Let the hook run ``new`` from now on, if it runs ``old`` now (compare-and-swap).
@@ -130,11 +157,3 @@ def cgroup_id(path: Path) -> int:
             filesystem=kind,
         )
     return path.stat().st_ino
-
-
-def _attach_number(name: str) -> int:
-    for number in range(64):
-        text = lib().libbpf_bpf_attach_type_str(number)
-        if text and ffi.string(text).decode() == name:
-            return number
-    raise UnsupportedError(f"attach type {name} is not known to this libbpf", feature=name)

@@ -6,12 +6,15 @@ import errno
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from hitless.errors import KernelError, NodeError, UnsupportedError
 from hitless.kernel.libbpf import Object, check, ffi, lib, messages, options, pinned_kind
 from hitless.kernel.maps import Map
+from hitless.kernel.names import attach_number, program_name, program_number
+from hitless.layout.sections import program_type
 
 __all__ = ["Loaded", "Program", "ProgramInfo", "is_loaded", "load_code", "load_object"]
 
@@ -37,10 +40,9 @@ class Program(Object):
         length = ffi.new("__u32 *", ffi.sizeof("struct bpf_prog_info"))
         what = what or f"program descriptor {fd}"
         check(lib().bpf_obj_get_info_by_fd(fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", what)
-        kind = lib().libbpf_bpf_prog_type_str(raw.type)
         self.info = ProgramInfo(
             id=raw.id,
-            type=ffi.string(kind).decode() if kind else f"type{raw.type}",
+            type=program_name(raw.type),
             name=ffi.string(raw.name).decode(),
             tag=bytes(raw.tag).hex(),
         )
@@ -136,6 +138,11 @@ def load_object(data: bytes, name: str, reuse: Mapping[str, Map], sections: Mapp
                 if title in reuse:
                     check(lib().bpf_map__reuse_fd(entry, reuse[title].fd), "bpf_map__reuse_fd", title)
                 entry = lib().bpf_object__next_map(handle, entry)
+            program = lib().bpf_object__next_program(handle, ffi.NULL)
+            while program:
+                if lib().bpf_program__type(program) == 0:
+                    _set_type(program)
+                program = lib().bpf_object__next_program(handle, program)
             result = lib().bpf_object__load(handle)
             if result < 0:
                 _fail(result, "loading", name, heard)
@@ -150,6 +157,16 @@ def load_object(data: bytes, name: str, reuse: Mapping[str, Map], sections: Mapp
             return Loaded({title: Map(os.dup(lib().bpf_map__fd(entry))) for title, entry in maps.items()}, programs)
         finally:
             lib().bpf_object__close(handle)
+
+
+def _set_type(program: Any) -> None:
+    """Tell libbpf what a section means that a newer libbpf knows; of others it says itself that it does not."""
+    kind, attach = program_type(ffi.string(lib().bpf_program__section_name(program)).decode())
+    if kind:
+        check(lib().bpf_program__set_type(program, program_number(kind)), "bpf_program__set_type", kind)
+    if attach:
+        result = lib().bpf_program__set_expected_attach_type(program, attach_number(attach))
+        check(result, "bpf_program__set_expected_attach_type", attach)
 
 
 def _section(title: str, size: int, sections: Iterator[tuple[str, int]], name: str) -> str:

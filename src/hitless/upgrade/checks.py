@@ -8,11 +8,11 @@ from pathlib import Path
 from hitless.bundle import Bundle
 from hitless.carry import is_global
 from hitless.errors import LossNotAllowedError, NodeError, VerifyError
-from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
 from hitless.kernel.queues import count_elements
 from hitless.kernel.sockets import list_sockets
+from hitless.upgrade.attached import open_attached, pin_of
 from hitless.upgrade.drift import replaced_pins
 from hitless.upgrade.model import Generation, HookPlan, NodeState, Plan
 from hitless.upgrade.node import Node
@@ -105,11 +105,13 @@ def verify_hooks(hooks: Collection[HookPlan], programs: Mapping[str, Program], l
     for hook in hooks:
         if hook.action not in ("attach", "update"):
             continue
-        pin = links / hook.link
-        renamed = links / hook.was if hook.was else pin
-        with Link.open(pin if pin.exists() else renamed) as link:
+        name = pin_of(hook, links)
+        if hook.matched and not (links / name).exists():
+            continue  # its target was gone when it was to be attached
+        with open_attached(links, name) as link:
             expected, runs = programs[hook.program].info.id, link.info.program_id
-        if runs != expected:
+            gone = link.info.is_dead and hook.matched
+        if runs != expected and not gone:
             raise VerifyError(
                 f"link {hook.link} runs program {runs}, not {expected}, just after it was switched: someone else "
                 "changes this pin root's links; find out who, then apply again",

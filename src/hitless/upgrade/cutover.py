@@ -2,87 +2,122 @@
 
 from __future__ import annotations
 
+import errno
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
-from hitless.kernel.bpffs import unpin
-from hitless.kernel.links import Link
+from hitless.errors import GoneError, KernelError
 from hitless.kernel.programs import Program
+from hitless.kernel.xdp import quick
+from hitless.upgrade.attached import Attached, attach, open_attached, pin_of, remove
 from hitless.upgrade.model import HookPlan
 
 __all__ = ["detach_hooks", "switch_back", "switch_hooks"]
 
 
-def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path) -> float:
+def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path, maps: Path) -> float:
     """Attach new hooks and update live ones to ``programs``, in the plan's order.
 
-    ``links`` is the directory of link pins. A hook that runs its new program already is left alone, so this may
-    be repeated after a kill. Returns the microseconds from before the first change to after the last. Raises
-    NodeError if a hook runs neither what was expected nor the new program, KernelError.
+    ``links`` is the directory of link pins, ``maps`` that of the release's maps. A hook that runs its new program
+    already is left alone, so this may be repeated after a kill; one that a pattern led to and whose target is gone,
+    too. Returns the microseconds from before the first change to after the last. Raises NodeError if a hook runs
+    neither what was expected nor the new program, GoneError if its target is gone, KernelError.
     """
-    # Everything that can be opened is opened before the first hook changes, so that the gap holds nothing else.
-    changes: list[Callable[[], None]] = []
-    for hook in hooks:
-        if hook.action == "attach":
-            changes.append(_attaching(hook, programs[hook.program], links / hook.link))
-        elif hook.action == "update" and hook.expected is not None:
-            program = programs[hook.program]
-            link = Link.open(_pin_of(hook, links))
-            if link.info.program_id != program.info.id:
-                changes.append(_updating(link, program, Program.by_id(hook.expected)))
-    started = time.perf_counter()
-    for change in changes:
-        change()
-    return (time.perf_counter() - started) * 1e6
+    with ExitStack() as held:
+        # Everything that can be opened is opened before the first hook changes, so that the gap holds nothing else.
+        changes: list[tuple[HookPlan, Callable[[], None]]] = []
+        xdp: dict[int, Program] = {}
+        for hook in hooks:
+            if hook.action == "attach":
+                changes.append((hook, partial(_attach, hook, programs[hook.program], links, maps)))
+            elif hook.action == "update" and hook.expected is not None:
+                new = programs[hook.program]
+                there = held.enter_context(open_attached(links, pin_of(hook, links)))
+                if there.info.program_id != new.info.id:
+                    old = held.enter_context(Program.by_id(hook.expected))
+                    changes.append((hook, partial(there.update, new, old)))
+                    if hook.hook == "xdp":
+                        xdp |= {program.info.id: program for program in (old, new)}
+        if xdp:
+            held.enter_context(quick(list(xdp.values())))
+        started = time.perf_counter()
+        for hook, change in changes:
+            with _may_go(hook):
+                change()
+        return (time.perf_counter() - started) * 1e6
 
 
-def _attaching(hook: HookPlan, program: Program, pin: Path) -> Callable[[], None]:
-    def change() -> None:
-        if pin.exists():
-            with Link.open(pin) as there:
-                if there.info.program_id == program.info.id and there.info.cgroup_id:
-                    return
-            unpin(pin)  # its cgroup is gone, and the link with it
-        with Link.attach_cgroup(program, Path(hook.target), hook.attach_type) as link:
-            link.pin(pin)
-
-    return change
+def _attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
+    if (links / hook.link).exists():
+        with open_attached(links, hook.link) as there:
+            if there.info.program_id == program.info.id and not there.info.is_dead:
+                return
+        remove(links, hook.link)  # its target is gone, and the link with it
+    attach(hook, program, links, maps)
 
 
-def _updating(link: Link, new: Program, old: Program) -> Callable[[], None]:
-    return lambda: link.update(new, old)
+@contextmanager
+def _may_go(hook: HookPlan) -> Iterator[None]:
+    """Around a change of a hook: what a pattern led to may be removed by anybody at any time."""
+    try:
+        yield
+    except GoneError:
+        if not hook.matched:
+            raise
+    except KernelError as error:
+        if error.facts["errno"] != errno.ENOLINK:
+            raise
+        if not hook.matched:
+            raise GoneError(
+                f"{hook.target}, which link {hook.link} was on, is gone: put it back, or take it out of the manifest",
+                link=hook.link,
+                target=hook.target,
+            ) from error
 
 
 def switch_back(hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path) -> None:
     """Undo :func:`switch_hooks`, as far as it came: the last first. Raises NodeError, KernelError."""
     for hook in reversed(hooks):
-        pin = _pin_of(hook, links)
+        name = pin_of(hook, links)
         program = programs.get(hook.program)
-        if program is None or not pin.exists():
+        if program is None or not (links / name).exists():
+            if hook.action == "attach":
+                remove(links, hook.link)
             continue
-        with Link.open(pin) as link:
-            if link.info.program_id != program.info.id:
+        with open_attached(links, name) as there:
+            if there.info.program_id != program.info.id:
                 continue
             if hook.action == "attach":
-                link.detach()
-                unpin(pin)
-            elif hook.action == "update" and hook.expected is not None:
-                with Program.by_id(hook.expected) as old:
-                    link.update(old, program)
+                _detach(there)
+                remove(links, name)
+            elif hook.action == "update" and hook.expected is not None and not there.info.is_dead:
+                with Program.by_id(hook.expected) as old, _gone_is_done():
+                    there.update(old, program)
 
 
 def detach_hooks(names: Sequence[str], links: Path) -> None:
     """Take programs off the hooks whose links are pinned under ``names`` and remove the pins."""
     for name in names:
-        pin = links / name
-        if pin.exists():
-            with Link.open(pin) as link:
-                link.detach()
-            unpin(pin)
+        if (links / name).exists():
+            with open_attached(links, name) as there:
+                _detach(there)
+        remove(links, name)
 
 
-def _pin_of(hook: HookPlan, links: Path) -> Path:
-    """Where the link is pinned now: under its old name until the commit, if that changed."""
-    renamed = links / hook.was if hook.was else None
-    return renamed if renamed is not None and renamed.exists() else links / hook.link
+def _detach(there: Attached) -> None:
+    if not there.info.is_dead:
+        with _gone_is_done():
+            there.detach()
+
+
+@contextmanager
+def _gone_is_done() -> Iterator[None]:
+    """Around what takes a program off a hook: if its target goes meanwhile, that is done."""
+    try:
+        yield
+    except KernelError as error:
+        if error.facts["errno"] not in (errno.ENOLINK, errno.ENODEV):
+            raise

@@ -15,11 +15,13 @@ from shlex import quote
 import msgspec
 
 from hitless.errors import InterruptedUpgradeError, NodeError
-from hitless.kernel.links import LinkInfo, cgroup_id
+from hitless.hooks import HOOKS
+from hitless.kernel.links import LinkInfo
 from hitless.kernel.maps import Map, is_alive
 from hitless.kernel.programs import Program, is_loaded
 from hitless.upgrade.model import Generation, Hook, NodeState, PinnedMap, PinnedProgram, Record, ReplacedProgram
 from hitless.upgrade.node import PUBLIC, Node
+from hitless.upgrade.places import find_places, place_id
 from hitless.upgrade.record import map_pin
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "replaced_pins",
     "strangers",
     "target_id",
+    "unhooked",
     "with_ids",
 ]
 
@@ -123,35 +126,41 @@ def expected_program(hook: Hook, record: Record, pinned: Mapping[str, int]) -> i
     return pinned.get(hook.program) if noted is None else noted.id
 
 
-def target_id(hook: Hook) -> int | None:
-    """The kernel's id of the hook's cgroup, None if none is there or this is no hook of a cgroup."""
+def target_id(hook: Hook, links: Path) -> int | None:
+    """The number of the hook's target, None if it is not there. Of a map it is that of the running release."""
     with suppress(NodeError, OSError):
-        return cgroup_id(Path(hook.target)) if hook.hook == "cgroup" else None
+        if HOOKS[hook.hook].on == "map":
+            with Map.open(map_pin(links.parent / "current", hook.target)) as held:
+                return int(held.info.id)
+        return place_id(hook.hook, hook.target, hook.netns)
     return None
 
 
 def hook_problem(hook: Hook, link: LinkInfo | None, expected: int | None, links: Path) -> str | None:
     """What is wrong with the ``link`` of ``hook`` (None: it is not pinned), whose program should be ``expected``."""
     name = hook.link
+    if hook.matched and (link is None or link.is_dead) and target_id(hook, links) is None:
+        return None  # what the pattern led to is gone, as it may be
     again = f"remove the pin (rm {quote(str(links / name))}) and apply the same release again"
     if link is None:
         return f"link {name} is gone: its hook runs nothing of ours; apply the same release again"
+    target = target_id(hook, links)
     if link.is_dead:
-        if Path(hook.target).is_dir():
+        if target is not None:
             why = f"somebody detached it, or {hook.target} was removed and made again; apply the same release again"
             return f"link {name} is detached: {why}"
         return f"link {name} is detached: {hook.target} was removed; make it again and apply the same release again"
-    if hook.hook == "cgroup" and link.attach_type != hook.attach_type:
+    if link.attach_type != hook.attach_type:
         found = link.attach_type or link.type
         return f"link {name} is on {found}, not on {hook.attach_type}: somebody pinned another link there; {again}"
     if hook.hook == "cgroup" and not Path(hook.target).exists() and Path(hook.target).parent.is_dir():
         # The kernel keeps a removed cgroup, and the link on it, while sockets of its processes are open.
-        return f"link {name} is on cgroup {link.cgroup_id}, and {hook.target} was removed: make it again, {again}"
-    target = target_id(hook)
-    if target is not None and link.cgroup_id != target:
+        return f"link {name} is on {link.where}, and {hook.target} was removed: make it again, {again}"
+    if target is not None and link.target_id != target:
+        there = msgspec.structs.replace(link, target_id=target).where
         return (
-            f"link {name} is attached to cgroup {link.cgroup_id}, not to {hook.target} (cgroup {target}): somebody "
-            f"pinned another link there; {again}"
+            f"link {name} is attached to {link.where}, not to {hook.target} ({there}): somebody pinned another link "
+            f"there; {again}"
         )
     if expected is not None and link.program_id != expected:
         return (
@@ -159,6 +168,18 @@ def hook_problem(hook: Hook, link: LinkInfo | None, expected: int | None, links:
             "changed it; apply the same release again to put it right"
         )
     return None
+
+
+def unhooked(record: Record, links: Mapping[str, LinkInfo]) -> Iterator[str]:
+    """What the patterns of the release match by now and no link of it is on."""
+    known = {hook.link for hook in record.hooks}
+    for place in find_places(entry for entry in record.attach if entry.is_pattern):
+        link = links.get(place.link)
+        if place.link not in known and (link is None or link.target_id != place.id):
+            yield (
+                f"{place} came since: hook {place.entry.link} means it, and nothing of this release runs there; apply "
+                "the same release again"
+            )
 
 
 def public_problems(node: Node) -> Iterator[str]:

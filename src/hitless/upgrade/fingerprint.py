@@ -28,9 +28,9 @@ class Asked(Container[str]):
 
 
 def fingerprint(
-    state: NodeState, cgroups: Mapping[str, int], features: Mapping[str, bool], kernel: str, boot: str
+    state: NodeState, targets: Mapping[str, int], features: Mapping[str, bool], kernel: str, boot: str
 ) -> Fingerprint:
-    """The facts of ``state`` that a plan rests on; ``cgroups``, ``features``... are those of :class:`Fingerprint`."""
+    """The facts of ``state`` that a plan rests on; ``targets``, ``features``... are those of :class:`Fingerprint`."""
     current = state.current
     return Fingerprint(
         boot=boot,
@@ -41,10 +41,10 @@ def fingerprint(
         maps={name: _map_facts(live) for name, live in current.maps.items()} if current else {},
         programs={name: program.id for name, program in current.programs.items()} if current else {},
         links={
-            name: LinkFacts(link.id, link.program_id, link.cgroup_id, link.attach_type)
+            name: LinkFacts(link.id, link.program_id, link.target_id, link.attach_type)
             for name, link in state.links.items()
         },
-        cgroups=dict(cgroups),
+        targets=dict(targets),
         features=dict(features),
         rings=tuple(ring.name for ring in state.left if not ring.holders),
     )
@@ -71,7 +71,7 @@ def differences(then: Fingerprint, now: Fingerprint) -> Iterator[str]:
     yield from _changed("map", then.maps, now.maps)
     yield from _ids("program", then.programs, now.programs)
     yield from _changed("link", then.links, now.links)
-    yield from _ids("cgroup", then.cgroups, now.cgroups)
+    yield from _ids("", then.targets, now.targets)
     for name, there in then.features.items():
         if now.features.get(name) != there:
             yield f"the kernel {'can no longer do' if there else 'can now do'} {name}"
@@ -87,7 +87,7 @@ def _running(seen: Fingerprint) -> str:
     return f"generation {seen.generation} (release {seen.version}, digest {(seen.digest or '')[:12]})"
 
 
-_WORDS = {"id": "id", "program_id": "program", "cgroup_id": "cgroup", "attach_type": "attach type"}
+_WORDS = {"id": "id", "program_id": "program", "target_id": "target", "attach_type": "attach type"}
 
 
 def _changed(
@@ -111,12 +111,12 @@ def _ids(kind: str, then: Mapping[str, int], now: Mapping[str, int]) -> Iterator
     yield from _come_and_gone(kind, then, now)
     for name in then:
         if name in now and then[name] != now[name]:
-            yield f"{kind} {name}: id {then[name]} became {now[name]}"
+            yield f"{kind} {name}: id {then[name]} became {now[name]}".lstrip()
 
 
 def _come_and_gone(kind: str, then: Collection[str], now: Collection[str]) -> Iterator[str]:
-    yield from (f"{kind} {name} is gone" for name in then if name not in now)
-    yield from (f"{kind} {name} came" for name in now if name not in then)
+    yield from (f"{kind} {name} is gone".lstrip() for name in then if name not in now)
+    yield from (f"{kind} {name} came".lstrip() for name in now if name not in then)
 
 
 def require_meant(planned: Plan, root: str, bundle: Bundle) -> None:

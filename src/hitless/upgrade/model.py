@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from hitless.bundle import Attach
 from hitless.kernel.links import LinkInfo
 from hitless.kernel.maps import MapInfo
 from hitless.kernel.programs import ProgramInfo
@@ -71,7 +72,9 @@ class MapPlan(msgspec.Struct, frozen=True):
 class HookPlan(msgspec.Struct, frozen=True):
     """What becomes of one hook: ``keep``, ``update`` in place, ``attach`` or ``detach``.
 
-    ``expected`` is the kernel's id of the program that must be running there for the update to happen.
+    ``expected`` is the kernel's id of the program that must be running there for the update to happen. ``target_id`` is
+    the number of the target, as in LinkInfo, and ``netns`` the network namespace of an interface. ``matched`` says that
+    a pattern led to it, so that it may go at any time.
     """
 
     link: str
@@ -82,6 +85,10 @@ class HookPlan(msgspec.Struct, frozen=True):
     attach_type: str
     was: str | None = None
     expected: int | None = None
+    netns: str | None = None
+    mode: str | None = None
+    target_id: int = 0
+    matched: bool = False
 
 
 class MapFacts(msgspec.Struct, frozen=True):
@@ -100,7 +107,7 @@ class LinkFacts(msgspec.Struct, frozen=True):
 
     id: int
     program_id: int
-    cgroup_id: int
+    target_id: int
     attach_type: str
 
 
@@ -108,9 +115,9 @@ class Fingerprint(msgspec.Struct, frozen=True):
     """The node that a plan was made for, as the facts that the plan rests on: what differs later can be named.
 
     ``boot`` is the kernel's id of this run of the machine, ``kernel`` its release, ``features`` what the plan asked
-    of it. ``digest`` is the running release's. ``cgroups`` has the id of each target, ``programs`` those of the pinned
-    ones, ``rings`` the names of ring buffers of the last generation that hold bytes and that no process has open. How
-    many entries maps have is no part of it: that changes all the time.
+    of it. ``digest`` is the running release's. ``targets`` has the number of what each link is for, ``programs`` the
+    ids of the pinned ones, ``rings`` the names of ring buffers of the last generation that hold bytes and that no
+    process has open. How many entries maps have is no part of it: that changes all the time.
     """
 
     boot: str = ""
@@ -121,7 +128,7 @@ class Fingerprint(msgspec.Struct, frozen=True):
     maps: Mapping[str, MapFacts] = {}
     programs: Mapping[str, int] = {}
     links: Mapping[str, LinkFacts] = {}
-    cgroups: Mapping[str, int] = {}
+    targets: Mapping[str, int] = {}
     features: Mapping[str, bool] = {}
     rings: tuple[str, ...] = ()
 
@@ -159,13 +166,16 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class Hook(msgspec.Struct, frozen=True):
-    """A hook of a generation: the link's pin name, and the program that it runs."""
+    """A hook of a generation: the link's pin name, and the program that it runs. The rest is as in HookPlan."""
 
     link: str
     program: str
     hook: str
     target: str
     attach_type: str
+    netns: str | None = None
+    mode: str | None = None
+    matched: bool = False
 
 
 class ReplacedMap(msgspec.Struct, frozen=True):
@@ -208,6 +218,7 @@ class Former(msgspec.Struct, frozen=True):
     converters: dict[str, str] = {}
     replaced: tuple[ReplacedMap, ...] = ()
     replaced_programs: tuple[ReplacedProgram, ...] = ()
+    hooks: tuple[Hook, ...] = ()
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -219,7 +230,8 @@ class Record(msgspec.Struct, frozen=True):
     ``own_rules`` are those of the release's manifest, which are other ones after a rollback. ``plan`` is set while the
     upgrade to this generation runs, and ``former`` if that goes back to ``previous/``, which it was.
     ``replaced`` are the maps of earlier generations that something may still hold, ``replaced_programs`` their
-    programs. ``unwritten`` are the maps that no program of the release writes, as the verifier has shown.
+    programs. ``attach`` are the hooks as the manifest has them, patterns and all. ``unwritten`` are the maps that no
+    program of the release writes, as the verifier has shown.
     ``pinned_maps`` and ``pinned_programs`` tell what is pinned by its kernel's id, by name; empty in a record of a
     hitless that did not note them.
     """
@@ -232,6 +244,7 @@ class Record(msgspec.Struct, frozen=True):
     objects: tuple[ObjectSpec, ...]
     maps: dict[str, MapSpec]
     hooks: tuple[Hook, ...]
+    attach: tuple[Attach, ...] = ()
     plan: Plan | None = None
     rules: dict[str, MapRules] = {}
     replaced: tuple[ReplacedMap, ...] = ()

@@ -3,6 +3,7 @@
     root/current/      the running generation: maps/ data/ progs/ and its record
     root/maps, progs   symbolic links into current/: the paths that other programs open
     root/links/        the bpf_links, updated in place
+    root/slots/        the program array of each link that is a dispatcher
     root/next/         the generation being built; there during an upgrade only
     root/previous/     the last generation
     root/writers/      the lock between writers and a commit
@@ -30,12 +31,12 @@ from hitless.carry import is_global
 from hitless.errors import BusyError, HitlessError, NodeError
 from hitless.kernel.bpffs import make_private, require_bpffs, require_own, require_private, require_writable
 from hitless.kernel.libbpf import system_call
-from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
 from hitless.kernel.processes import lock_holder, who
 from hitless.kernel.programs import Program
 from hitless.kernel.rings import holders, unread_bytes
 from hitless.layout.model import MapSpec
+from hitless.upgrade.attached import open_attached
 from hitless.upgrade.handle import Access, MapHandle
 from hitless.upgrade.model import Generation, LeftRing, LiveMap, NodeState, Record
 from hitless.upgrade.record import advice, map_pin, read_record
@@ -44,7 +45,7 @@ __all__ = ["PUBLIC", "Node", "foreign_error", "generation_record", "read_generat
 
 T = TypeVar("T")
 
-_DIRECTORIES = ("current", "next", "previous", "links", "writers")
+_DIRECTORIES = ("current", "next", "previous", "links", "slots", "writers")
 PUBLIC = ("maps", "progs")
 """The symbolic links under a root that lead into ``current/``, where other programs open maps and programs."""
 
@@ -117,7 +118,7 @@ class Node:
         self.refuse_foreign()
         links = {}
         for path in _children(self.links):
-            with Link.open(path) as link:
+            with open_attached(self.links, path.name) as link:
                 links[path.name] = link.info
         current = read_generation(self.current) if self.current.exists() else None
         unfinished = read_record(self.next / "record") if (self.next / "record").exists() else None
@@ -237,7 +238,7 @@ class Node:
             if path.name not in PUBLIC:
                 require_own(path)
         generations = [self.root / name for name in ("current", "next", "previous")]
-        for directory in (self.links, self.access.lock.directory, *generations):
+        for directory in (self.links, self.root / "slots", self.access.lock.directory, *generations):
             for path in _children(directory):
                 require_own(path)
         for path in (pin for directory in generations for name in _PINS for pin in _children(directory / name)):

@@ -7,11 +7,11 @@ A plan is made from what is live and what the release declares. A person can rea
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Container, Mapping, Sequence
 
 import msgspec
 
-from hitless.bundle import Attach, Bundle, unite_maps
+from hitless.bundle import Bundle, unite_maps
 from hitless.carry import (
     CGROUP_STORAGE,
     converts,
@@ -26,21 +26,23 @@ from hitless.carry import (
 )
 from hitless.errors import BundleError, UnsupportedError
 from hitless.groups import group_of, torn
+from hitless.hooks import HOOKS
 from hitless.layout.answers import answer
 from hitless.layout.diff import MapDiff, diff_maps, is_constant
-from hitless.layout.model import MapSpec
+from hitless.layout.model import MapSpec, ProgramSpec
 from hitless.layout.rules import MapRules, only_read
 from hitless.layout.variables import SectionDiff, diff_sections
-from hitless.upgrade.model import Generation, HookPlan, LeftRing, MapPlan, NodeState, Plan
+from hitless.upgrade.model import Generation, Hook, HookPlan, LeftRing, MapPlan, NodeState, Plan, Record
+from hitless.upgrade.places import Place
 
-__all__ = ["make_plan"]
+__all__ = ["hooks_of", "late_hooks", "make_plan"]
 
 
 
 def make_plan(
     state: NodeState,
     bundle: Bundle,
-    cgroups: Mapping[str, int],
+    places: Sequence[Place],
     features: Container[str],
     allow_loss: Collection[str] = (),
     into: Generation | None = None,
@@ -49,7 +51,7 @@ def make_plan(
 
     ``into`` is the last generation, if ``bundle`` is its release: a rollback, which fills the maps that are there.
 
-    ``cgroups`` has the kernel's id of each target of the bundle's hooks; ``features`` are what it can
+    ``places`` are those of the bundle's hooks on this node; ``features`` are what it can
     do (:mod:`hitless.kernel.features`), by which the methods are chosen; ``allow_loss`` names maps that may lose
     what the plan says they lose. Raises BundleError or LayoutError for rules that cannot apply, UnsupportedError
     for changes that this version cannot make.
@@ -59,11 +61,11 @@ def make_plan(
     if current is None:
         start_type = "normal"
         maps = tuple(_created(name) for name in bundle.maps)
-        hooks = tuple(_hook(entry, bundle, "attach") for entry in bundle.attach)
+        hooks = tuple(_hook(place, bundle.programs, "attach") for place in places)
     elif into is None and (current.record.version, current.record.digest) == (bundle.version, bundle.digest):
         start_type = "restart"
         maps = tuple(MapPlan(name, "keep", method="same map") for name in current.record.maps)
-        hooks = _plan_hooks(state, current, bundle, cgroups, restart=True)
+        hooks = _plan_hooks(state, current, bundle, places, restart=True)
     else:
         start_type = "update" if into is None else "rollback"
         if current.record.name != bundle.name:
@@ -78,8 +80,9 @@ def make_plan(
         _check_names(current, bundle, allow_loss, left)
         maps = _plan_maps(current, bundle, features, allow_loss, into)
         maps = _with_left_rings(maps, left, state.previous, bundle, allow_loss)
-        hooks = _plan_hooks(state, current, bundle, cgroups, restart=False)
+        hooks = _plan_hooks(state, current, bundle, places, restart=False)
         _check_cgroup_storage(maps, hooks, bundle)
+        _check_socket_hooks(maps, hooks)
     return Plan(
         root=state.root,
         name=bundle.name,
@@ -101,6 +104,21 @@ def _check_order(bundle: Bundle) -> None:
                 f"{sys.byteorder}-endian: take the release that was compiled for it",
                 feature=f"{spec.order}-endian objects",
                 map=name,
+            )
+
+
+def _check_socket_hooks(maps: tuple[MapPlan, ...], hooks: tuple[HookPlan, ...]) -> None:
+    """Sockets that are in a map keep its dispatcher, and cannot be added to another one that has a program."""
+    plans = {entry.name: entry for entry in maps}
+    for hook in hooks:
+        if hook.action == "update" and HOOKS[hook.hook].on == "map" and plans[hook.target].action != "keep":
+            raise UnsupportedError(
+                f"map {hook.target} has hook {hook.link} ({hook.hook}) and would become another map "
+                f"({plans[hook.target].verdict}), which its sockets cannot be moved to without a moment in which they "
+                "run no program: keep its definition, or give the new map and its hook names of their own",
+                feature="socket hook on a changed map",
+                link=hook.link,
+                map=hook.target,
             )
 
 
@@ -151,7 +169,7 @@ def _plan_maps(
         else _plan_map(diff, old, bundle, features, allow_loss, current.record.unwritten, apart)
         for diff in diff_maps(list(old.values()), list(new.values()), bundle.rules)
     ]
-    plans = [_with_slots(entry, current) for entry in plans]
+    plans = [_with_slots(entry, current, bundle) for entry in plans]
     planned = _whole_groups(_without_unpinned(plans, current, bundle, allow_loss), current, bundle)
     return planned if into is None else tuple(_with_last(entry, current, into) for entry in planned)
 
@@ -276,16 +294,19 @@ def _is_allowed(name: str, was: str | None, bundle: Bundle, allow_loss: Collecti
     return rules.on_loss == "discard" or name in allow_loss or was in allow_loss
 
 
-def _with_slots(entry: MapPlan, current: Generation) -> MapPlan:
-    """The plan of a program array with the slots that the running release's object did not fill."""
+def _with_slots(entry: MapPlan, current: Generation, bundle: Bundle) -> MapPlan:
+    """The plan of a program array with the slots that somebody else filled and the new release does not."""
     live = current.maps.get(entry.was or entry.name)
     if live is None or entry.action != "discard":
         return entry
     own = {index for index, _ in live.spec.slots}
+    own |= set(current.record.own_rules.get(entry.was or entry.name, MapRules()).slots)
+    own |= set(bundle.rules.get(entry.name, MapRules()).slots)
     foreign = [str(index) for index in live.filled if index not in own]
     if not foreign:
         return entry
-    loss = f"slots that the object does not fill itself: {', '.join(foreign)}"
+    how = f"name their programs in [map.{entry.name}.slots]"
+    loss = f"slots that neither release fills itself: {', '.join(foreign)}; {how}"
     return msgspec.structs.replace(entry, loss=(*entry.loss, loss))
 
 
@@ -357,46 +378,76 @@ def _with_left_rings(
     return tuple(out.values())
 
 
+def hooks_of(plan: Plan) -> tuple[Hook, ...]:
+    """The hooks that the release has when the plan is done."""
+    return tuple(
+        Hook(hook.link, hook.program, hook.hook, hook.target, hook.attach_type, hook.netns, hook.mode, hook.matched)
+        for hook in plan.hooks
+        if hook.action != "detach"
+    )
+
+
+def late_hooks(plan: Plan, record: Record, places: Sequence[Place]) -> list[HookPlan]:
+    """Those of ``places``, to which patterns lead now, that the plan does not know, or knows as something that went."""
+    known = {(hook.link, hook.target_id) for hook in plan.hooks if hook.action != "detach"}
+    programs = {program.name: program for item in record.objects for program in item.programs}
+    return [_hook(place, programs, "attach") for place in places if (place.link, place.id) not in known]
+
+
 def _hook(
-    entry: Attach, bundle: Bundle, action: str, was: str | None = None, expected: int | None = None
+    place: Place, programs: Mapping[str, ProgramSpec], action: str, was: str | None = None, expected: int | None = None
 ) -> HookPlan:
-    attach_type = bundle.programs[entry.program].attach_type
-    return HookPlan(entry.link, action, entry.program, entry.hook, entry.target, attach_type, was, expected)
+    entry = place.entry
+    return HookPlan(
+        link=place.link,
+        action=action,
+        program=entry.program,
+        hook=entry.hook,
+        target=place.target,
+        attach_type=HOOKS[entry.hook].attach_type(programs[entry.program]),
+        was=was,
+        expected=expected,
+        netns=place.netns,
+        mode=entry.mode,
+        target_id=place.id,
+        matched=entry.is_pattern,
+    )
 
 
 def _plan_hooks(
-    state: NodeState, current: Generation, bundle: Bundle, cgroups: Mapping[str, int], restart: bool
+    state: NodeState, current: Generation, bundle: Bundle, places: Sequence[Place], restart: bool
 ) -> tuple[HookPlan, ...]:
     """New hooks first, then updates in the bundle's order, removed ones last."""
     known = {hook.link: hook for hook in current.record.hooks}
     taken = set()
     attached, updated = [], []
-    for entry in bundle.attach:
-        name = entry.link if entry.link in state.links else entry.was or entry.link
+    for place in places:
+        entry = place.entry
+        name = place.link if place.link in state.links else place.was or place.link
         link = state.links.get(name)
         taken.add(name)
-        if link is None or (link.type == "cgroup" and link.cgroup_id == 0):  # the kernel detached it with its cgroup
-            attached.append(_hook(entry, bundle, "attach"))
+        if link is None or link.is_dead:  # the kernel detached it with its target
+            attached.append(_hook(place, bundle.programs, "attach"))
             continue
-        attach_type = bundle.programs[entry.program].attach_type
-        if link.type != "cgroup" or link.attach_type != attach_type:
+        attach_type = HOOKS[entry.hook].attach_type(bundle.programs[entry.program])
+        if link.attach_type != attach_type:
             raise UnsupportedError(
                 f"link {name} is on {link.attach_type or link.type}, and {entry.program} attaches to {attach_type}: "
                 "moving a link to another hook is not supported; give the new hook a link name of its own",
                 feature="link to another hook",
                 link=name,
             )
-        if link.cgroup_id != cgroups[entry.target]:
+        if link.target_id != place.id and HOOKS[entry.hook].on != "map":
             raise UnsupportedError(
-                f"link {name} is attached to cgroup {link.cgroup_id}, and {entry.target} is {cgroups[entry.target]}: "
+                f"link {name} is attached to {link.where}, and {place.target} is {place.id}: "
                 "moving a link to another target is not supported yet; give it a link name of its own",
                 feature="link to another target",
                 link=name,
             )
         running = current.programs.get(entry.program)
         same = restart and running is not None and running.id == link.program_id
-        was = name if name != entry.link else None
-        updated.append(_hook(entry, bundle, "keep" if same else "update", was, link.program_id))
+        was = name if name != place.link else None
+        updated.append(_hook(place, bundle.programs, "keep" if same else "update", was, link.program_id))
     removed = [
         HookPlan(
             link=name,
@@ -406,6 +457,8 @@ def _plan_hooks(
             target=known[name].target if name in known else "",
             attach_type=link.attach_type,
             expected=link.program_id,
+            netns=known[name].netns if name in known else None,
+            target_id=link.target_id,
         )
         for name, link in state.links.items()
         if name not in taken

@@ -8,18 +8,20 @@ own word. A ``was`` of its own manifest is passed over: that told of the release
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from hitless.bundle import Attach, Bundle, BundleObject
 from hitless.carry import is_global
+from hitless.hooks import HOOKS
 from hitless.layout.diff import diff_maps, resolve
-from hitless.layout.model import MapSpec, Record
+from hitless.layout.model import MapSpec
+from hitless.layout.model import Record as RecordType
 from hitless.layout.rules import INNER, FieldRule, MapRules, bind_old
 from hitless.layout.variables import diff_sections
-from hitless.upgrade.model import Generation, Hook
+from hitless.upgrade.model import Generation, Record
 
 __all__ = ["last_release"]
 
@@ -52,7 +54,7 @@ def last_release(previous: Generation, current: Generation, path: Path) -> Bundl
         objects=tuple(BundleObject(spec, b"") for spec in record.objects),
         maps=maps,
         programs={program.name: program for item in record.objects for program in item.programs},
-        attach=tuple(_attach(hook, record.hooks, current.record.hooks) for hook in record.hooks),
+        attach=_attach(record, current.record),
         rules={name: rule for name, rule in rules.items() if rule != MapRules()},
         converters=current.record.converters,
     )
@@ -103,7 +105,7 @@ def _has(spec: MapSpec, path: str) -> bool:
 
 
 def _is_whole(spec: MapSpec, path: str) -> bool:
-    return path == "value" and not isinstance(spec.value, Record)
+    return path == "value" and not isinstance(spec.value, RecordType)
 
 
 def _variables(
@@ -137,14 +139,22 @@ def _merged(turned: Mapping[str, FieldRule], own: Mapping[str, FieldRule]) -> di
     return {path: rule for path, rule in out.items() if rule != FieldRule()}
 
 
-def _attach(hook: Hook, hooks: Iterable[Hook], current: Iterable[Hook]) -> Attach:
-    """The hook, and the link that it has now: under another name if it is the only one at its place."""
-    names, taken = {one.link for one in hooks}, {one.link for one in current}
-    places = Counter(_place(one) for one in hooks if one.link not in taken)
-    renamed = [one.link for one in current if one.link not in names and _place(one) == _place(hook)]
-    alone = hook.link not in taken and len(renamed) == 1 and places[_place(hook)] == 1
-    return Attach(hook.program, hook.hook, hook.target, hook.link, renamed[0] if alone else None)
+def _attach(record: Record, current: Record) -> tuple[Attach, ...]:
+    """The entries of the older release, and the links that they have now: under another name if that is the only way.
+
+    Of two entries with the same hook and target nobody can say which of two new names is whose.
+    """
+    names, taken = {entry.link for entry in record.attach}, {entry.link for entry in current.attach}
+    places = Counter(_place(entry, record) for entry in record.attach if entry.link not in taken)
+    out = []
+    for entry in record.attach:
+        here = _place(entry, record)
+        renamed = [one.link for one in current.attach if one.link not in names and _place(one, current) == here]
+        alone = entry.link not in taken and len(renamed) == 1 and places[here] == 1
+        out.append(msgspec.structs.replace(entry, was=renamed[0] if alone else None))
+    return tuple(out)
 
 
-def _place(hook: Hook) -> tuple[str, str, str]:
-    return hook.hook, hook.target, hook.attach_type
+def _place(entry: Attach, record: Record) -> tuple[str, str, str | None, str]:
+    programs = {program.name: program for item in record.objects for program in item.programs}
+    return entry.hook, entry.target, entry.netns, HOOKS[entry.hook].attach_type(programs[entry.program])

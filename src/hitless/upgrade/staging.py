@@ -5,6 +5,7 @@ Which states a kill can leave in between, and what they mean, is told in :mod:`h
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from hitless.kernel.maps import Map, is_alive
 from hitless.kernel.programs import Program, load_object
 from hitless.layout.model import MapSpec
 from hitless.upgrade.drift import with_ids
-from hitless.upgrade.model import Former, Generation, Hook, HookPlan, Plan, Record, ReplacedMap
+from hitless.upgrade.model import Former, Generation, HookPlan, Plan, Record, ReplacedMap
 from hitless.upgrade.node import Node
+from hitless.upgrade.plan import hooks_of
 from hitless.upgrade.record import create_record, map_pin, read_record, write_record
 from hitless.upgrade.reset import empty
 from hitless.upgrade.unwritten import prove_unwritten
@@ -49,11 +51,8 @@ def build_next(node: Node, bundle: Bundle, decided: Plan, current: Generation | 
         phase="staging",
         objects=tuple(item.spec for item in bundle.objects),
         maps=bundle.maps,
-        hooks=tuple(
-            Hook(hook.link, hook.program, hook.hook, hook.target, hook.attach_type)
-            for hook in decided.hooks
-            if hook.action != "detach"
-        ),
+        hooks=hooks_of(decided),
+        attach=bundle.attach,
         plan=decided,
         rules=bundle.rules,
         own_rules=bundle.rules,
@@ -73,6 +72,9 @@ def build_next(node: Node, bundle: Bundle, decided: Plan, current: Generation | 
         loaded = load_object(item.data, item.spec.name, maps, sections)
         maps = {**loaded.maps, **maps}
         programs.update(loaded.programs)
+    for name, rule in bundle.rules.items():
+        for slot, leaf in rule.slots.items():  # whole before anybody can jump by it
+            maps[name].update(slot.to_bytes(4, sys.byteorder), programs[leaf].fd.to_bytes(4, sys.byteorder))
     _refuse_foreign_storage(decided.hooks, maps, programs, current)
     unwritten = [name for item in bundle.objects for name in prove_unwritten(item, bundle.rules, maps)]
     record = msgspec.structs.replace(record, unwritten=tuple(dict.fromkeys(unwritten)))
@@ -104,7 +106,10 @@ def restage_last(node: Node, release: Bundle, decided: Plan, current: Generation
         rules=release.rules,
         converters=release.converters,
         replaced=_replaced(decided, current, own),
-        former=Former(former.generation, former.rules, former.converters, former.replaced, former.replaced_programs),
+        hooks=hooks_of(decided),
+        former=Former(
+            former.generation, former.rules, former.converters, former.replaced, former.replaced_programs, former.hooks
+        ),
     )
     make_directory(node.next / "base", exist_ok=True)
     # One of its own, since the old one may lack the room; renamed over that, so that there always is one.
@@ -149,6 +154,7 @@ def _as_before(record: Record, former: Former) -> Record:
         converters=former.converters,
         replaced=former.replaced,
         replaced_programs=former.replaced_programs,
+        hooks=former.hooks,
         former=None,
     )
 

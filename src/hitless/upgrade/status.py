@@ -8,7 +8,15 @@ import msgspec
 
 from hitless.errors import BusyError, KernelError
 from hitless.kernel.maps import Map
-from hitless.upgrade.drift import expected_program, half_done, hook_problem, public_problems, recovering, replaced_pins
+from hitless.upgrade.drift import (
+    expected_program,
+    half_done,
+    hook_problem,
+    public_problems,
+    recovering,
+    replaced_pins,
+    unhooked,
+)
 from hitless.upgrade.holders import Holders, find_holders
 from hitless.upgrade.model import LeftRing, NodeState
 from hitless.upgrade.node import Node
@@ -35,7 +43,10 @@ class MapStatus(msgspec.Struct, frozen=True):
 
 
 class HookStatus(msgspec.Struct, frozen=True):
-    """A hook: the program that runs on it now, by name if it is one of the running generation."""
+    """A hook: the program that runs on it now, by name if it is one of the running generation.
+
+    ``netns`` is the network namespace of an interface, None for hitless' own.
+    """
 
     link: str
     hook: str
@@ -43,6 +54,7 @@ class HookStatus(msgspec.Struct, frozen=True):
     attach_type: str
     program: str | None
     program_id: int | None
+    netns: str | None = None
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -115,11 +127,14 @@ def status(node: Node) -> Status:
                 link=hook.link,
                 hook=hook.hook,
                 target=hook.target,
+                netns=hook.netns,
                 attach_type=hook.attach_type,
                 program=runs,
                 program_id=link.program_id if link else None,
             )
         )
+    if settled and not upgrading:
+        problems += unhooked(record, state.links)
     remnants = () if upgrading else _remnants(node, state)
     problems += remnant_problems(remnants)
     return Status(

@@ -9,7 +9,7 @@ it is ``previous/``, moved there and back (:mod:`hitless.upgrade.staging`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,10 +28,10 @@ from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.bpffs import exchange, make_directory, move, remove_tree, require_bpffs, require_writable
 from hitless.kernel.features import boot_id, features, release
 from hitless.kernel.libbpf import system_call
-from hitless.kernel.links import Link, cgroup_id
 from hitless.kernel.maps import Map
 from hitless.kernel.processes import who
 from hitless.kernel.programs import Program
+from hitless.upgrade.attached import open_attached, remove, rename
 from hitless.upgrade.carrier import Carrier, Tally
 from hitless.upgrade.checks import (
     refuse_loss,
@@ -47,6 +47,7 @@ from hitless.upgrade.handle import Staged
 from hitless.upgrade.model import (
     Cutover,
     Generation,
+    Hook,
     MapPlan,
     MapResult,
     NodeState,
@@ -58,7 +59,8 @@ from hitless.upgrade.model import (
 from hitless.upgrade.node import Node, read_generation
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.passages import Sides, make_carriers
-from hitless.upgrade.plan import make_plan
+from hitless.upgrade.places import find_places
+from hitless.upgrade.plan import hooks_of, late_hooks, make_plan
 from hitless.upgrade.record import map_pin, pin_name, read_record, write_record
 from hitless.upgrade.release import last_release
 from hitless.upgrade.ring import drain
@@ -116,17 +118,18 @@ def _plan(
     if planned is not None:
         require_meant(planned, state.root, bundle)
         allow_loss = {entry.name for entry in planned.maps if entry.allowed}
-    cgroups = _cgroups(bundle)
+    places = find_places(bundle.attach)
+    targets = {str(place): place.id for place in places}
     if planned is not None and planned.fingerprint is not None:
         able = {name: name in asked for name in planned.fingerprint.features}
-        require_unchanged(planned, fingerprint(state, cgroups, able, *machine))
+        require_unchanged(planned, fingerprint(state, targets, able, *machine))
     if state.current is not None:
         refuse_replaced_pins(node.current, state.current)
-    decided = make_plan(state, bundle, cgroups, asked, allow_loss)
+    decided = make_plan(state, bundle, places, asked, allow_loss)
     if planned is not None:
         require_same(planned, decided)
     refuse_overfull(node, state, bundle, decided)
-    return msgspec.structs.replace(decided, fingerprint=fingerprint(state, cgroups, asked.answers, *machine))
+    return msgspec.structs.replace(decided, fingerprint=fingerprint(state, targets, asked.answers, *machine))
 
 
 @in_step("plan")
@@ -138,13 +141,9 @@ def _plan_back(node: Node, state: NodeState, allow_loss: Collection[str]) -> tup
     last = node.last()
     refuse_replaced_pins(node.previous, last)
     release = last_release(last, state.current, node.previous)
-    decided = make_plan(state, release, _cgroups(release), features(), allow_loss, last)
+    decided = make_plan(state, release, find_places(release.attach), features(), allow_loss, last)
     refuse_overfull(node, state, release, decided)
     return decided, release
-
-
-def _cgroups(bundle: Bundle) -> dict[str, int]:
-    return {entry.target: cgroup_id(Path(entry.target)) for entry in bundle.attach}
 
 
 @in_step("begin")
@@ -345,7 +344,8 @@ def unload(node: Node, wait: float = 10.0) -> list[str]:
     with node.lock(wait):
         names = sorted(path.name for path in node.links.iterdir()) if node.links.exists() else []
         for name in names:  # all are looked at before any is detached
-            Link.open(node.links / name).close()
+            with open_attached(node.links, name):
+                pass
         removed = [str(path) for path in sorted(node.root.rglob("*")) if not path.is_dir()]
         detach_hooks(names, node.links)
         remove_tree(node.root)
@@ -384,7 +384,10 @@ class _Upgrade:
             if prepare is not None:
                 prepare(self._node)
         with self._step("cutover"):
-            gap = switch_hooks(self._plan.hooks, self._programs, self._node.links)
+            record = read_record(self._node.current / "record")
+            if hooks_of(self._plan) != record.hooks:
+                write_record(self._node.current / "record", msgspec.structs.replace(record, hooks=hooks_of(self._plan)))
+            gap = switch_hooks(self._plan.hooks, self._programs, self._node.links, self._node.current / "maps")
             detach_hooks([hook.link for hook in self._plan.hooks if hook.action == "detach"], self._node.links)
         return self._result(Cutover(sum(hook.action != "keep" for hook in self._plan.hooks), gap))
 
@@ -440,7 +443,8 @@ class _Upgrade:
             make_directory(node.links, exist_ok=True)
             with self._step("cutover"):
                 started = time.perf_counter()
-                gap = switch_hooks(self._plan.hooks, self._programs, node.links)
+                gap = switch_hooks(self._plan.hooks, self._programs, node.links, node.next / "maps")
+                self._switch_late()
             with self._step("catch-up"):
                 # A first merge at once keeps short the time in which new programs miss what old ones wrote last.
                 self._merge()
@@ -450,6 +454,7 @@ class _Upgrade:
                     self._merge(last=True)
                     stale = (time.perf_counter() - started) * 1e6
                 with self._step("commit"):
+                    self._switch_late()
                     self._verify_hooks()
                     verify_pins(node, self._current, self._maps)
                     self._commit()
@@ -510,6 +515,18 @@ class _Upgrade:
                 for entry in rings:
                     path = self._node.previous / "maps" / (entry.was or entry.name)
                     self._carried[entry.name].tally.unread = drain(path)
+
+    def _switch_late(self) -> None:
+        """Attach the release to what patterns match by now and did not when it was planned."""
+        assert self._record is not None  # what was staged, or given to reopen
+        patterns = [entry for entry in self._record.attach if entry.is_pattern]
+        while late := late_hooks(self._plan, self._record, find_places(patterns)):
+            known = {hook.link for hook in late}
+            others = [hook for hook in self._plan.hooks if hook.link not in known]
+            self._plan = msgspec.structs.replace(self._plan, hooks=(*late, *others))
+            self._record = msgspec.structs.replace(self._record, plan=self._plan, hooks=hooks_of(self._plan))
+            write_record(self._node.next / "record", self._record)  # first, so that a recovery knows of them
+            switch_hooks(late, self._programs, self._node.links, self._node.next / "maps")
 
     def _verify_hooks(self) -> None:
         verify_hooks(self._plan.hooks, self._programs, self._node.links)
@@ -636,10 +653,28 @@ def _finish(node: Node) -> None:
     for generation in (node.current, node.previous):
         remove_tree(generation / "base")
     for hook in record.plan.hooks if record.plan else ():
-        if hook.was and (node.links / hook.was).exists():
-            move(node.links / hook.was, node.links / hook.link)
-    committed = msgspec.structs.replace(record, phase="committed", plan=None, former=None)
+        if hook.was:
+            rename(node.links, hook.was, hook.link)
+    hooks = _without_gone(node, record.hooks)
+    committed = msgspec.structs.replace(record, phase="committed", plan=None, former=None, hooks=hooks)
     write_record(node.current / "record", committed)
+
+
+def _without_gone(node: Node, hooks: Sequence[Hook]) -> tuple[Hook, ...]:
+    """Those hooks that are there, of which patterns led to some; pins of the others go."""
+    there = []
+    for hook in hooks:
+        pin = node.links / hook.link
+        if hook.matched:
+            if not pin.exists():
+                continue
+            with open_attached(node.links, hook.link) as link:
+                dead = link.info.is_dead
+            if dead:
+                remove(node.links, hook.link)
+                continue
+        there.append(hook)
+    return tuple(there)
 
 
 def _let_go(node: Node, record: Record) -> None:
@@ -683,8 +718,9 @@ def _remove_if_empty(node: Node) -> None:
             link = node.root / name
             if link.is_symlink():
                 link.unlink()
-        if node.links.exists():
-            node.links.rmdir()
+        for directory in (node.links, node.links.parent / "slots"):
+            if directory.exists():
+                directory.rmdir()
         node.access.lock.remove()
         node.root.rmdir()
 

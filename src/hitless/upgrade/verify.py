@@ -17,12 +17,13 @@ from hitless.carry import is_global
 from hitless.errors import BusyError, HitlessError, NodeError, VerifyError
 from hitless.kernel.bpffs import require_bpffs
 from hitless.kernel.libbpf import PASSING
-from hitless.kernel.links import Link, LinkInfo
+from hitless.kernel.links import LinkInfo
 from hitless.kernel.maps import Map
 from hitless.kernel.processes import who
 from hitless.kernel.programs import Program
 from hitless.layout.diff import diff_map
 from hitless.layout.model import MapSpec
+from hitless.upgrade.attached import open_attached
 from hitless.upgrade.drift import (
     expected_program,
     hook_problem,
@@ -33,6 +34,7 @@ from hitless.upgrade.drift import (
     put_back,
     strangers,
     target_id,
+    unhooked,
 )
 from hitless.upgrade.model import PinnedMap, Record
 from hitless.upgrade.node import PUBLIC, Node, foreign_error, generation_record
@@ -306,13 +308,14 @@ def _called(map_id: int) -> str:
 
 def _check_links(node: Node, record: Record, programs: dict[str, int]) -> Check:
     problems, untold = [], []
+    links: dict[str, LinkInfo] = {}
     for hook in record.hooks:
         path = node.links / hook.link
         link: LinkInfo | None = None
         if path.exists():
             try:
-                with Link.open(path) as opened:
-                    link = opened.info
+                with open_attached(node.links, hook.link) as opened:
+                    link = links[hook.link] = opened.info
             except HitlessError as error:
                 _must_tell(error)
                 problems.append(f"{error.message}; remove it, and apply the same release again")
@@ -320,8 +323,9 @@ def _check_links(node: Node, record: Record, programs: dict[str, int]) -> Check:
         problem = hook_problem(hook, link, expected_program(hook, record, programs), node.links)
         if problem is not None:
             problems.append(problem)
-        elif target_id(hook) is None:
+        elif target_id(hook, node.links) is None and not hook.matched:
             untold.append(f"link {hook.link} may be on {hook.target} or not: that cannot be looked at from here")
+    problems += unhooked(record, links)
     known = {hook.link for hook in record.hooks}
     present = sorted(node.links.iterdir()) if node.links.is_dir() else []
     problems += [

@@ -15,6 +15,7 @@ from unittest import mock
 from hitless.kernel.links import Link
 from hitless.kernel.programs import Program
 from hitless.upgrade import transaction
+from hitless.upgrade.attached import attach
 from hitless.upgrade.copy import Carriage
 from hitless.upgrade.model import HookPlan
 
@@ -27,7 +28,7 @@ _LOADING = 0.02
 def _reattach() -> None:
     """Links are not updated: old ones go away, new ones come, and for a moment there is no mesh."""
 
-    def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path) -> float:
+    def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path, maps: Path) -> float:
         started = time.perf_counter()
         for hook in hooks:
             if hook.action == "update":
@@ -37,8 +38,7 @@ def _reattach() -> None:
         time.sleep(_LOADING)
         for hook in hooks:
             if hook.action in ("attach", "update"):
-                with Link.attach_cgroup(programs[hook.program], Path(hook.target), hook.attach_type) as link:
-                    link.pin(links / hook.link)
+                attach(hook, programs[hook.program], links, maps)
         return (time.perf_counter() - started) * 1e6
 
     mock.patch.object(transaction, "switch_hooks", switch_hooks).start()

@@ -1,0 +1,149 @@
+"""One hook: what is attached there, found by its pins, and attaching something there for the first time.
+
+``links`` is always the directory of link pins. A sockmap's hook has a dispatcher, whose slot is pinned in ``slots/``
+beside it, under the same name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from hitless.errors import GoneError, NodeError
+from hitless.hooks import HOOKS
+from hitless.kernel.bpffs import make_directory, move, unpin
+from hitless.kernel.dispatcher import Dispatcher
+from hitless.kernel.interfaces import interfaces
+from hitless.kernel.libbpf import system_call
+from hitless.kernel.links import Link, LinkInfo
+from hitless.kernel.maps import Map
+from hitless.kernel.namespaces import Namespace
+from hitless.kernel.programs import Program
+from hitless.kernel.socket_programs import give
+from hitless.kernel.sockets import list_sockets
+from hitless.upgrade.model import HookPlan
+
+__all__ = ["Attached", "attach", "open_attached", "pin_of", "remove", "rename"]
+
+_XDP_MODES = {"generic": 2, "native": 4}  # XDP_FLAGS_SKB_MODE, XDP_FLAGS_DRV_MODE
+
+
+class Attached(Protocol):
+    """What runs on a hook."""
+
+    @property
+    def info(self) -> LinkInfo:
+        """The program that runs now, and where."""
+
+    def update(self, new: Program, old: Program) -> None:
+        """Let the hook run ``new``, if it runs ``old`` now. Raises NodeError if it does not, KernelError."""
+
+    def detach(self) -> None:
+        """Take the program off the hook. Raises KernelError."""
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+
+
+@contextmanager
+def open_attached(links: Path, name: str) -> Iterator[Attached]:
+    """What is attached by the link pinned as ``name``. Raises NodeError, KernelError."""
+    found = _open(links, name)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def pin_of(hook: HookPlan, links: Path) -> str:
+    """The name under which the link is pinned now: the old one until the commit, if that changed."""
+    return hook.was if hook.was is not None and (links / hook.was).exists() else hook.link
+
+
+def attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
+    """Attach the program and pin what holds it; ``maps`` has the pins of the release's maps.
+
+    Raises GoneError if the target is not what it was when this was planned, NodeError, KernelError.
+    """
+    pin = links / hook.link
+    match HOOKS[hook.hook].on:
+        case "map":
+            with Map.open(maps / hook.target) as held:
+                _attach_dispatcher(held, hook, program, links)
+            return
+        case "interface":
+            link = _attach_interface(hook, program)
+        case _:
+            with _opened(Path(hook.target)) as target:
+                link = Link.attach(program, target, hook.attach_type, hook.target)
+    with link:
+        link.pin(pin)
+
+
+def remove(links: Path, name: str) -> None:
+    """Unpin the link and what belongs to it."""
+    for path in (links / name, _slot(links, name)):
+        if path.exists():
+            unpin(path)
+
+
+def rename(links: Path, was: str, name: str) -> None:
+    """Give the pins another name; may be repeated after a kill."""
+    for old, new in ((_slot(links, was), _slot(links, name)), (links / was, links / name)):
+        if old.exists():
+            move(old, new)
+
+
+def _open(links: Path, name: str) -> Attached:
+    slot = _slot(links, name)
+    return Dispatcher.open(slot, links / name) if slot.exists() else Link.open(links / name)
+
+
+def _slot(links: Path, name: str) -> Path:
+    return links.parent / "slots" / name
+
+
+def _attach_dispatcher(held: Map, hook: HookPlan, program: Program, links: Path) -> None:
+    slot = _slot(links, hook.link)
+    make_directory(slot.parent, exist_ok=True)
+    with Dispatcher.attach(held, hook.attach_type, program, slot, links / hook.link) as made:
+        if not list_sockets(held):
+            return
+        # They came while the map had no program, and would never run one.
+        with Program.by_id(made.program_id) as dispatcher:
+            given = give(held, hook.attach_type, dispatcher)
+    if given.left:
+        why = ", ".join(f"{count} {reason}" for reason, count in given.left.items())
+        raise NodeError(
+            f"map {hook.target}: not all sockets in it can be given {hook.program} ({why}): they run another program "
+            "of this kind, from another map; let whoever added them close them, then apply again",
+            map=hook.target,
+            left=given.left,
+        )
+
+
+def _attach_interface(hook: HookPlan, program: Program) -> Link:
+    (interface,) = interfaces(hook.target, Namespace.at(hook.netns or ""))
+    if interface.index != hook.target_id:
+        raise GoneError(
+            f"{interface} is another one than when this was planned: its index was {hook.target_id}, and is "
+            f"{interface.index}; plan again",
+            interface=interface.name,
+            index=interface.index,
+        )
+    flags = _XDP_MODES[hook.mode] if hook.mode else 0
+    with interface.entered():
+        return Link.attach(program, interface.index, hook.attach_type, interface, flags)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    with system_call("open", path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
