@@ -339,6 +339,7 @@ class Switchboard:
         self._storage.close()
 
     def _turn(self, steps: int) -> int:
+        self._pass(moving=False)  # if connections cannot be counted, that is to be known before it matters
         self._epochs[_PRESENT] = self._epochs[_SETTLED // 4] + np.uint32(steps)
         wait_for_running_programs()
         return self.epoch
