@@ -332,6 +332,8 @@ class NodeState(msgspec.Struct, frozen=True):
 class Progress(msgspec.Struct, frozen=True):
     """Something that is going on: the ``step``, and for the copy the map with the entries ``done`` so far.
 
+    In the step ``connections``, ``done`` is how many of them are left with the old release.
+
     ``rate`` is in entries per second since the copy of this map began; ``round`` counts the passes over what differed
     after it, and ``differing`` is about how many entries did so at last.
     """
