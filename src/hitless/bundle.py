@@ -21,7 +21,7 @@ from hitless.layout.elf import Binding, read_btf, read_object
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec, Type
 from hitless.layout.rules import FieldRule, MapRules
 
-__all__ = ["MANIFEST", "Attach", "Bundle", "BundleObject", "unite_maps"]
+__all__ = ["MANIFEST", "Attach", "Bundle", "BundleObject", "CutoverRule", "unite_maps"]
 
 MANIFEST = "bundle.toml"
 
@@ -34,8 +34,11 @@ _OF_ONE_MAP = ("bpf_map_elem", "bpf_sk_storage_map", "sockmap")  # iterators
 _PRIORITIES = range(-(1 << 31) + 1, (1 << 31) - 1)  # the first and the last are the kernel's own
 _SOCKET_MAPS = ("sockmap", "sockhash")
 _MODES = ("native", "generic")
+_CONSISTENCY = ("hook", "connection")
+_LONGEST = 86400  # s that connections may stay with the old release
 _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "": {"bundle": dict, "object": list, "attach": list, "map": dict},
+    "": {"bundle": dict, "object": list, "attach": list, "map": dict, "cutover": dict},
+    "cutover": {"consistency": str, "deadline": (int, float)},
     "bundle": {"name": str, "version": str},
     "object": {"file": str, "program": dict},
     "attach": {
@@ -44,7 +47,7 @@ _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     },
     "map": {
         "was": str, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str, "on_collision": str,
-        "on_loss": str, "group": str, "programs": str, "infer": bool, "field": dict,
+        "on_loss": str, "group": str, "programs": str, "infer": bool, "field": dict, "slots": dict,
     },
     "field": {"was": str, "merge": str, "default": (int, float)},
 }  # fmt: skip
@@ -93,6 +96,16 @@ class Attach(msgspec.Struct, frozen=True):
         return any(sign in text for sign in "*?[" for text in texts)
 
 
+class CutoverRule(msgspec.Struct, frozen=True):
+    """How hooks go over: each ``hook`` by itself, or together for each ``connection`` that begins.
+
+    In that case connections that had begun stay with the old release until they end, at most ``deadline`` seconds.
+    """
+
+    consistency: str = "hook"
+    deadline: float = 60.0
+
+
 class BundleObject(msgspec.Struct, frozen=True):
     """One object file of a bundle: what it declares, and its bytes."""
 
@@ -118,6 +131,7 @@ class Bundle(msgspec.Struct, frozen=True):
     attach: tuple[Attach, ...]
     rules: dict[str, MapRules]
     converters: dict[str, str] = {}
+    cutover: CutoverRule = CutoverRule()
 
     @classmethod
     def load(
@@ -267,6 +281,7 @@ class _Reader:
             raise BundleError(f"{self._file} is not TOML: {error}", file=str(self._file)) from None
         self._check(manifest, "", ())
         self._check(manifest.get("bundle", {}), "bundle", ("bundle",))
+        self._check(manifest.get("cutover", {}), "cutover", ("cutover",))
         for name, entry in manifest.get("map", {}).items():
             self._check(entry, "map", ("map", name))
         bindings = {
@@ -307,7 +322,17 @@ class _Reader:
             attach=tuple(attach),
             rules=rules,
             converters=self._converters,
+            cutover=self._cutover(manifest.get("cutover", {})),
         )
+
+    def _cutover(self, entry: Mapping[str, Any]) -> CutoverRule:
+        rule = CutoverRule(**entry)
+        if rule.consistency not in _CONSISTENCY:
+            words = f"consistency is {' or '.join(_CONSISTENCY)}, not {rule.consistency!r}"
+            self._fail(("cutover", "consistency"), words)
+        if not 0 <= rule.deadline <= _LONGEST:
+            self._fail(("cutover", "deadline"), f"deadline is in seconds, from 0 to {_LONGEST}, not {rule.deadline}")
+        return rule
 
     def _check_text(self, item: Any, path: tuple[str, ...]) -> None:
         # Names and values end up in messages and plans, whose lines a control character could forge.
@@ -408,6 +433,7 @@ class _Reader:
             functions=self._functions(entry["convert"], path) if "convert" in entry else (),
             group=entry.get("group"),
             programs=programs,
+            slots=self._slots(entry.get("slots", {}), maps.get(name), objects, path),
         )
         if name in maps:
             try:
@@ -416,6 +442,25 @@ class _Reader:
                 field = error.facts.get("field")
                 self._fail((*path, "field", str(field)) if field else path, error.message)
         return rules
+
+    def _slots(
+        self, entry: Mapping[str, Any], spec: MapSpec | None, objects: Iterable[BundleObject], path: tuple[str, ...]
+    ) -> dict[int, str]:
+        """The programs that the manifest puts into a program array."""
+        if entry and (spec is None or spec.type != "prog_array"):
+            self._fail((*path, "slots"), f"slots hold programs, and this map is no program array: {path[-1]}")
+        programs = {program.name: program for item in objects for program in item.spec.programs}
+        slots = {}
+        for slot, name in entry.items():
+            here = (*path, "slots", slot)
+            if not slot.isdecimal() or spec is None or int(slot) >= spec.max_entries:
+                room = spec.max_entries if spec else 0
+                self._fail(here, f"{slot!r} is no slot of {path[-1]}, which has {room} of them")
+            if name not in programs or not programs[name].autoload:
+                known = ", ".join(sorted(one for one, program in programs.items() if program.autoload))
+                self._fail(here, f"no object has a program {name!r} that is loaded; there are: {known}")
+            slots[int(slot)] = name
+        return slots
 
     def _old_type(
         self, entry: Mapping[str, Any], key: str, objects: Iterable[BundleObject], path: tuple[str, ...]

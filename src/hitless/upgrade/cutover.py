@@ -12,7 +12,7 @@ from pathlib import Path
 from hitless.errors import GoneError, KernelError
 from hitless.kernel.programs import Program
 from hitless.kernel.xdp import quick
-from hitless.upgrade.attached import Attached, attach, open_attached, pin_of, remove
+from hitless.upgrade.attached import Attached, BoardHook, attach, open_attached, pin_of, remove
 from hitless.upgrade.model import HookPlan
 
 __all__ = ["detach_hooks", "switch_back", "switch_hooks"]
@@ -88,11 +88,12 @@ def switch_back(hooks: Sequence[HookPlan], programs: Mapping[str, Program], link
                 remove(links, hook.link)
             continue
         with open_attached(links, name) as there:
-            if there.info.program_id != program.info.id:
-                continue
-            if hook.action == "attach":
+            runs = there.info.program_id
+            if hook.action == "attach" and (runs == program.info.id or isinstance(there, BoardHook)):
                 _detach(there)
                 remove(links, name)
+            elif runs != program.info.id:
+                continue
             elif hook.action == "update" and hook.expected is not None and not there.info.is_dead:
                 with Program.by_id(hook.expected) as old, _gone_is_done():
                     there.update(old, program)

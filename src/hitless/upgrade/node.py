@@ -4,6 +4,7 @@
     root/maps, progs   symbolic links into current/: the paths that other programs open
     root/links/        the bpf_links, updated in place
     root/slots/        the program array of each link that is a dispatcher
+    root/board/        dispatchers that keep each connection with its release
     root/next/         the generation being built; there during an upgrade only
     root/previous/     the last generation
     root/writers/      the lock between writers and a commit
@@ -45,7 +46,7 @@ __all__ = ["PUBLIC", "Node", "foreign_error", "generation_record", "read_generat
 
 T = TypeVar("T")
 
-_DIRECTORIES = ("current", "next", "previous", "links", "slots", "writers")
+_DIRECTORIES = ("current", "next", "previous", "links", "slots", "board", "writers")
 PUBLIC = ("maps", "progs")
 """The symbolic links under a root that lead into ``current/``, where other programs open maps and programs."""
 

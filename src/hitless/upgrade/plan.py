@@ -11,7 +11,7 @@ from collections.abc import Collection, Container, Mapping, Sequence
 
 import msgspec
 
-from hitless.bundle import Bundle, unite_maps
+from hitless.bundle import Bundle, CutoverRule, unite_maps
 from hitless.carry import (
     CGROUP_STORAGE,
     converts,
@@ -27,6 +27,7 @@ from hitless.carry import (
 from hitless.errors import BundleError, UnsupportedError
 from hitless.groups import group_of, torn
 from hitless.hooks import HOOKS, SLEEPABLE
+from hitless.kernel.switchboard import KINDS
 from hitless.layout.answers import answer
 from hitless.layout.diff import MapDiff, diff_maps, is_constant
 from hitless.layout.model import MapSpec, ProgramSpec
@@ -84,6 +85,8 @@ def make_plan(
         hooks = _plan_hooks(state, current, bundle, places, restart=False)
         _check_cgroup_storage(maps, hooks, bundle)
         _check_socket_hooks(maps, hooks)
+    if bundle.cutover.consistency == "connection":
+        _check_dispatchers(hooks)
     return Plan(
         root=state.root,
         name=bundle.name,
@@ -94,7 +97,19 @@ def make_plan(
         generation=(state.generation or 0) + (start_type != "restart"),
         maps=maps,
         hooks=hooks,
+        cutover=bundle.cutover if start_type in ("update", "rollback") else CutoverRule(),
     )
+
+
+def _check_dispatchers(hooks: tuple[HookPlan, ...]) -> None:
+    for hook in hooks:
+        if hook.attach_type not in KINDS:
+            raise UnsupportedError(
+                f"hook {hook.link} is on {hook.attach_type}, where no connection can keep to its release: leave out "
+                'consistency = "connection", or the hook',
+                feature=f"dispatcher on {hook.attach_type}",
+                link=hook.link,
+            )
 
 
 def _check_order(bundle: Bundle) -> None:
@@ -183,7 +198,7 @@ def _plan_maps(
         else _plan_map(diff, old, bundle, features, allow_loss, current.record.unwritten, apart)
         for diff in diff_maps(list(old.values()), list(new.values()), bundle.rules)
     ]
-    plans = [_with_slots(entry, current) for entry in plans]
+    plans = [_with_slots(entry, current, bundle) for entry in plans]
     planned = _whole_groups(_without_unpinned(plans, current, bundle, allow_loss), current, bundle)
     return planned if into is None else tuple(_with_last(entry, current, into) for entry in planned)
 
@@ -308,16 +323,19 @@ def _is_allowed(name: str, was: str | None, bundle: Bundle, allow_loss: Collecti
     return rules.on_loss == "discard" or name in allow_loss or was in allow_loss
 
 
-def _with_slots(entry: MapPlan, current: Generation) -> MapPlan:
-    """The plan of a program array with the slots that the running release's object did not fill."""
+def _with_slots(entry: MapPlan, current: Generation, bundle: Bundle) -> MapPlan:
+    """The plan of a program array with the slots that somebody else filled and the new release does not."""
     live = current.maps.get(entry.was or entry.name)
     if live is None or entry.action != "discard":
         return entry
     own = {index for index, _ in live.spec.slots}
+    own |= set(current.record.own_rules.get(entry.was or entry.name, MapRules()).slots)
+    own |= set(bundle.rules.get(entry.name, MapRules()).slots)
     foreign = [str(index) for index in live.filled if index not in own]
     if not foreign:
         return entry
-    loss = f"slots that the object does not fill itself: {', '.join(foreign)}"
+    how = f"name their programs in [map.{entry.name}.slots]"
+    loss = f"slots that neither release fills itself: {', '.join(foreign)}; {how}"
     return msgspec.structs.replace(entry, loss=(*entry.loss, loss))
 
 
