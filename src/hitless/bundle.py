@@ -85,6 +85,8 @@ class Attach(msgspec.Struct, frozen=True):
                 return f"{self.hook} {self.target.rpartition('/')[2]}"
             case "iter-cgroup":
                 return "iter cgroup"
+            case "uprobe" | "uretprobe":
+                return f"{self.hook} {self.target.rpartition(':')[0]}"
             case "raw_tracepoint" | "tp_btf":
                 return f"raw_tracepoint {self.target}"
         return HOOKS[self.hook].attach_type(program)
@@ -537,6 +539,13 @@ class _Reader:
         if not program.autoload:
             why = f"{program.name} is in section {program.section}, which libbpf does not load"
             self._fail((*path, "program"), why)
+        if HOOKS[hook].slot and program.may_sleep:
+            # The kernel takes it into the slot, and lets it sleep where the dispatcher must not.
+            raise UnsupportedError(
+                f"{self._where((*path, 'program'))}: {program.name} (section {program.section}) may sleep, and the "
+                f"dispatcher that {hook} is replaced by may not: only programs that do not sleep are supported there",
+                feature=f"sleepable programs on {hook}",
+            )
         if not HOOKS[hook].fits(program):
             typed = f"what a program of type {program.type} does" if program.type else "nothing that libbpf knows"
             what = program.attach_type or typed
@@ -568,7 +577,13 @@ class _Reader:
 
     def _check_section(self, entry: Any, program: ProgramSpec, path: tuple[str, ...]) -> None:
         """What a program's section says of tracepoints and iterators is what it attaches to."""
-        hook, (_, _, own) = entry["hook"], program.section.partition("/")
+        hook, (kind, _, own) = entry["hook"], program.section.partition("/")
+        if HOOKS[hook].program == "kprobe":
+            if kind != hook:
+                self._fail((*path, "program"), f"{program.name} (section {program.section}) is no {hook}")
+            if not re.fullmatch(r".+:\w+", entry["target"]):
+                self._fail((*path, "target"), f"{entry['target']!r} is no function of a file: /PATH:FUNCTION")
+            return
         if hook.startswith("iter") and own in _OF_ONE_MAP:
             raise UnsupportedError(
                 f"{self._where(path)}: {program.name} iterates over {own}: iterators over one map are not supported",

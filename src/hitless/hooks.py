@@ -85,6 +85,8 @@ HOOKS = {
     "tcx-ingress": HookKind("interface", "sched_cls", ("", "tcx_ingress"), "tcx_ingress"),
     "tp_btf": HookKind("kernel", "tracing", ("trace_raw_tp",), slot=True),
     "tracepoint": HookKind("kernel", "tracepoint", ("",), slot=True),
+    "uprobe": HookKind("kernel", "kprobe", ("",), slot=True),
+    "uretprobe": HookKind("kernel", "kprobe", ("",), slot=True),
     "xdp": HookKind("interface", "xdp", ("xdp",)),
 }
 """By their names in a manifest."""
@@ -97,11 +99,7 @@ REFUSED = {
     **dict.fromkeys(
         ("kprobe", "kretprobe"), "the kernels that hitless was tried on were built without kprobes (CONFIG_KPROBES)"
     ),
-    **dict.fromkeys(
-        ("uprobe", "uretprobe"),
-        "a dispatcher cannot jump to sleepable programs, and the kernel cannot update the link of a probe",
-    ),
     "perf_event": "there would be an event and a link for every CPU, which this version does not make",
-    "struct_ops": "libbpf 1.1 makes no map from a section .struct_ops.link, which alone could be replaced in place",
+    "struct_ops": "it holds a map and no program, and this version knows hooks by their programs alone",
 }
 """Hooks that this version does not replace, by name, and why."""

@@ -25,8 +25,15 @@ SOURCES = {
     "raw_tracepoint": ("raw_tp/task_rename", "note_own(); return 0;"),
     "tp_btf": ("tp_btf/task_rename", "note_own(); return 0;"),
     "tracepoint": ("tp/task/task_rename", "note_own(); return 0;"),
+    "uprobe": ("uprobe/probed", "note(); return 0;"),
+    "uretprobe": ("uretprobe/probed", "note(); return 0;"),
 }
-TARGETS = {"netfilter": "${netns}", "tracepoint": "task/task_rename"}
+TARGETS = {
+    "netfilter": "${netns}",
+    "tracepoint": "task/task_rename",
+    "uprobe": "${library}:probed",
+    "uretprobe": "${library}:probed",
+}
 POINT = 'family = "ipv4"\npoint = "input"\npriority = -100\n'
 
 COMMON = """
@@ -83,18 +90,39 @@ print(sent, flush=True)
 """
 
 
+CALLS = f"""
+import ctypes, select, sys
+library = ctypes.CDLL(sys.argv[1])
+sent = 0
+print("go", flush=True)
+while sent < 1_000_000 and {ON_REQUEST}:
+    library.probed()
+    sent += 1
+print(sent, flush=True)
+"""
+SENDERS = {"netfilter": DATAGRAMS, "uprobe": CALLS, "uretprobe": CALLS}
+
+
+def library(tmp_path: Path) -> Path:
+    """With a function ``probed``, which nobody but the sender calls."""
+    made = tmp_path / "probed.so"
+    if not made.exists():
+        command = ["clang-19", "-shared", "-x", "c", "-", "-o", str(made)]
+        subprocess.run(command, input="int probed(void) { return 0; }", text=True, check=True)
+    return made
+
+
 def bundle(tmp_path: Path, hook: str, number: int, netns: str, point: str = POINT) -> hitless.Bundle:
     section, body = SOURCES[hook]
     source = COMMON.replace("RELEASE", str(number)).replace("SECTION", section).replace("BODY", body)
     manifest = ATTACH % (hook, TARGETS.get(hook, "task_rename")) + (point if hook == "netfilter" else "")
-    return hitless.Bundle.load(
-        write_release(tmp_path / str(number), f"{number}.0", source, manifest), {"netns": netns}
-    )
+    path = write_release(tmp_path / str(number), f"{number}.0", source, manifest)
+    return hitless.Bundle.load(path, {"netns": netns, "library": str(library(tmp_path))})
 
 
-def start(lab: Lab, hook: str) -> subprocess.Popen[str]:
-    source = DATAGRAMS if hook == "netfilter" else NAMES
-    sender = lab.popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def start(lab: Lab, tmp_path: Path, hook: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SENDERS.get(hook, NAMES), str(library(tmp_path))]
+    sender = lab.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert sender.stdout is not None
     assert sender.stdout.readline() == "go\n"
     return sender
@@ -111,7 +139,7 @@ def test_each_event_is_counted_by_one_of_two_programs_that_took_turns_a_thousand
     node = hitless.Node(lab.bpffs / "store")
     releases = {number: bundle(tmp_path, hook, number, str(lab.netns)) for number in (1, 2)}
     hitless.apply(node, releases[1])
-    sender = start(lab, hook)
+    sender = start(lab, tmp_path, hook)
     result = hitless.apply(node, releases[2])
     assert [(update.action, update.method) for update in result.hooks] == [("update", "slot of its dispatcher")]
     programs = [Program.open(generation / "progs" / "count") for generation in (node.current, node.previous)]
@@ -141,7 +169,7 @@ def test_an_upgrade_that_fails_after_the_cutover_counts_everything_in_the_old_re
         if event.step == "commit":
             raise ZeroDivisionError
 
-    sender = start(lab, hook)
+    sender = start(lab, tmp_path, hook)
     with pytest.raises(ZeroDivisionError):
         hitless.apply(node, bundle(tmp_path, hook, 2, str(lab.netns)), progress=fail)
     sent = stop(sender)
@@ -176,3 +204,25 @@ def test_a_tracepoint_that_this_kernel_has_not_is_named(lab: Lab, tmp_path: Path
     path = write_release(tmp_path / "one", "1.0", source, ATTACH % ("tracepoint", "task/none"))
     with pytest.raises(hitless.NodeError, match="this kernel has no tracepoint task/none"):
         hitless.plan(hitless.Node(lab.bpffs / "store"), hitless.Bundle.load(path, {}))
+
+
+def test_a_function_that_the_file_has_not_is_named(lab: Lab, tmp_path: Path) -> None:
+    source = COMMON.replace("RELEASE", "1").replace("SECTION", "uprobe/x").replace("BODY", "note(); return 0;")
+    path = write_release(tmp_path / "one", "1.0", source, ATTACH % ("uprobe", f"{library(tmp_path)}:none"))
+    with pytest.raises(hitless.NodeError, match="has no function none"):
+        hitless.plan(hitless.Node(lab.bpffs / "store"), hitless.Bundle.load(path, {}))
+
+
+def test_a_program_that_may_sleep_is_refused_where_a_dispatcher_may_not(lab: Lab, tmp_path: Path) -> None:
+    source = COMMON.replace("RELEASE", "1").replace("SECTION", "uprobe.s/x").replace("BODY", "note(); return 0;")
+    path = write_release(tmp_path / "one", "1.0", source, ATTACH % ("uprobe", f"{library(tmp_path)}:probed"))
+    with pytest.raises(hitless.UnsupportedError, match="may sleep"):
+        hitless.Bundle.load(path, {})
+
+
+@pytest.mark.parametrize("hook", ["fentry", "lsm", "kprobe", "perf_event", "struct_ops"])
+def test_a_hook_that_is_not_supported_is_refused_by_name(lab: Lab, tmp_path: Path, hook: str) -> None:
+    source = COMMON.replace("RELEASE", "1").replace("SECTION", "raw_tp/x").replace("BODY", "note(); return 0;")
+    path = write_release(tmp_path / "one", "1.0", source, ATTACH % (hook, "x"))
+    with pytest.raises(hitless.UnsupportedError, match=f"hook {hook} is not supported: "):
+        hitless.Bundle.load(path, {})

@@ -8,17 +8,15 @@ of a file in memory that nobody executes.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from hitless.errors import KernelError, UnsupportedError
 from hitless.hooks import SLEEPABLE
-from hitless.kernel.libbpf import PASSING, ffi, machine_call
+from hitless.kernel.libbpf import PASSING, machine_call
+from hitless.kernel.tracing import PROBES, open_probe
 
 __all__ = ["can_wait_for_sleepable", "wait_for_running_programs"]
 
 _CMD_GLOBAL = 1  # MEMBARRIER_CMD_GLOBAL: synchronize_rcu() in the kernel
-_PROBES = Path("/sys/bus/event_source/devices/uprobe/type")
-_CLOSED_ON_EXEC = 8  # PERF_FLAG_FD_CLOEXEC
 _SINCE = (6, 13)  # before, a probe waited for another kind of RCU, which no try would show
 
 
@@ -48,19 +46,15 @@ def can_wait_for_sleepable() -> bool:
 
 def _wait_for_tasks_trace() -> None:
     major, minor = (int(part) for part in os.uname().release.split(".")[:2])
-    if (major, minor) < _SINCE or not _PROBES.exists():
+    if (major, minor) < _SINCE or not PROBES.exists():
         raise UnsupportedError(
             f"this kernel ({os.uname().release}) has no way to wait for sleepable programs: hitless knows of one in "
-            f"Linux {'.'.join(map(str, _SINCE))} and later, with probes of user code ({_PROBES})",
+            f"Linux {'.'.join(map(str, _SINCE))} and later, with probes of user code ({PROBES})",
             feature=SLEEPABLE,
         )
     file = os.memfd_create("barrier", os.MFD_CLOEXEC)
     try:
         os.ftruncate(file, 1)
-        path = ffi.new("char[]", f"/proc/self/fd/{file}".encode())
-        wanted = ffi.new("struct perf_event_attr *")
-        wanted.type, wanted.size = int(_PROBES.read_text()), ffi.sizeof("struct perf_event_attr")
-        wanted.config1 = int(ffi.cast("uintptr_t", path))
-        os.close(machine_call("perf_event_open", "a probe to wait with", wanted, -1, 0, -1, _CLOSED_ON_EXEC))
+        os.close(open_probe(f"/proc/self/fd/{file}"))
     finally:
         os.close(file)

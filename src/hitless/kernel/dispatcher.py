@@ -68,6 +68,8 @@ JUMPS = {
     "netfilter": Jump("netfilter", _NF_ACCEPT, "netfilter"),
     "raw_tracepoint": Jump("raw_tracepoint", 0),
     "tracepoint": Jump("tracepoint", 0),
+    "uprobe": Jump("kprobe", 0),
+    "uretprobe": Jump("kprobe", 0),
 }
 """Of hooks that are no map's, by their names in a manifest; but see :func:`jump_for`."""
 

@@ -23,8 +23,8 @@ _F_REPLACE = 1 << 2  # BPF_F_REPLACE
 _LINK_CREATE = 28  # a command of bpf(2)
 _TRACE_ITER = 28  # BPF_TRACE_ITER
 _PARENTS_FIRST = 2  # BPF_CGROUP_ITER_DESCENDANTS_PRE
-_PERF_TRACEPOINT = 5  # BPF_PERF_EVENT_TRACEPOINT
-_NAME_BYTES = 256
+_PERF_EVENTS = {1: "uprobe", 2: "uretprobe", 5: "tracepoint"}  # enum bpf_perf_event_type
+_NAME_BYTES = 4096  # a path's
 
 TARGETS = {
     "cgroup": ("cgroup", "cgroup_id"),
@@ -40,7 +40,8 @@ class LinkInfo(msgspec.Struct, frozen=True):
     """What the kernel says of a link.
 
     ``target_id`` is the number of what it is attached to, for the types in TARGETS: of a cgroup its id, of an interface
-    its index, of a network namespace its inode, of a map its id. 0 is none. ``attach_type`` is the kernel's name of the
+    its index, of a network namespace its inode, of a map its id; of a probe of user code the place in the file, in
+    bytes. 0 is none. ``attach_type`` is the kernel's name of the
     hook, and of those that are many things at once (netfilter, tracepoints, iterators) which one it is.
     """
 
@@ -73,9 +74,9 @@ class Link(Object):
         check(lib().bpf_obj_get_info_by_fd(self.fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", "link")
         kind = link_name(raw.type)
         if kind not in TARGETS:
-            cgroup = raw.iter.cgroup_id if kind == "iter" else 0
+            target = raw.iter.cgroup_id if kind == "iter" else raw.perf_event.offset if kind == "perf_event" else 0
             place = self._place(kind, raw)
-            return LinkInfo(id=raw.id, type=kind, program_id=raw.prog_id, target_id=cgroup, attach_type=place)
+            return LinkInfo(id=raw.id, type=kind, program_id=raw.prog_id, target_id=target, attach_type=place)
         own = getattr(raw, kind)
         return LinkInfo(
             id=raw.id,
@@ -90,12 +91,12 @@ class Link(Object):
             own = told.netfilter
             family = next((name for name, number in FAMILIES.items() if number == own.pf), f"family{own.pf}")
             return f"netfilter {NetfilterPoint(family, POINTS[own.hooknum], own.priority)}"
-        if kind == "perf_event" and told.perf_event.type == _PERF_TRACEPOINT:
-            return f"tracepoint {self._name(kind)}"
+        if kind == "perf_event" and told.perf_event.type in _PERF_EVENTS:
+            return f"{_PERF_EVENTS[told.perf_event.type]} {self._name(kind)}"
         return f"{kind} {self._name(kind)}" if kind in ("iter", "raw_tracepoint") else ""
 
     def _name(self, kind: str) -> str:
-        """Of the tracepoint, or of what is iterated over."""
+        """Of the tracepoint, the probed file, or what is iterated over."""
         raw, buffer = ffi.new("struct bpf_link_info *"), ffi.new("char[]", _NAME_BYTES)
         own = getattr(raw, kind)
         own.name, own.name_len = int(ffi.cast("uintptr_t", buffer)), _NAME_BYTES

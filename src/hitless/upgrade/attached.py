@@ -30,7 +30,7 @@ from hitless.kernel.programs import Program
 from hitless.kernel.socket_programs import give
 from hitless.kernel.sockets import list_sockets
 from hitless.kernel.switchboard import PARTS, Switchboard
-from hitless.kernel.tracing import attach_raw_tracepoint, attach_tracepoint
+from hitless.kernel.tracing import attach_probe, attach_raw_tracepoint, attach_tracepoint
 from hitless.upgrade.model import HookPlan
 
 __all__ = ["Attached", "BoardHook", "attach", "open_attached", "open_below", "pin_of", "remove", "rename"]
@@ -196,6 +196,9 @@ def _put_dispatcher(hook: HookPlan, program: Program, links: Path) -> None:
                 return attach_netfilter(dispatcher, hook.point)
         if hook.hook == "tracepoint":
             return attach_tracepoint(dispatcher, hook.target)
+        if hook.hook in ("uprobe", "uretprobe"):
+            path, _ = hook.target.rsplit(":", 1)
+            return attach_probe(dispatcher, path, hook.target_id, hook.hook == "uretprobe")
         return attach_raw_tracepoint(dispatcher, hook.target)
 
     what = f"{hook.attach_type} of {hook.target}" if hook.point else hook.attach_type

@@ -20,7 +20,7 @@ from hitless.kernel.dispatcher import jump_for
 from hitless.kernel.interfaces import interfaces
 from hitless.kernel.links import cgroup_id
 from hitless.kernel.namespaces import Namespace, namespaces
-from hitless.kernel.tracing import tracepoint_id
+from hitless.kernel.tracing import probe_offset, tracepoint_id
 
 __all__ = ["Place", "find_places", "place_id"]
 
@@ -57,6 +57,8 @@ def place_id(hook: str, target: str, netns: str | None) -> int:
                 tracepoint_id(target)
             elif hook == "tp_btf":
                 jump_for(hook, target)
+            elif hook in ("uprobe", "uretprobe"):
+                return probe_offset(*target.rsplit(":", 1))
             return 0
         case "map":
             return 0  # whichever the release has under this name
