@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from hitless.kernel.programs import Program, is_loaded
 from hitless.upgrade.cutover import switch_hooks
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
+from meshd.demo.pods import Pods
 from tests.releases import write_release
 
 REPLACEMENTS = 1000
@@ -179,6 +181,62 @@ def test_an_upgrade_that_fails_after_the_cutover_counts_everything_in_the_old_re
         number = program.info.id
     hitless.unload(node)
     assert not is_loaded(number)
+
+
+KILLED = """
+import os, signal, sys, hitless
+def at(event):
+    if event.step == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGKILL)
+bundle = hitless.Bundle.load(sys.argv[2], {"netns": sys.argv[4], "library": sys.argv[5]})
+hitless.apply(hitless.Node(sys.argv[1]), bundle, progress=at)
+"""
+
+
+@pytest.mark.parametrize("hook", ["netfilter", "tp_btf", "uprobe"])
+@pytest.mark.parametrize("back", [False, True])
+def test_a_killed_upgrade_is_finished_or_taken_back_and_counts_stay_exact(
+    lab: Lab, tmp_path: Path, hook: str, back: bool
+) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    hitless.apply(node, bundle(tmp_path, hook, 1, str(lab.netns)))
+    second = bundle(tmp_path, hook, 2, str(lab.netns)).path
+    sender = start(lab, tmp_path, hook)
+    for step in ("cutover", "merge", "commit"):
+        arguments = [str(node.root), str(second), step, str(lab.netns), str(library(tmp_path))]
+        killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False, timeout=30)
+        assert killed.returncode == -signal.SIGKILL
+        assert hitless.recover(node, back=back) is not None
+        assert status(node).version == ("1.0" if back else "2.0")
+        assert status(node).problems == ()
+        if not back:
+            hitless.rollback(node)
+    sent = stop(sender)
+    assert sum(node.map("seen").get(number) for number in (1, 2)) == sent
+    assert hitless.verify(node).problems == ()
+
+
+def test_netfilter_of_all_pods_is_replaced_and_follows_a_path_to_another_namespace(pods: Pods, tmp_path: Path) -> None:
+    node = hitless.Node(pods.lab.bpffs / "store")
+    numbers = pods.add(3)
+    releases = {number: bundle(tmp_path, "netfilter", number, str(pods.directory / "*")) for number in (1, 2)}
+    assert len(hitless.apply(node, releases[1]).hooks) == 3
+    sending = pods.send(numbers, 30, 100_000)
+    hitless.apply(node, releases[2])
+    sent = sum(sending.stop())
+    counted = [node.map("seen").get(number) for number in (1, 2)]
+    assert sum(counted) == sent
+    assert counted[0] > 0
+    pods.forget(numbers[0])
+    (late,) = pods.add(1)
+    (pods.directory / f"pod{late}").rename(pods.directory / f"pod{numbers[0]}")
+    (told,) = status(node).problems
+    assert "is attached to netns" in told
+    again = hitless.apply(node, releases[2])
+    assert sorted(hook.action for hook in again.hooks) == ["attach", "keep", "keep"]
+    assert status(node).problems == ()
+    sent += sum(pods.send([late], 5, 100).all())
+    assert sum(node.map("seen").get(number) for number in (1, 2)) == sent
 
 
 def test_another_point_needs_another_link(lab: Lab, tmp_path: Path) -> None:

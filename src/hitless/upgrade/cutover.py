@@ -53,7 +53,9 @@ def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], lin
 def _attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
     if (links / hook.link).exists():
         with open_attached(links, hook.link) as there:
-            if there.info.program_id == program.info.id and not there.info.is_dead:
+            found = there.info
+            meant = hook.point is None or found.target_id == hook.target_id  # see plan: its death is not told
+            if found.program_id == program.info.id and not found.is_dead and meant:
                 return
         remove(links, hook.link)  # its target is gone, and the link with it
     attach(hook, program, links, maps)
