@@ -55,6 +55,8 @@ class HookKind(msgspec.Struct, frozen=True):
     @property
     def method(self) -> str:
         """How the program of a live hook is exchanged, in words."""
+        if self.attach_types == ("trace_iter",):
+            return "link in place; who is reading reads on by the old program"
         return "slot of its dispatcher" if self.slot else "link in place"
 
     def fits(self, program: ProgramSpec) -> bool:

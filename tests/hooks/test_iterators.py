@@ -96,7 +96,11 @@ def test_readers_read_the_whole_output_of_one_of_two_programs_that_took_turns_a_
     assert reader.stdout is not None
     assert reader.stdout.readline() == "go\n"
     result = hitless.apply(node, releases[2])
-    assert [(update.action, update.method) for update in result.hooks] == [("update", "link in place")]
+    (update,) = result.hooks
+    assert (update.action, update.method) == (
+        "update",
+        "link in place; who is reading reads on by the old program",
+    )
     programs = [Program.open(generation / "progs" / "show") for generation in (node.current, node.previous)]
     for turn in range(REPLACEMENTS):
         there, comes = programs[turn % 2], programs[(turn + 1) % 2]
