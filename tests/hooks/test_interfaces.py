@@ -73,9 +73,16 @@ link = "late"
 """
 
 
-def bundle(tmp_path: Path, number: int, pods: str) -> hitless.Bundle:
+BY_CONNECTION = """
+[cutover]
+consistency = "connection"
+deadline = 0
+"""
+
+
+def bundle(tmp_path: Path, number: int, pods: str, rule: str = "") -> hitless.Bundle:
     source = SOURCE.replace("RELEASE", str(number))
-    path = write_release(tmp_path / str(number), f"{number}.0", source, ATTACH)
+    path = write_release(tmp_path / str(number), f"{number}.0", source, rule + ATTACH)
     return hitless.Bundle.load(path, {"pods": pods})
 
 
@@ -156,6 +163,25 @@ def test_an_interface_that_goes_after_the_upgrade_is_no_problem_and_its_links_go
     assert {path.name for path in node.links.iterdir()} == {
         f"{link}@{_path(pods, stays)}@eth0" for link in ("early", "late")
     }
+    assert hitless.verify(node).problems == ()
+
+
+def test_in_the_mode_by_connection_packets_without_a_socket_go_over_with_the_same_store(
+    pods: Pods, tmp_path: Path
+) -> None:
+    numbers = pods.add(3)
+    node = hitless.Node(pods.lab.bpffs / "store")
+    releases = [bundle(tmp_path, number, str(pods.directory / "*"), BY_CONNECTION) for number in (1, 2)]
+    hitless.apply(node, releases[0])
+    sending = pods.send(numbers, 30, 400_000)
+    for turn in range(1, 7):
+        hitless.apply(node, releases[turn % 2])
+    sent = dict(zip(numbers, sending.stop(), strict=True))
+    for name in ("by_xdp", "by_tcx"):
+        old, new = counted(node, name)
+        assert {pod: old.get(pod, 0) + new.get(pod, 0) for pod in numbers} == sent
+        assert min(old.values()) > 0
+        assert min(new.values()) > 0
     assert hitless.verify(node).problems == ()
 
 

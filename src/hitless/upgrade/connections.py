@@ -22,7 +22,7 @@ from hitless.kernel.names import attach_number
 from hitless.kernel.programs import Program
 from hitless.kernel.switchboard import WITNESSES, Left, Switchboard
 from hitless.layout.model import ProgramSpec
-from hitless.upgrade.attached import BoardHook, attach, open_attached, open_below, pin_of
+from hitless.upgrade.attached import BoardHook, attach, open_attached, open_below, pin_of, remove
 from hitless.upgrade.model import HookPlan
 
 __all__ = ["install", "turn", "turn_back", "wait"]
@@ -46,7 +46,12 @@ def install(
     for hook in hooks:
         name, spec = pin_of(hook, links), programs.get(hook.program)
         loaded_for = attach_number(spec.attach_type) if spec is not None and spec.attach_type else 0
-        if hook.action == "attach" and not (links / hook.link).exists():
+        if hook.action == "attach":
+            if (links / hook.link).exists():
+                with open_below(links, hook.link) as there:
+                    if not there.info.is_dead:
+                        continue
+                remove(links, hook.link)  # its target is gone, and the link with it
             attach(hook, board.add(hook.link, hook.attach_type, None, loaded_for), links, maps)
         elif hook.action in ("update", "detach") and hook.expected is not None:
             with open_below(links, name) as there, open_attached(links, name) as seen:
