@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 import hitless
+from hitless.kernel.links import Link
+from hitless.kernel.programs import Program
+from hitless.kernel.xdp import quick
 from hitless.upgrade.status import status
 from meshd.demo.pods import Pods
 from tests.releases import write_release
@@ -201,6 +205,27 @@ def test_a_rollback_takes_every_interface_back(pods: Pods, tmp_path: Path) -> No
 
 def _path(pods: Pods, pod: int) -> str:
     return str(pods.directory / f"pod{pod}").replace("/", "~2f")
+
+
+@pytest.mark.parametrize(("hook", "program", "seen"), [("xdp", "early", "by_xdp"), ("tcx-ingress", "late", "by_tcx")])
+def test_each_packet_is_counted_by_one_of_two_programs_that_took_turns_a_thousand_times(
+    pods: Pods, tmp_path: Path, hook: str, program: str, seen: str
+) -> None:
+    (pod,) = pods.add(1)
+    node = hitless.Node(pods.lab.bpffs / "store")
+    for number in (1, 2):
+        result = hitless.apply(node, bundle(tmp_path, number, str(pods.directory / f"pod{pod}")))
+    (update,) = (one for one in result.hooks if one.hook == hook)
+    sending = pods.send([pod], 60, 2_000_000)
+    programs = [Program.open(generation / "progs" / program) for generation in (node.current, node.previous)]
+    with quick(programs) if hook == "xdp" else nullcontext(), Link.open(node.links / update.link) as link:
+        for turn in range(1000):
+            link.update(programs[(turn + 1) % 2], programs[turn % 2])
+            time.sleep(0.001)
+    (sent,) = sending.stop()
+    old, new = counted(node, seen)
+    assert old[pod] + new[pod] == sent
+    assert min(old[pod], new[pod]) > 1000
 
 
 def test_an_interface_named_in_full_that_vanishes_is_an_error_and_everything_is_as_before(
