@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import hitless
+from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
@@ -257,6 +258,21 @@ def test_hooks_come_and_go_with_the_releases_that_have_them(mesh: Mesh) -> None:
     assert mesh.use(kept) == {1}
     assert mesh.counted() == mesh.made
     assert hitless.verify(mesh.node).problems == ()
+
+
+def test_a_link_that_was_detached_by_hand_gets_its_dispatcher_with_the_next_upgrade(mesh: Mesh) -> None:
+    hitless.apply(mesh.node, mesh.release(2, deadline=0))
+    with Link.open(mesh.node.links / "peername") as link:
+        link.detach()
+    assert len(status(mesh.node).problems) == 1
+    hitless.apply(mesh.node, mesh.release(1, deadline=0), allow_loss=("tally",))
+    held = mesh.open("held")
+    assert mesh.use(held) == {1}
+    assert status(mesh.node).problems == ()
+    hitless.apply(mesh.node, mesh.release(2, deadline=0))
+    mesh.use(held)
+    assert mesh.use(held) == {2}
+    assert mesh.counted() == mesh.made
 
 
 def test_a_rollback_keeps_to_connections_as_well(mesh: Mesh) -> None:

@@ -22,7 +22,7 @@ from hitless.kernel.names import attach_number
 from hitless.kernel.programs import Program
 from hitless.kernel.switchboard import WITNESSES, Left, Switchboard
 from hitless.layout.model import ProgramSpec
-from hitless.upgrade.attached import BoardHook, attach, open_attached, open_below, pin_of
+from hitless.upgrade.attached import BoardHook, attach, open_attached, open_below, pin_of, remove
 from hitless.upgrade.model import HookPlan
 
 __all__ = ["install", "turn", "turn_back", "wait"]
@@ -46,7 +46,12 @@ def install(
     for hook in hooks:
         name, spec = pin_of(hook, links), programs.get(hook.program)
         loaded_for = attach_number(spec.attach_type) if spec is not None and spec.attach_type else 0
-        if hook.action == "attach" and not (links / hook.link).exists():
+        if hook.action == "attach":
+            if (links / hook.link).exists():
+                with open_below(links, hook.link) as there:
+                    if not there.info.is_dead:
+                        continue
+                remove(links, hook.link)  # its target is gone, and the link with it
             attach(hook, board.add(hook.link, hook.attach_type, None, loaded_for), links, maps)
         elif hook.action in ("update", "detach") and hook.expected is not None:
             with open_below(links, name) as there, open_attached(links, name) as seen:
@@ -59,17 +64,15 @@ def install(
     return board
 
 
-def turn(board: Switchboard, hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path) -> float:
-    """Make the new release present, if it is not; returns the microseconds that the store took, with its barrier."""
+def turn(board: Switchboard, hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path) -> None:
+    """Make the new release present, if it is not, on all hooks by one store."""
     if board.is_settled:
         if _is_present(board, hooks, programs, links):
-            return 0.0
+            return
         for hook in hooks:
             program = None if hook.action == "detach" else programs[hook.program]
             board.put(pin_of(hook, links), program, board.epoch + 1)
-    started = time.perf_counter()
     board.flip()  # also if a killed process did it: what follows relies on the barrier behind the store
-    return (time.perf_counter() - started) * 1e6
 
 
 def wait(board: Switchboard, deadline: float, tell: Callable[[Left], None], meanwhile: Callable[[], None]) -> int:
@@ -80,7 +83,8 @@ def wait(board: Switchboard, deadline: float, tell: Callable[[Left], None], mean
     until = time.monotonic() + deadline
     while not board.is_settled:
         left = board.left()
-        tell(left)
+        if left.before:
+            tell(left)
         if not left.before or time.monotonic() > until:
             return board.settle()
         meanwhile()

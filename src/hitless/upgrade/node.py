@@ -36,6 +36,7 @@ from hitless.kernel.maps import Map
 from hitless.kernel.processes import lock_holder, who
 from hitless.kernel.programs import Program
 from hitless.kernel.rings import holders, unread_bytes
+from hitless.kernel.switchboard import PARTS
 from hitless.layout.model import MapSpec
 from hitless.upgrade.attached import open_attached
 from hitless.upgrade.handle import Access, MapHandle
@@ -239,7 +240,8 @@ class Node:
             if path.name not in PUBLIC:
                 require_own(path)
         generations = [self.root / name for name in ("current", "next", "previous")]
-        for directory in (self.links, self.root / "slots", self.access.lock.directory, *generations):
+        board = [self.root / "board", *(self.root / "board" / part for part in (*PARTS, "witnesses"))]
+        for directory in (self.links, self.root / "slots", *board, self.access.lock.directory, *generations):
             for path in _children(directory):
                 require_own(path)
         for path in (pin for directory in generations for name in _PINS for pin in _children(directory / name)):
