@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from hitless.errors import BundleError, LayoutError, UnsupportedError
-from hitless.hooks import FAMILIES, HOOKS, POINTS, REFUSED, NetfilterPoint
+from hitless.hooks import EVENTS, FAMILIES, HOOKS, POINTS, REFUSED, NetfilterPoint
 from hitless.layout.contradictions import check_rules, differences
 from hitless.layout.elf import Binding, read_btf, read_object
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec, Type
@@ -85,7 +85,7 @@ class Attach(msgspec.Struct, frozen=True):
                 return f"{self.hook} {self.target.rpartition('/')[2]}"
             case "iter-cgroup":
                 return "iter cgroup"
-            case "uprobe" | "uretprobe":
+            case "perf_event" | "uprobe" | "uretprobe":
                 return f"{self.hook} {self.target.rpartition(':')[0]}"
             case "raw_tracepoint" | "tp_btf":
                 return f"raw_tracepoint {self.target}"
@@ -93,7 +93,9 @@ class Attach(msgspec.Struct, frozen=True):
 
     @property
     def is_pattern(self) -> bool:
-        """Whether any number of interfaces, or of network namespaces, may match."""
+        """Whether any number of interfaces, of network namespaces or of CPUs may match."""
+        if HOOKS[self.hook].on == "cpu":
+            return True
         texts = (self.target, self.netns or "") if HOOKS[self.hook].on in ("interface", "netns") else ()
         return any(sign in text for sign in "*?[" for text in texts)
 
@@ -578,6 +580,13 @@ class _Reader:
     def _check_section(self, entry: Any, program: ProgramSpec, path: tuple[str, ...]) -> None:
         """What a program's section says of tracepoints and iterators is what it attaches to."""
         hook, (kind, _, own) = entry["hook"], program.section.partition("/")
+        if hook == "perf_event":
+            event, _, period = entry["target"].partition(":")
+            if event not in EVENTS or not re.fullmatch(r"[1-9][0-9]{0,17}", period):
+                self._fail(
+                    (*path, "target"),
+                    f"{entry['target']!r} is no event to sample: EVENT:PERIOD, where EVENT is {', '.join(EVENTS)}",
+                )
         if HOOKS[hook].program == "kprobe":
             if kind != hook:
                 self._fail((*path, "program"), f"{program.name} (section {program.section}) is no {hook}")

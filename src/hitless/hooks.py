@@ -11,7 +11,15 @@ import msgspec
 
 from hitless.layout.model import ProgramSpec
 
-__all__ = ["FAMILIES", "HOOKS", "POINTS", "REFUSED", "SLEEPABLE", "HookKind", "NetfilterPoint"]
+__all__ = ["EVENTS", "FAMILIES", "HOOKS", "POINTS", "REFUSED", "SLEEPABLE", "HookKind", "NetfilterPoint"]
+
+EVENTS = {
+    "cpu-clock": (1, 0), "task-clock": (1, 1), "page-faults": (1, 2), "context-switches": (1, 3), "migrations": (1, 4),
+    "minor-faults": (1, 5), "major-faults": (1, 6),
+    "cycles": (0, 0), "instructions": (0, 1), "cache-references": (0, 2), "cache-misses": (0, 3), "branches": (0, 4),
+    "branch-misses": (0, 5),
+}  # fmt: skip
+"""Perf events that can be sampled, with the kernel's numbers of their type and of what they count."""
 
 SLEEPABLE = "barrier of sleepable programs"
 """A feature of the kernel: running programs that may sleep can be waited for."""
@@ -46,7 +54,7 @@ class HookKind(msgspec.Struct, frozen=True):
     the slot that it jumps to is written.
     """
 
-    on: Literal["cgroup", "interface", "kernel", "map", "netns"]
+    on: Literal["cgroup", "interface", "cpu", "kernel", "map", "netns"]
     program: str
     attach_types: tuple[str, ...]
     attaches: str = ""
@@ -79,6 +87,7 @@ HOOKS = {
     "iter": HookKind("kernel", "tracing", ("trace_iter",)),
     "iter-cgroup": HookKind("cgroup", "tracing", ("trace_iter",)),
     "netfilter": HookKind("netns", "netfilter", ("netfilter",), slot=True),
+    "perf_event": HookKind("cpu", "perf_event", ("",), slot=True),
     "raw_tracepoint": HookKind("kernel", "raw_tracepoint", ("",), slot=True),
     "sk_lookup": HookKind("netns", "sk_lookup", ("sk_lookup",)),
     "sk_msg": HookKind("map", "sk_msg", ("sk_msg_verdict",), slot=True),
@@ -101,7 +110,6 @@ REFUSED = {
     **dict.fromkeys(
         ("kprobe", "kretprobe"), "the kernels that hitless was tried on were built without kprobes (CONFIG_KPROBES)"
     ),
-    "perf_event": "there would be an event and a link for every CPU, which this version does not make",
     "struct_ops": "it holds a map and no program, and this version knows hooks by their programs alone",
 }
 """Hooks that this version does not replace, by name, and why."""

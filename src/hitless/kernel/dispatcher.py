@@ -66,6 +66,7 @@ SOCKET_HOOKS = {
 
 JUMPS = {
     "netfilter": Jump("netfilter", _NF_ACCEPT, "netfilter"),
+    "perf_event": Jump("perf_event", 0),
     "raw_tracepoint": Jump("raw_tracepoint", 0),
     "tracepoint": Jump("tracepoint", 0),
     "uprobe": Jump("kprobe", 0),

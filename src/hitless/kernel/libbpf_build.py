@@ -77,6 +77,7 @@ ffi.cdef(
             struct { __u64 name; __u32 name_len; } raw_tracepoint;
             struct { __u64 name; __u32 name_len; __u32 map_id; __u64 cgroup_id; __u32 order; } iter;
             struct { __u32 type; __u32 pad; __u64 name; __u32 name_len; __u32 offset; } perf_event;
+            struct { __u32 kind; __u32 pad; __u64 config; __u32 type; } sampled;
             unsigned char other[64];
         };
     };

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from hitless.errors import KernelError, NodeError
-from hitless.hooks import FAMILIES, POINTS, NetfilterPoint
+from hitless.hooks import EVENTS, FAMILIES, POINTS, NetfilterPoint
 from hitless.kernel.libbpf import Object, check, ffi, lib, machine_call, options, pinned_kind
 from hitless.kernel.mounts import filesystem
 from hitless.kernel.names import attach_name, attach_number, link_name
@@ -24,6 +24,7 @@ _LINK_CREATE = 28  # a command of bpf(2)
 _TRACE_ITER = 28  # BPF_TRACE_ITER
 _PARENTS_FIRST = 2  # BPF_CGROUP_ITER_DESCENDANTS_PRE
 _PERF_EVENTS = {1: "uprobe", 2: "uretprobe", 5: "tracepoint"}  # enum bpf_perf_event_type
+_PERF_SAMPLED = 6  # BPF_PERF_EVENT_EVENT
 _NAME_BYTES = 4096  # a path's
 
 TARGETS = {
@@ -41,7 +42,7 @@ class LinkInfo(msgspec.Struct, frozen=True):
 
     ``target_id`` is the number of what it is attached to, for the types in TARGETS: of a cgroup its id, of an interface
     its index, of a network namespace its inode, of a map its id; of a probe of user code the place in the file, in
-    bytes. 0 is none. ``attach_type`` is the kernel's name of the
+    bytes; of a sampled event its CPU's number and one. 0 is none. ``attach_type`` is the kernel's name of the
     hook, and of those that are many things at once (netfilter, tracepoints, iterators) which one it is.
     """
 
@@ -74,7 +75,8 @@ class Link(Object):
         check(lib().bpf_obj_get_info_by_fd(self.fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", "link")
         kind = link_name(raw.type)
         if kind not in TARGETS:
-            target = raw.iter.cgroup_id if kind == "iter" else raw.perf_event.offset if kind == "perf_event" else 0
+            probed = kind == "perf_event" and raw.perf_event.type != _PERF_SAMPLED
+            target = raw.iter.cgroup_id if kind == "iter" else raw.perf_event.offset if probed else 0
             place = self._place(kind, raw)
             return LinkInfo(id=raw.id, type=kind, program_id=raw.prog_id, target_id=target, attach_type=place)
         own = getattr(raw, kind)
@@ -93,6 +95,9 @@ class Link(Object):
             return f"netfilter {NetfilterPoint(family, POINTS[own.hooknum], own.priority)}"
         if kind == "perf_event" and told.perf_event.type in _PERF_EVENTS:
             return f"{_PERF_EVENTS[told.perf_event.type]} {self._name(kind)}"
+        if kind == "perf_event" and told.perf_event.type == _PERF_SAMPLED:
+            own = told.sampled.type, told.sampled.config
+            return f"perf_event {next((name for name, numbers in EVENTS.items() if numbers == own), own)}"
         return f"{kind} {self._name(kind)}" if kind in ("iter", "raw_tracepoint") else ""
 
     def _name(self, kind: str) -> str:

@@ -1,4 +1,4 @@
-"""Programs of tracepoints, raw or as perf records them, and of probes of user code.
+"""Programs of tracepoints, raw or as perf records them, of probes of user code, and of sampled events.
 
 The kernel cannot exchange the program of such a link (BPF_LINK_UPDATE: EINVAL).
 """
@@ -15,12 +15,14 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
 
 from hitless.errors import NodeError
+from hitless.hooks import EVENTS
 from hitless.kernel.libbpf import check, ffi, lib, machine_call, system_call
 from hitless.kernel.links import Link
 from hitless.kernel.programs import Program
 
 __all__ = [
     "PROBES",
+    "attach_event",
     "attach_probe",
     "attach_raw_tracepoint",
     "attach_tracepoint",
@@ -34,9 +36,10 @@ PROBES = Path("/sys/bus/event_source/devices/uprobe/type")
 
 _PERF_TYPE_TRACEPOINT = 2
 _PERF_EVENT_ATTACH = 41  # BPF_PERF_EVENT, an attach type
-# The processes (all), the CPU, the group (none) and PERF_FLAG_FD_CLOEXEC of an event. It must be of some CPU; programs
+_CLOEXEC = 8  # PERF_FLAG_FD_CLOEXEC
+# The processes (all), the CPU, the group (none) and the flags of an event. It must be of some CPU; programs
 # belong to what is traced, and run on every one.
-_EVERYWHERE = (-1, 0, -1, 8)
+_EVERYWHERE = (-1, 0, -1, _CLOEXEC)
 _CLOSED_ON_EXEC = 1  # FSOPEN_CLOEXEC, FSMOUNT_CLOEXEC
 _CREATE = 6  # FSCONFIG_CMD_CREATE
 
@@ -61,10 +64,10 @@ def attach_tracepoint(program: Program, name: str) -> Link:
     wanted.type, wanted.size = _PERF_TYPE_TRACEPOINT, ffi.sizeof("struct perf_event_attr")
     wanted.config, wanted.sample_period = tracepoint_id(name), 1
     what = f"tracepoint {name}"
-    return _attach_event(program, machine_call("perf_event_open", what, wanted, *_EVERYWHERE), what)
+    return _attach_to(program, machine_call("perf_event_open", what, wanted, *_EVERYWHERE), what)
 
 
-def _attach_event(program: Program, event: int, what: str) -> Link:
+def _attach_to(program: Program, event: int, what: str) -> Link:
     try:
         made = lib().bpf_link_create(program.fd, event, _PERF_EVENT_ATTACH, ffi.NULL)
         return Link(check(made, "BPF_LINK_CREATE", what))
@@ -72,12 +75,24 @@ def _attach_event(program: Program, event: int, what: str) -> Link:
         os.close(event)  # the link holds it
 
 
+def attach_event(program: Program, event: str, period: int, cpu: int) -> Link:
+    """Let ``program`` run on ``cpu`` once in ``period`` of ``event``, one of EVENTS; of clocks, that is nanoseconds.
+
+    Raises KernelError (ENOENT: this machine does not count that, ENODEV: the CPU is not online).
+    """
+    wanted = ffi.new("struct perf_event_attr *")
+    wanted.type, wanted.config = EVENTS[event]
+    wanted.size, wanted.sample_period = ffi.sizeof("struct perf_event_attr"), period
+    what = f"{event} of CPU {cpu}"
+    return _attach_to(program, machine_call("perf_event_open", what, wanted, -1, cpu, -1, _CLOEXEC), what)
+
+
 def attach_probe(program: Program, path: str, offset: int, at_return: bool) -> Link:
     """Let ``program`` run whenever any process reaches ``offset`` in the file at ``path``, or returns from there.
 
     Raises KernelError.
     """
-    return _attach_event(program, open_probe(path, offset, at_return), f"a probe of {path}, byte {offset}")
+    return _attach_to(program, open_probe(path, offset, at_return), f"a probe of {path}, byte {offset}")
 
 
 def open_probe(path: str, offset: int = 0, at_return: bool = False) -> int:

@@ -9,6 +9,7 @@ its slots.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ from hitless.kernel.programs import Program
 from hitless.kernel.socket_programs import give
 from hitless.kernel.sockets import list_sockets
 from hitless.kernel.switchboard import PARTS, Switchboard
-from hitless.kernel.tracing import attach_probe, attach_raw_tracepoint, attach_tracepoint
+from hitless.kernel.tracing import attach_event, attach_probe, attach_raw_tracepoint, attach_tracepoint
 from hitless.upgrade.model import HookPlan
 
 __all__ = ["Attached", "BoardHook", "attach", "open_attached", "open_below", "pin_of", "remove", "rename"]
@@ -137,7 +138,7 @@ def attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
             link = _attach_interface(hook, program)
         case "kernel" if hook.hook == "iter":
             link = Link.iterate(program, hook.target)
-        case "netns" | "kernel" if HOOKS[hook.hook].slot:
+        case "netns" | "kernel" | "cpu" if HOOKS[hook.hook].slot:
             _put_dispatcher(hook, program, links)
             return
         case _ if hook.hook == "iter-cgroup":
@@ -194,6 +195,9 @@ def _put_dispatcher(hook: HookPlan, program: Program, links: Path) -> None:
                 raise GoneError(f"{namespace} is another one than when this was planned; plan again", path=hook.target)
             with entered(namespace):
                 return attach_netfilter(dispatcher, hook.point)
+        if hook.hook == "perf_event":
+            event, period, _ = re.split("[:@]", hook.target)
+            return attach_event(dispatcher, event, int(period), hook.target_id - 1)
         if hook.hook == "tracepoint":
             return attach_tracepoint(dispatcher, hook.target)
         if hook.hook in ("uprobe", "uretprobe"):

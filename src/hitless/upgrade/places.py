@@ -25,6 +25,7 @@ from hitless.kernel.tracing import probe_offset, tracepoint_id
 __all__ = ["Place", "find_places", "place_id"]
 
 _NAMED = Path("/run/netns")  # where `ip netns` puts namespaces
+_CPUS = Path("/sys/devices/system/cpu/online")
 _PLAIN = re.compile(r"[^A-Za-z0-9_-]")
 
 
@@ -52,6 +53,11 @@ def place_id(hook: str, target: str, netns: str | None) -> int:
     match HOOKS[hook].on:
         case "cgroup":
             return cgroup_id(Path(target))
+        case "cpu":
+            cpu = int(target.rpartition("@cpu")[2])
+            if cpu not in _online():
+                raise GoneError(f"CPU {cpu} is not online: put it back, or apply again without it", cpu=cpu)
+            return cpu + 1
         case "kernel":
             if hook == "tracepoint":
                 tracepoint_id(target)
@@ -68,8 +74,18 @@ def place_id(hook: str, target: str, netns: str | None) -> int:
             return interfaces(target, Namespace.at(netns or ""))[0].index
 
 
+def _online() -> list[int]:
+    """The numbers of the CPUs that run, as in 0-3,6."""
+    parts = [part.split("-") for part in _CPUS.read_text().strip().split(",")]
+    return [number for part in parts for number in range(int(part[0]), int(part[-1]) + 1)]
+
+
 def _places(entry: Attach) -> Iterator[Place]:
-    if not entry.is_pattern:
+    if HOOKS[entry.hook].on == "cpu":
+        for cpu in _online():
+            was = f"{entry.was}@cpu{cpu}" if entry.was else None
+            yield Place(entry, f"{entry.link}@cpu{cpu}", was, f"{entry.target}@cpu{cpu}", None, cpu + 1)
+    elif not entry.is_pattern:
         number = place_id(entry.hook, entry.target, entry.netns)
         yield Place(entry, entry.link, entry.was, entry.target, entry.netns, number)
     elif HOOKS[entry.hook].on == "netns":

@@ -470,7 +470,9 @@ def _plan_hooks(
                 feature="link to another hook",
                 link=name,
             )
-        if link.target_id != place.id and HOOKS[entry.hook].on != "map":
+        # Of a sampled event the kernel does not tell the period.
+        other = HOOKS[entry.hook].on == "cpu" and name in known and known[name].target != place.target
+        if other or (link.target_id != place.id and HOOKS[entry.hook].on != "map"):
             raise UnsupportedError(
                 f"link {name} is attached to {link.where}, and {place.target} is {place.id}: "
                 "moving a link to another target is not supported yet; give it a link name of its own",
