@@ -42,6 +42,9 @@ struct { int (*type)[3]; int (*max_entries)[4]; int (*key_size)[4]; int (*value_
 struct { int (*type)[18]; int (*max_entries)[4]; int (*key_size)[4]; int (*value_size)[8]; } peers SEC(".maps");
 SEC("sk_msg") int redirect(void *ctx) { return 1; }
 SEC("xdp") int early(void *ctx) { return 2; }
+SEC("netfilter") int guard(void *ctx) { return 1; }
+SEC("uprobe/probed") int probed(void *ctx) { return 0; }
+SEC("perf_event") int sampled(void *ctx) { return 0; }
 SEC("cgroup/connect4") int connect4(void *ctx) { counter++; return 1; }
 SEC("sockops") int ops(void *ctx) { return 1; }
 char LICENSE[] SEC("license") = "GPL";
@@ -80,6 +83,9 @@ attach = [
     { program = "ops", hook = "cgroup", target = "${cgroup}/${cgroup}", link = "ops" },
     { program = "redirect", hook = "sk_msg", target = "peers", link = "redirect" },
     { program = "early", hook = "xdp", target = "eth*", netns = "${cgroup}*", mode = "generic", link = "early" },
+    { program = "guard", hook = "netfilter", target = "*", family = "ipv6", point = "input", priority = 1, link = "n" },
+    { program = "probed", hook = "uprobe", target = "${cgroup}:probed", link = "probed" },
+    { program = "sampled", hook = "perf_event", target = "cpu-clock:1000000", link = "sampled" },
 ]
 [bundle]
 name = 'mesh'

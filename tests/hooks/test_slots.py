@@ -262,6 +262,19 @@ def test_netfilter_of_all_pods_is_replaced_and_follows_a_path_to_another_namespa
     assert sum(node.map("seen").get(number) for number in (1, 2)) == sent
 
 
+@pytest.mark.parametrize("hook", ["netfilter", "tracepoint"])
+def test_a_hook_whose_pin_somebody_removed_is_told_and_attached_again(lab: Lab, tmp_path: Path, hook: str) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    release = bundle(tmp_path, hook, 1, str(lab.netns))
+    hitless.apply(node, release)
+    (node.links / "hook").unlink()
+    assert [told for told in status(node).problems if "link hook is gone" in told]
+    assert [again.action for again in hitless.apply(node, release).hooks] == ["attach"]
+    sent = stop(start(lab, tmp_path, hook))
+    assert node.map("seen").get(1) == sent
+    assert status(node).problems == ()
+
+
 def test_another_point_needs_another_link(lab: Lab, tmp_path: Path) -> None:
     node = hitless.Node(lab.bpffs / "store")
     hitless.apply(node, bundle(tmp_path, "netfilter", 1, str(lab.netns)))
