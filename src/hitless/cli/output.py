@@ -197,7 +197,7 @@ def _show_hooks(hooks: Sequence[HookPlan]) -> None:
     matched = Counter((h.action, h.link.split("@")[0], h.program) for h in hooks if h.matched)
     rows = [(*what, f"{count} that match") for what, count in matched.items() if count > _FEW_HOOKS]
     rows += [
-        (h.action, f"{h.was} -> {h.link}" if h.was else h.link, h.program, _where(h.target, h.netns))
+        (h.action, f"{h.was} -> {h.link}" if h.was else h.link, h.program, _where(h.target, h.netns) + _instead(h))
         for h in hooks
         if not h.matched or matched[h.action, h.link.split("@")[0], h.program] <= _FEW_HOOKS
     ]
@@ -206,6 +206,10 @@ def _show_hooks(hooks: Sequence[HookPlan]) -> None:
 
 def _where(target: str, netns: str | None) -> str:
     return f"{target} in {netns}" if netns else target
+
+
+def _instead(hook: HookPlan) -> str:
+    return "" if hook.adopted is None else f", instead of program {hook.expected} {hook.adopted}".rstrip()
 
 
 def show_result(result: Result) -> None:

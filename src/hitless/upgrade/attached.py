@@ -1,22 +1,24 @@
 """One hook: what is attached there, found by its pins, and attaching something there for the first time.
 
 ``links`` is always the directory of link pins. A sockmap's hook has a dispatcher, whose slot is pinned in ``slots/``
-beside it, under the same name.
+beside it, under the same name. A hook without a link has a note there: see :mod:`hitless.upgrade.notes`.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from hitless.errors import GoneError, NodeError
+from hitless.errors import GoneError, KernelError, NodeError
 from hitless.hooks import HOOKS
 from hitless.kernel.bpffs import make_directory, move, unpin
 from hitless.kernel.dispatcher import Dispatcher
-from hitless.kernel.interfaces import interfaces
+from hitless.kernel.filters import Direction, Filter, free_place
+from hitless.kernel.interfaces import Interface, interfaces
 from hitless.kernel.libbpf import system_call
 from hitless.kernel.links import Link, LinkInfo
 from hitless.kernel.maps import Map
@@ -24,15 +26,17 @@ from hitless.kernel.namespaces import Namespace
 from hitless.kernel.programs import Program
 from hitless.kernel.socket_programs import give
 from hitless.kernel.sockets import list_sockets
+from hitless.kernel.xdp import Mode, Xdp
 from hitless.upgrade.model import HookPlan
+from hitless.upgrade.notes import Noted, Where, note, noted, read_note
 
-__all__ = ["Attached", "attach", "open_attached", "pin_of", "remove", "rename"]
+__all__ = ["Attached", "adopt", "attach", "open_attached", "pin_of", "remove", "rename"]
 
 _XDP_MODES = {"generic": 2, "native": 4}  # XDP_FLAGS_SKB_MODE, XDP_FLAGS_DRV_MODE
 
 
 class Attached(Protocol):
-    """What runs on a hook."""
+    """What runs on a hook: a link, a dispatcher of sockets, or what is noted."""
 
     @property
     def info(self) -> LinkInfo:
@@ -74,6 +78,9 @@ def attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
             with Map.open(maps / hook.target) as held:
                 _attach_dispatcher(held, hook, program, links)
             return
+        case "interface" if not HOOKS[hook.hook].linked:
+            _attach_noted(hook, program, pin)
+            return
         case "interface":
             link = _attach_interface(hook, program)
         case _:
@@ -81,6 +88,19 @@ def attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
                 link = Link.attach(program, target, hook.attach_type, hook.target)
     with link:
         link.pin(pin)
+
+
+@contextmanager
+def adopt(hook: HookPlan, links: Path) -> Iterator[Attached]:
+    """What another tool attached, under a note of our own from now on; it runs on. Raises as :func:`attach`."""
+    pin = links / hook.link
+    where = _where(hook, _interface(hook))
+    if pin.exists() and read_note(pin) != where:
+        remove(links, hook.link)  # of an interface that was there before
+    if not pin.exists():
+        note(pin, where)
+    with open_attached(links, hook.link) as there:
+        yield there
 
 
 def remove(links: Path, name: str) -> None:
@@ -99,7 +119,10 @@ def rename(links: Path, was: str, name: str) -> None:
 
 def _open(links: Path, name: str) -> Attached:
     slot = _slot(links, name)
-    return Dispatcher.open(slot, links / name) if slot.exists() else Link.open(links / name)
+    if slot.exists():
+        return Dispatcher.open(slot, links / name)
+    where = read_note(links / name)
+    return Link.open(links / name) if where is None else Noted(where, links.parent)
 
 
 def _slot(links: Path, name: str) -> Path:
@@ -125,7 +148,39 @@ def _attach_dispatcher(held: Map, hook: HookPlan, program: Program, links: Path)
         )
 
 
-def _attach_interface(hook: HookPlan, program: Program) -> Link:
+def _attach_noted(hook: HookPlan, program: Program, pin: Path) -> None:
+    interface = _interface(hook)
+    if hook.hook != "xdp-netlink":
+        direction = _direction(hook)
+        priority, handle = free_place(interface, direction, hook.priority, hook.handle)
+        with noted(pin, Filter(interface, direction, priority, handle)):
+            Filter.attach(program, interface, direction, priority, handle)
+        return
+    # Without a mode the kernel would take the native one where the driver has it; but that is to be noted before.
+    modes: tuple[Mode, ...] = ("native", "generic")
+    for mode in modes:
+        if hook.mode not in (None, mode):
+            continue
+        try:
+            with noted(pin, Xdp(interface, mode)):
+                Xdp.attach(program, interface, mode)
+            return
+        except KernelError as error:
+            if error.facts["errno"] != errno.EOPNOTSUPP or mode in (hook.mode, modes[-1]):
+                raise
+
+
+def _where(hook: HookPlan, interface: Interface) -> Where:
+    if hook.hook == "xdp-netlink":
+        return Xdp(interface, "generic" if hook.mode == "generic" else "native")
+    return Filter(interface, _direction(hook), hook.priority, hook.handle)
+
+
+def _direction(hook: HookPlan) -> Direction:
+    return "egress" if hook.hook == "tc-egress" else "ingress"
+
+
+def _interface(hook: HookPlan) -> Interface:
     (interface,) = interfaces(hook.target, Namespace.at(hook.netns or ""))
     if interface.index != hook.target_id:
         raise GoneError(
@@ -134,6 +189,11 @@ def _attach_interface(hook: HookPlan, program: Program) -> Link:
             interface=interface.name,
             index=interface.index,
         )
+    return interface
+
+
+def _attach_interface(hook: HookPlan, program: Program) -> Link:
+    interface = _interface(hook)
     flags = _XDP_MODES[hook.mode] if hook.mode else 0
     with interface.entered():
         return Link.attach(program, interface.index, hook.attach_type, interface, flags)

@@ -103,7 +103,7 @@ def verify_pins(node: Node, current: Generation | None, maps: Mapping[str, Map])
 def verify_hooks(hooks: Collection[HookPlan], programs: Mapping[str, Program], links: Path) -> None:
     """Each hook runs its new program. Raises VerifyError."""
     for hook in hooks:
-        if hook.action not in ("attach", "update"):
+        if hook.action not in ("attach", "update", "adopt"):
             continue
         name = pin_of(hook, links)
         if hook.matched and not (links / name).exists():

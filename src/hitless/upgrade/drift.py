@@ -162,6 +162,12 @@ def hook_problem(hook: Hook, link: LinkInfo | None, expected: int | None, links:
             f"link {name} is attached to {link.where}, not to {hook.target} ({there}): somebody pinned another link "
             f"there; {again}"
         )
+    if expected is not None and link.program_id != expected and not HOOKS[hook.hook].linked:
+        return (
+            f"link {name} is no longer there: {hook.target}{f' in {hook.netns}' if hook.netns else ''} runs program "
+            f"{link.program_id} instead of {hook.program} (program {expected}): another tool attached it; let that take "
+            "it off, then apply the same release again"
+        )
     if expected is not None and link.program_id != expected:
         return (
             f"link {name} runs program {link.program_id}, not {hook.program} (program {expected}): someone else "

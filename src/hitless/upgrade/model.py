@@ -70,11 +70,13 @@ class MapPlan(msgspec.Struct, frozen=True):
 
 
 class HookPlan(msgspec.Struct, frozen=True):
-    """What becomes of one hook: ``keep``, ``update`` in place, ``attach`` or ``detach``.
+    """What becomes of one hook: ``keep``, ``update`` in place, ``attach``, ``adopt`` or ``detach``.
 
-    ``expected`` is the kernel's id of the program that must be running there for the update to happen. ``target_id`` is
-    the number of the target, as in LinkInfo, and ``netns`` the network namespace of an interface. ``matched`` says that
-    a pattern led to it, so that it may go at any time.
+    To adopt is to update what another tool attached. ``expected`` is the kernel's id of the program that must be
+    running there for the update to happen; ``adopted`` is its name if hitless did not attach it. ``target_id`` is the
+    number of the target, as in LinkInfo, and ``netns`` the network namespace of an interface. ``matched`` says that a pattern led
+    to it, so that it may go at any time. ``priority`` and ``handle`` are those of a tc filter; 0 is one that is free
+    when it is attached.
     """
 
     link: str
@@ -89,6 +91,9 @@ class HookPlan(msgspec.Struct, frozen=True):
     mode: str | None = None
     target_id: int = 0
     matched: bool = False
+    priority: int = 0
+    handle: int = 0
+    adopted: str | None = None
 
 
 class MapFacts(msgspec.Struct, frozen=True):

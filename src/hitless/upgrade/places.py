@@ -6,6 +6,7 @@ is no letter, digit, ``_`` or ``-`` is written as ``~`` and its code in hex, sin
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator
@@ -14,20 +15,46 @@ from pathlib import Path
 import msgspec
 
 from hitless.bundle import Attach
-from hitless.errors import GoneError
+from hitless.errors import GoneError, KernelError
 from hitless.hooks import HOOKS
-from hitless.kernel.interfaces import interfaces
+from hitless.kernel.filters import filters
+from hitless.kernel.interfaces import Interface, interfaces
 from hitless.kernel.links import cgroup_id
 from hitless.kernel.namespaces import Namespace, namespaces
+from hitless.kernel.programs import Program
+from hitless.kernel.xdp import Xdp
 
-__all__ = ["Place", "find_places", "place_id"]
+__all__ = ["Occupant", "Place", "find_places", "place_id"]
 
 _NAMED = Path("/run/netns")  # where `ip netns` puts namespaces
 _PLAIN = re.compile(r"[^A-Za-z0-9_-]")
 
 
+class Occupant(msgspec.Struct, frozen=True):
+    """A program that runs at a place on an interface, whoever attached it: hooks of XDP and of tc filters only.
+
+    ``mode`` is XDP's; ``is_linked`` says that a link holds it, which is told for entries that adopt. ``priority``,
+    ``handle`` and ``is_plain`` are those of a filter.
+    """
+
+    program_id: int
+    name: str
+    mode: str | None = None
+    is_linked: bool = False
+    priority: int = 0
+    handle: int = 0
+    is_plain: bool = True
+
+    def __str__(self) -> str:
+        where = f"{self.mode} XDP" if self.mode else f"tc filter with priority {self.priority}, handle {self.handle:#x}"
+        return f"program {self.program_id}{f' ({self.name})' if self.name else ''} as {where}"
+
+
 class Place(msgspec.Struct, frozen=True):
-    """One link of a manifest's ``entry``: its pin name ``link``, its ``target`` and the number that this has now."""
+    """One link of a manifest's ``entry``: its pin name ``link``, its ``target`` and the number that this has now.
+
+    ``occupants`` is what runs there, in the order it runs.
+    """
 
     entry: Attach
     link: str
@@ -35,6 +62,7 @@ class Place(msgspec.Struct, frozen=True):
     target: str
     netns: str | None
     id: int
+    occupants: tuple[Occupant, ...] = ()
 
     def __str__(self) -> str:
         return f"{HOOKS[self.entry.hook].on} {self.target}" + (f" in {self.netns}" if self.netns else "")
@@ -55,11 +83,15 @@ def place_id(hook: str, target: str, netns: str | None) -> int:
         case "netns":
             return Namespace.at(target).inode
         case "interface":
-            return interfaces(target, Namespace.at(netns or ""))[0].index
+            return _interface(target, netns).index
 
 
 def _places(entry: Attach) -> Iterator[Place]:
-    if not entry.is_pattern:
+    if not entry.is_pattern and HOOKS[entry.hook].on == "interface":
+        interface = _interface(entry.target, entry.netns)
+        seen = tuple(_occupants(entry, interface))
+        yield Place(entry, entry.link, entry.was, entry.target, entry.netns, interface.index, seen)
+    elif not entry.is_pattern:
         number = place_id(entry.hook, entry.target, entry.netns)
         yield Place(entry, entry.link, entry.was, entry.target, entry.netns, number)
     elif HOOKS[entry.hook].on == "netns":
@@ -76,7 +108,44 @@ def _places(entry: Attach) -> Iterator[Place]:
                 if not fnmatch.fnmatchcase(interface.name, entry.target):
                     continue
                 names = _names(entry, namespace, interface.name)
-                yield Place(entry, *names, interface.name, namespace.path or None, interface.index)
+                try:
+                    seen = tuple(_occupants(entry, interface))
+                except GoneError:
+                    continue
+                yield Place(entry, *names, interface.name, namespace.path or None, interface.index, seen)
+
+
+def _interface(target: str, netns: str | None) -> Interface:
+    return interfaces(target, Namespace.at(netns or ""))[0]
+
+
+def _occupants(entry: Attach, interface: Interface) -> Iterator[Occupant]:
+    if entry.hook in ("xdp", "xdp-netlink"):
+        found = Xdp.find(interface)
+        if found is None:
+            return
+        runs = _loaded(found.info.program_id)
+        if runs is not None:
+            linked = entry.adopt and found.is_linked(runs)
+            yield Occupant(runs.info.id, runs.info.name, found.mode, linked)
+    elif entry.hook in ("tc-ingress", "tc-egress"):
+        for one in filters(interface, "ingress" if entry.hook == "tc-ingress" else "egress"):
+            runs = _loaded(one.program_id)
+            if runs is not None:
+                name = runs.info.name
+                yield Occupant(
+                    one.program_id, name, priority=one.priority, handle=one.handle, is_plain=one.is_plain
+                )
+
+
+def _loaded(program_id: int) -> Program | None:
+    """The program, None if it went meanwhile. It has to be looked for by its id: nothing here pins it."""
+    try:
+        return Program.by_id(program_id)
+    except KernelError as error:
+        if error.facts["errno"] != errno.ENOENT:
+            raise
+        return None
 
 
 def _names(entry: Attach, namespace: Namespace, *interface: str) -> tuple[str, str | None]:

@@ -24,16 +24,17 @@ from hitless.carry import (
     translated,
     way,
 )
-from hitless.errors import BundleError, UnsupportedError
+from hitless.errors import BundleError, NodeError, UnsupportedError
 from hitless.groups import group_of, torn
 from hitless.hooks import HOOKS
+from hitless.kernel.links import LinkInfo
 from hitless.layout.answers import answer
 from hitless.layout.diff import MapDiff, diff_maps, is_constant
 from hitless.layout.model import MapSpec, ProgramSpec
 from hitless.layout.rules import MapRules, only_read
 from hitless.layout.variables import SectionDiff, diff_sections
 from hitless.upgrade.model import Generation, Hook, HookPlan, LeftRing, MapPlan, NodeState, Plan, Record
-from hitless.upgrade.places import Place
+from hitless.upgrade.places import Occupant, Place
 
 __all__ = ["hooks_of", "late_hooks", "make_plan"]
 
@@ -61,7 +62,7 @@ def make_plan(
     if current is None:
         start_type = "normal"
         maps = tuple(_created(name) for name in bundle.maps)
-        hooks = tuple(_hook(place, bundle.programs, "attach") for place in places)
+        hooks = tuple(_new_hook(place, bundle.programs, frozenset()) for place in places)
     elif into is None and (current.record.version, current.record.digest) == (bundle.version, bundle.digest):
         start_type = "restart"
         maps = tuple(MapPlan(name, "keep", method="same map") for name in current.record.maps)
@@ -388,7 +389,86 @@ def late_hooks(plan: Plan, record: Record, places: Sequence[Place]) -> list[Hook
     """Those of ``places``, to which patterns lead now, that the plan does not know, or knows as something that went."""
     known = {(hook.link, hook.target_id) for hook in plan.hooks if hook.action != "detach"}
     programs = {program.name: program for item in record.objects for program in item.programs}
-    return [_hook(place, programs, "attach") for place in places if (place.link, place.id) not in known]
+    own = {program.id for program in record.pinned_programs.values()} | {hook.expected for hook in plan.hooks}
+    return [_new_hook(place, programs, own) for place in places if (place.link, place.id) not in known]
+
+
+def _new_hook(place: Place, programs: Mapping[str, ProgramSpec], own: Container[int | None]) -> HookPlan:
+    """The plan of a hook on which nothing of its link is; ``own`` are ids of programs that are not of other tools.
+
+    Raises NodeError if the place is taken.
+    """
+    entry = place.entry
+    if entry.hook in ("xdp", "xdp-netlink"):
+        there = list(place.occupants)
+    else:
+        there = [
+            one for one in place.occupants
+            if entry.priority in (0, one.priority) and entry.handle in (0, one.handle)
+        ]  # fmt: skip
+    if entry.adopt:
+        there = [one for one in there if one.mode or one.program_id not in own]
+    elif not (entry.hook.startswith("xdp") or entry.handle):
+        there = []  # others have their own places
+    if not there:
+        return _hook(place, programs, "attach")
+    found = there[0]
+    why = _not_adopted(place, there, own)
+    if why:
+        raise NodeError(
+            f"link {place.link}: {place} has {' and '.join(map(str, there))}, {why}; nothing was changed",
+            link=place.link,
+            target=place.target,
+            namespace=place.netns,
+            programs=[one.program_id for one in there],
+        )
+    planned = _hook(place, programs, "adopt", expected=found.program_id)
+    return msgspec.structs.replace(
+        planned, mode=found.mode, priority=found.priority, handle=found.handle, adopted=found.name
+    )
+
+
+def _not_adopted(place: Place, there: Sequence[Occupant], own: Container[int | None]) -> str:
+    """Why what is there is not adopted, and what to do; empty if it is."""
+    entry, found = place.entry, there[0]
+    if found.program_id in own:
+        return "which is this bundle's own and has another link name: name that as `was`, or detach it first"
+    if not entry.adopt:
+        how = "adopt = true" if not HOOKS[entry.hook].linked else 'by = "netlink" and adopt = true'
+        return f"which hitless did not attach: let who did take it off, or let this release take it over ({how})"
+    if len(there) > 1:
+        return "and nobody can say which one to adopt: give its priority and handle"
+    if found.is_linked:
+        return (
+            "held by a link of another tool, which stays its owner's, and which the kernel lets nothing else replace: "
+            "let that tool detach it"
+        )
+    if entry.mode not in (None, found.mode):
+        return f"and {entry.mode} is wanted: the kernel cannot change the mode in place; leave mode out of the manifest"
+    if not found.is_plain:
+        return (
+            "which is not in direct-action mode for all protocols in chain 0, and a replacement would be: let who "
+            "attached it do it so"
+        )
+    return ""
+
+
+def _taken_over(place: Place, link: LinkInfo, own: Container[int | None]) -> str:
+    """The name of the program by which another tool replaced ours. Raises NodeError if it is not to be replaced."""
+    there = [
+        one for one in place.occupants
+        if (one.program_id, one.priority, one.handle) == (link.program_id, link.priority, link.handle)
+    ]  # fmt: skip
+    why = _not_adopted(place, there, own) if there else "which changed just now: plan again"
+    if why:
+        raise NodeError(
+            f"link {place.link}: {place} runs program {link.program_id} where ours ran, {why}; nothing was changed",
+            link=place.link,
+            target=place.target,
+            namespace=place.netns,
+            programs=[link.program_id],
+        )
+    return there[0].name
 
 
 def _hook(
@@ -408,6 +488,8 @@ def _hook(
         mode=entry.mode,
         target_id=place.id,
         matched=entry.is_pattern,
+        priority=entry.priority,
+        handle=entry.handle,
     )
 
 
@@ -416,6 +498,7 @@ def _plan_hooks(
 ) -> tuple[HookPlan, ...]:
     """New hooks first, then updates in the bundle's order, removed ones last."""
     known = {hook.link: hook for hook in current.record.hooks}
+    own = {one.id for one in current.programs.values()} | {one.id for one in current.record.replaced_programs}
     taken = set()
     attached, updated = [], []
     for place in places:
@@ -424,7 +507,7 @@ def _plan_hooks(
         link = state.links.get(name)
         taken.add(name)
         if link is None or link.is_dead:  # the kernel detached it with its target
-            attached.append(_hook(place, bundle.programs, "attach"))
+            attached.append(_new_hook(place, bundle.programs, own))
             continue
         attach_type = HOOKS[entry.hook].attach_type(bundle.programs[entry.program])
         if link.attach_type != attach_type:
@@ -441,10 +524,20 @@ def _plan_hooks(
                 feature="link to another target",
                 link=name,
             )
+        if link.priority != (entry.priority or link.priority) or link.handle != (entry.handle or link.handle):
+            raise UnsupportedError(
+                f"link {name} is a filter with priority {link.priority} and handle {link.handle:#x}, and the manifest "
+                "has others: moving a filter is not supported; give the new one a link name of its own",
+                feature="filter to another priority",
+                link=name,
+            )
         running = current.programs.get(entry.program)
         same = restart and running is not None and running.id == link.program_id
         was = name if name != place.link else None
-        updated.append(_hook(place, bundle.programs, "keep" if same else "update", was, link.program_id))
+        planned = _hook(place, bundle.programs, "keep" if same else "update", was, link.program_id)
+        if not HOOKS[entry.hook].linked and link.program_id not in own:
+            planned = msgspec.structs.replace(planned, adopted=_taken_over(place, link, own))
+        updated.append(planned)
     removed = [
         HookPlan(
             link=name,
