@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import gzip
 import os
-import platform
-import re
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 from rich.console import Console
@@ -18,7 +14,8 @@ from rich.console import Console
 from benchmarks.build import build_tools
 from benchmarks.connects import measure_connects
 from benchmarks.copying import measure_copying
-from benchmarks.report import Machine, Report, goals_of, print_report
+from benchmarks.machine import this_machine
+from benchmarks.report import Report, goals_of, print_report
 from benchmarks.running import Bench
 from benchmarks.stalls import measure_stalls
 from hitless.errors import HitlessError
@@ -86,7 +83,7 @@ def _measure(lab: Lab, options: argparse.Namespace, console: Console) -> Report:
     stalls = measure_stalls(bench, entries, rounds, cpus[-1], seconds) if "stalls" in options.parts else []
     connects = measure_connects(bench, entries, rounds, cpus, seconds) if "connects" in options.parts else []
     return Report(
-        machine=_machine(len(cpus)),
+        machine=this_machine(),
         command=shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
         rounds=rounds,
         copying=copying,
@@ -95,26 +92,6 @@ def _measure(lab: Lab, options: argparse.Namespace, console: Console) -> Report:
         goals=goals_of(copying, stalls, connects),
         quiet=bench.quiet,
     )
-
-
-def _machine(cores: int) -> Machine:
-    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return Machine(model[1] if model else platform.machine(), cores, platform.release(), _preemption())
-
-
-def _preemption() -> str:
-    """The kernel's preemption model: as it runs, else as it was told to, else as it was built."""
-    running = Path("/sys/kernel/debug/sched/preempt")
-    if running.exists() and (chosen := re.search(r"\((\w+)\)", running.read_text())):
-        return chosen[1]
-    if told := re.search(r"\bpreempt=(\w+)", Path("/proc/cmdline").read_text()):
-        return told[1]
-    built = Path("/proc/config.gz")
-    if built.exists():
-        config = gzip.decompress(built.read_bytes()).decode()
-        kinds = re.findall(r"^CONFIG_PREEMPT_(NONE|VOLUNTARY|LAZY)=y", config, re.MULTILINE)
-        return f"{kinds[0].lower() if kinds else 'full'} (as built)"
-    return "unknown"
 
 
 if __name__ == "__main__":

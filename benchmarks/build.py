@@ -9,7 +9,7 @@ from pathlib import Path
 import hitless
 from hitless.errors import UnsupportedError
 
-__all__ = ["NO_PREALLOC", "SPARE", "TOOLS", "build_tools", "compile_pass", "write_releases"]
+__all__ = ["NO_PREALLOC", "SPARE", "TOOLS", "build_tools", "compile_bpf", "compile_pass", "write_releases"]
 
 HERE = Path(__file__).parent
 TOOLS = HERE.parent / "build" / "benchmarks"
@@ -17,7 +17,7 @@ NO_PREALLOC = 1  # BPF_F_NO_PREALLOC
 SPARE = 1024
 """Places in the map beyond the entries that it is filled with: the hook needs one."""
 
-_PROGRAMS = ("opponent", "entries", "probe", "client")
+_PROGRAMS = ("opponent", "entries", "probe", "client", "connections")
 _MANIFEST = """[bundle]
 name = "bench"
 version = "{release}"
@@ -66,6 +66,13 @@ def compile_pass(directory: Path) -> Path:
     if not target.exists():
         _bpf(HERE / "pass.bpf.c", target)
     return target
+
+
+def compile_bpf(name: str, directory: Path, *defines: str) -> bytes:
+    """The object of ``NAME.bpf.c``, compiled into ``directory``."""
+    target = directory / f"{name}.bpf.o"
+    _bpf(HERE / f"{name}.bpf.c", target, *defines)
+    return target.read_bytes()
 
 
 def _bpf(source: Path, target: Path, *defines: str) -> None:

@@ -12,9 +12,10 @@ from rich.table import Table
 
 from benchmarks.connects import PHASES, Connects
 from benchmarks.copying import WAYS, Copying, Figure
+from benchmarks.machine import Machine
 from benchmarks.stalls import PROBES, UPGRADE, Stall
 
-__all__ = ["Goal", "Machine", "Report", "goals_of", "print_report"]
+__all__ = ["Goal", "Report", "goals_of", "print_report"]
 
 NO_BASE, WITH_BASE, WHOLE, NAIVE = 1.4, 0.95, 2.0, 10.0
 STALL_MS = 5.0
@@ -23,15 +24,6 @@ P99 = 1.1
 GROWTH = 1.1
 GROWTH_FROM = 100_000
 SAME_MEMORY = 1.1
-
-
-class Machine(msgspec.Struct, frozen=True):
-    """Where the figures are from."""
-
-    cpu: str
-    cores: int
-    kernel: str
-    preemption: str
 
 
 class Goal(msgspec.Struct, frozen=True):
@@ -141,9 +133,8 @@ def _below(what: str, where: str, wanted: float, measured: float) -> Goal:
 
 def print_report(console: Console, report: Report) -> None:
     """Print all tables, the goals last."""
-    machine = report.machine
     say = partial(console.print, highlight=False)
-    say(f"{machine.cpu}, {machine.cores} cores, Linux {machine.kernel}, preemption {machine.preemption}")
+    say(str(report.machine))
     say(f"{report.command}  ({report.rounds} rounds of all ways in turn; medians)\n")
     for run in report.copying:
         _print_copying(console, run)

@@ -204,6 +204,10 @@ class Background:
         self._process = _start(lab, command, cgroup)
         _expect_ready(self._process, command)
 
+    def is_running(self) -> bool:
+        """Whether it has not ended by itself."""
+        return self._process.poll() is None
+
     def stop(self) -> str:
         """End it; returns what it said. Raises HitlessError if it failed."""
         assert self._process.stdin is not None

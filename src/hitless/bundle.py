@@ -42,7 +42,7 @@ _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     },
     "map": {
         "was": str, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str, "on_collision": str,
-        "on_loss": str, "group": str, "programs": str, "infer": bool, "field": dict,
+        "on_loss": str, "group": str, "programs": str, "infer": bool, "field": dict, "slots": dict,
     },
     "field": {"was": str, "merge": str, "default": (int, float)},
 }  # fmt: skip
@@ -396,6 +396,7 @@ class _Reader:
             functions=self._functions(entry["convert"], path) if "convert" in entry else (),
             group=entry.get("group"),
             programs=programs,
+            slots=self._slots(entry.get("slots", {}), maps.get(name), objects, path),
         )
         if name in maps:
             try:
@@ -404,6 +405,25 @@ class _Reader:
                 field = error.facts.get("field")
                 self._fail((*path, "field", str(field)) if field else path, error.message)
         return rules
+
+    def _slots(
+        self, entry: Mapping[str, Any], spec: MapSpec | None, objects: Iterable[BundleObject], path: tuple[str, ...]
+    ) -> dict[int, str]:
+        """The programs that the manifest puts into a program array."""
+        if entry and (spec is None or spec.type != "prog_array"):
+            self._fail((*path, "slots"), f"slots hold programs, and this map is no program array: {path[-1]}")
+        programs = {program.name: program for item in objects for program in item.spec.programs}
+        slots = {}
+        for slot, name in entry.items():
+            here = (*path, "slots", slot)
+            if not slot.isdecimal() or spec is None or int(slot) >= spec.max_entries:
+                room = spec.max_entries if spec else 0
+                self._fail(here, f"{slot!r} is no slot of {path[-1]}, which has {room} of them")
+            if name not in programs or not programs[name].autoload:
+                known = ", ".join(sorted(one for one, program in programs.items() if program.autoload))
+                self._fail(here, f"no object has a program {name!r} that is loaded; there are: {known}")
+            slots[int(slot)] = name
+        return slots
 
     def _old_type(
         self, entry: Mapping[str, Any], key: str, objects: Iterable[BundleObject], path: tuple[str, ...]

@@ -9,7 +9,7 @@ import pytest
 
 import hitless
 from hitless.upgrade.status import status
-from tests.hooks.conftest import Pods
+from meshd.demo.pods import Pods
 from tests.releases import write_release
 
 # Counts UDP packets to port 4242 by the number of their pod, which is the third byte of the address.

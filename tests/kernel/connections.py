@@ -13,11 +13,11 @@ import msgspec
 import numpy as np
 
 from hitless.kernel.dispatcher import Dispatcher
+from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program, load_object
 from meshd.demo.lab import Lab
 from tests.releases import compile_object
-from tests.upgrade.conftest import attach_cgroup
 
 __all__ = ["CONNECTIONS", "Bench", "Clients", "Release", "clients"]
 
@@ -199,7 +199,7 @@ class Bench:
             again = load_object(data, "hooks", {"peers": self.peers}, {})
             self.releases.append(Release(again.programs, again.maps["counted"]))
         if attach:
-            self.sockops = attach_cgroup(loaded.programs["note"], lab.cgroup, "cgroup_sock_ops")
+            self.sockops = Link.attach_cgroup(loaded.programs["note"], lab.cgroup, "cgroup_sock_ops")
         self.slot, self.link = lab.bpffs / "slot", lab.bpffs / "link"
 
     def dispatch(self, hook: str, name: str) -> Dispatcher:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +9,7 @@ from pathlib import Path
 import pytest
 
 import hitless
-from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
-from hitless.kernel.programs import Program
 from meshd.demo.lab import Lab
 from tests.releases import ATTACH, COUNTING, FIRST, SECOND, write_release
 
@@ -77,15 +74,6 @@ def empty_bpffs(node: hitless.Node, lab: Lab) -> None:
     node.access.lock.close()  # which a process that did not live through that does not hold
     subprocess.run(["umount", str(lab.bpffs)], check=True)
     subprocess.run(["mount", "-t", "bpf", "-o", "mode=0700", lab.name, str(lab.bpffs)], check=True)
-
-
-def attach_cgroup(program: Program, cgroup: Path, attach_type: str) -> Link:
-    """As somebody else does who has a program."""
-    target = os.open(cgroup, os.O_RDONLY)
-    try:
-        return Link.attach(program, target, attach_type, cgroup)
-    finally:
-        os.close(target)
 
 
 def everything(node: hitless.Node) -> object:

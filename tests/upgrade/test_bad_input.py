@@ -45,6 +45,10 @@ HEAD = '[bundle]\nname = "store"\nversion = "1.0"\n[[object]]\nfile = "store.bpf
         (HEAD.replace("store.bpf.o", "gone.bpf.o"), 5, "cannot be read"),
         (HEAD.replace("store.bpf.o", "../1/store.bpf.o"), 5, "not a file beside the manifest"),
         (HEAD.replace("store.bpf.o", "a\\u0000b"), 5, "'a\\x00b' has control characters"),
+        (HEAD + ATTACH.replace('"cgroup"', '"xdp"'), 8, "attaches to cgroup_inet4_connect, not to xdp"),
+        (HEAD + ATTACH + "netns = 'x'\n", 12, "netns says where an interface is, and cgroup is on a cgroup"),
+        (HEAD + ATTACH + "mode = 'generic'\n", 12, "mode is native or generic, and for xdp only"),
+        (HEAD + "[map.tally.slots]\n1 = 'count4'\n", 6, "slots hold programs, and this map is no program array: tally"),
         ("[bundle\n", None, "is not TOML"),
     ],
 )

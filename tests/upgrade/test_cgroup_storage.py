@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import hitless
+from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import load_object
 from meshd.demo.lab import Lab
 from tests.releases import ATTACH, compile_object, write_release
-from tests.upgrade.conftest import attach_cgroup
 
 STORED = """
 struct { __uint(type, BPF_MAP_TYPE_CGROUP_STORAGE);
@@ -49,7 +49,7 @@ def test_a_program_updated_in_place_gets_no_storage_of_its_own(lab: Lab, tmp_pat
         load_object(compile_object(text + STORED, tmp_path / f"{name}.o").read_bytes(), name, {}, {})
         for name, text in (("first", TALLY), ("second", TALLY))
     )
-    with attach_cgroup(first.programs["count4"], lab.cgroup, "cgroup_inet4_connect") as link:
+    with Link.attach_cgroup(first.programs["count4"], lab.cgroup, "cgroup_inet4_connect") as link:
         link.update(second.programs["count4"], first.programs["count4"])
         assert lab.run_python("-c", CONNECT, cgroup="clients").returncode == 0
         assert counted(first.maps["stored"], lab.cgroup) == 1

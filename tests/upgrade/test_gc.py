@@ -14,7 +14,7 @@ from hitless.kernel.maps import Map, create, is_alive
 from hitless.kernel.programs import Program
 from hitless.upgrade.record import create_record, read_record, write_record
 from meshd.demo.lab import Lab
-from tests.upgrade.conftest import Make, Release, attach_cgroup
+from tests.upgrade.conftest import Make, Release
 from tests.upgrade.test_map_types import RING, connect, reader
 from tests.upgrade.test_verify import holding, kill_at, problems, twin, wait_until
 
@@ -165,7 +165,7 @@ def test_a_dead_link_of_somebody_elses_program_stays(upgraded: hitless.Node, mak
     other = hitless.Node(upgraded.root.with_name("other"))
     hitless.apply(other, make("1.0", "MAP(held, HASH, 64, __u32, __u64);\n"))
     with Program.open(other.current / "progs" / "count4") as theirs:
-        link = attach_cgroup(theirs, lab.cgroup, "cgroup_inet4_connect")
+        link = Link.attach_cgroup(theirs, lab.cgroup, "cgroup_inet4_connect")
     link.pin(upgraded.links / "theirs")
     link.detach()
     hitless.gc(upgraded)

@@ -32,7 +32,7 @@ from hitless.layout.model import Enum, Record
 from hitless.upgrade.model import LeftRing, MapPlan
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
-from tests.releases import write_release
+from tests.releases import ATTACH, write_release
 
 Make = Callable[..., hitless.Bundle]
 
@@ -647,13 +647,53 @@ def test_a_program_array_is_filled_anew_from_the_release(node: hitless.Node, mak
     with program(node, "leaf") as leaf:
         held(node).update(words(1), words(leaf.fd))
     second = make("2.0", TAIL_CALLS % 4)
-    assert planned(node, second).loss == ("slots that the object does not fill itself: 1",)
+    told = "slots that neither release fills itself: 1; name their programs in [map.held.slots]"
+    assert planned(node, second).loss == (told,)
     hitless.apply(node, second, allow_loss=["held"])
     with program(node, "leaf") as leaf:
         assert held(node).lookup(words(0)) == words(leaf.info.id)
     assert held(node).lookup(words(1)) is None
     third = make("3.0", TAIL_CALLS % 2)
     assert (planned(node, third).action, planned(node, third).loss) == ("discard", ())
+
+
+JUMPS = """
+MAP(seen, ARRAY, 3, __u32, __u64);
+struct { __uint(type, BPF_MAP_TYPE_PROG_ARRAY); __uint(max_entries, 4); __uint(key_size, 4); __uint(value_size, 4); }
+    held SEC(".maps");
+SEC("cgroup/connect4") int leaf(struct bpf_sock_addr *ctx)
+{
+    __u32 key = RELEASE;
+    __u64 *found = bpf_map_lookup_elem(&seen, &key);
+    if (found)
+        __sync_fetch_and_add(found, 1);
+    return 1;
+}
+SEC("cgroup/connect4") int count4(struct bpf_sock_addr *ctx)
+{
+    bpf_tail_call(ctx, &held, 3);
+    return 0;
+}
+char _license[] SEC("license") = "GPL";
+"""
+
+
+def test_slots_that_the_manifest_fills_are_there_before_any_hook_jumps_by_them(
+    node: hitless.Node, lab: Lab, tmp_path: Path
+) -> None:
+    def release(number: int) -> hitless.Bundle:
+        manifest = f'{ATTACH}\n[map.held.slots]\n3 = "leaf"\n'
+        path = write_release(tmp_path / str(number), f"{number}.0", JUMPS.replace("RELEASE", str(number)), manifest)
+        return hitless.Bundle.load(path, {"cgroup": str(lab.cgroup)})
+
+    hitless.apply(node, release(1))
+    connect(lab, 7)
+    assert planned(node, release(2)).loss == ()
+    hitless.apply(node, release(2))
+    connect(lab, 7)
+    hitless.rollback(node)
+    connect(lab, 7)
+    assert [node.map("seen").get(number) for number in (1, 2)] == [14, 7]
 
 
 STRUCT_OPS = """

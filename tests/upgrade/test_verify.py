@@ -23,7 +23,7 @@ from hitless.upgrade.record import read_record, write_record
 from hitless.upgrade.status import status
 from hitless.upgrade.verify import check_generation
 from meshd.demo.lab import Lab
-from tests.upgrade.conftest import Make, Release, attach_cgroup
+from tests.upgrade.conftest import Make, Release
 
 GLOBALS = "__u64 seen; __u32 limit = 7; const volatile __u32 fixed = 3;\nMAP(held, HASH, 64, __u32, __u64);\n"
 USING = """
@@ -284,7 +284,7 @@ def test_a_link_to_another_target_is_found(node: hitless.Node, release: Release,
     elsewhere = lab.cgroup / "elsewhere"
     elsewhere.mkdir()
     with Program.open(node.current / "progs" / "count4") as program:
-        replace(node.links / "connect4", attach_cgroup(program, elsewhere, "cgroup_inet4_connect"))
+        replace(node.links / "connect4", Link.attach_cgroup(program, elsewhere, "cgroup_inet4_connect"))
     (told,) = problems(node)["links"]
     assert f"link connect4 is attached to cgroup {elsewhere.stat().st_ino}, not to {lab.cgroup}" in told
     (node.links / "connect4").unlink()
@@ -314,7 +314,7 @@ def test_a_cgroup_that_was_removed_is_named_with_its_link(node: hitless.Node, ma
 def test_a_link_that_the_record_does_not_name_is_found(node: hitless.Node, release: Release, lab: Lab) -> None:
     hitless.apply(node, release(1))
     with Program.open(node.current / "progs" / "count4") as program:
-        attach_cgroup(program, lab.cgroup, "cgroup_inet4_connect").pin(node.links / "theirs")
+        Link.attach_cgroup(program, lab.cgroup, "cgroup_inet4_connect").pin(node.links / "theirs")
     (told,) = problems(node)["links"]
     assert "links/theirs is not in the record" in told
 
@@ -530,7 +530,7 @@ def test_an_old_program_that_still_runs_on_somebodys_link_is_a_problem(
 ) -> None:
     hitless.apply(node, release(1))
     with Program.open(node.current / "progs" / "count4") as program:
-        link = attach_cgroup(program, lab.cgroup, "cgroup_inet4_connect")
+        link = Link.attach_cgroup(program, lab.cgroup, "cgroup_inet4_connect")
         number = program.info.id
     with link:
         hitless.apply(node, release(2))

@@ -18,7 +18,7 @@ __all__ = ["Iterator"]
 
 _PROG_TYPE_TRACING = 26
 _TRACE_ITER = 28  # BPF_TRACE_ITER
-_OF_NO_MAP = ("task", "cgroup")
+_OF_NO_MAP = ("task", "task_file", "cgroup")
 _PARENTS_FIRST = 2  # BPF_CGROUP_ITER_DESCENDANTS_PRE
 
 
@@ -51,7 +51,8 @@ class Iterator:
     def open(self, over: Map) -> None:
         """Begin a pass over ``over``; one that had begun ends here. Raises KernelError (EINVAL: not a map for it).
 
-        A target that is no part of a map (``task``, ``cgroup``) is passed over wholly, whatever ``over`` is.
+        A target that is no part of a map (``task``, ``task_file``, ``cgroup``) is passed over wholly, whatever ``over``
+        is.
         """
         self._end()
         info = ffi.new("union bpf_iter_link_info *")

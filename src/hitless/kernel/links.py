@@ -92,6 +92,15 @@ class Link(Object):
         return cls(fd)
 
     @classmethod
+    def attach_cgroup(cls, program: Program, cgroup: Path, attach_type: str) -> Link:
+        """Attach ``program`` to the cgroup v2 directory ``cgroup``, beside whatever is attached there already."""
+        target = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            return cls.attach(program, target, attach_type, cgroup)
+        finally:
+            os.close(target)
+
+    @classmethod
     def attach(cls, program: Program, target: int, attach_type: str, what: object, flags: int = 0) -> Link:
         """Attach ``program`` to ``target``, which errors call ``what``.
 

@@ -7,7 +7,6 @@ map is in the other when a run ends, and the whole can be repeated after a kill.
 from __future__ import annotations
 
 import errno
-import functools
 import itertools
 import struct
 import sys
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from hitless.errors import UnsupportedError
 from hitless.kernel.codegen import (
     ADD,
     ADD_IMM,
@@ -47,9 +45,8 @@ from hitless.kernel.codegen import (
 from hitless.kernel.libbpf import check, ffi, lib, options
 from hitless.kernel.maps import Map, create
 from hitless.kernel.programs import Program, load_code
-from hitless.layout.btf import Btf
+from hitless.kernel.vmlinux import offsets
 from hitless.layout.conversion import Conversion, Move
-from hitless.layout.model import Record, Type
 
 __all__ = ["Journal", "Mover", "count_elements", "create_beside"]
 
@@ -191,24 +188,10 @@ def _run(program: Program, doing: str) -> int:
     return int(ffi.cast("int32_t", opts.retval))
 
 
-@functools.cache
 def _field(name: str) -> int:
     """Where the kernel keeps ``name`` of a queue or stack, in bytes; programs may read that through the map."""
-    made = _kernel_queue()
-    found = next((field for field in made.fields if field.name == name), None) if isinstance(made, Record) else None
-    if found is None:
-        raise UnsupportedError(
-            "this kernel does not tell how it keeps a queue (struct bpf_queue_stack in /sys/kernel/btf/vmlinux), so "
-            "that its elements cannot be counted",
-            feature="struct bpf_queue_stack",
-        )
-    return found.offset // 8
-
-
-@functools.cache
-def _kernel_queue() -> Type | None:
-    path = Path("/sys/kernel/btf/vmlinux")
-    return Btf.parse(path.read_bytes(), str(path)).find("struct bpf_queue_stack") if path.exists() else None
+    members = [f"bpf_queue_stack.{field}" for field in ("head", "tail", "size")]
+    return offsets("a queue", "its elements cannot be counted", *members)[f"bpf_queue_stack.{name}"]
 
 
 def _move_code(

@@ -14,12 +14,10 @@ on when it leaves that map. Adding it to a map that has a program of a kind that
 from __future__ import annotations
 
 import errno
-import functools
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -51,14 +49,12 @@ from hitless.kernel.codegen import (
     Assembler,
 )  # fmt: skip
 from hitless.kernel.iterators import Iterator as Pass
-from hitless.kernel.libbpf import system_call
 from hitless.kernel.links import Link
 from hitless.kernel.maps import ANY, Map, create
 from hitless.kernel.namespaces import Namespace, entered
 from hitless.kernel.programs import Program
 from hitless.kernel.sockets import Adder, Sockets, create_base, list_sockets
-from hitless.layout.btf import Btf
-from hitless.layout.model import Record, Type
+from hitless.kernel.vmlinux import offsets
 
 __all__ = ["Given", "give", "hand_over", "programs_of_sockets"]
 
@@ -69,11 +65,12 @@ _SOCKET_OF_TCP = 8  # in struct bpf_iter__tcp, behind the pointer to meta
 _UNTOUCHED = 1  # an outcome that no call has
 
 _PLACES = {
-    "sk_msg_verdict": "msg_parser",
-    "sk_skb_stream_parser": "stream_parser",
-    "sk_skb_stream_verdict": "stream_verdict",
-    "sk_skb_verdict": "skb_verdict",
+    "sk_msg_verdict": "sk_psock_progs.msg_parser",
+    "sk_skb_stream_parser": "sk_psock_progs.stream_parser",
+    "sk_skb_stream_verdict": "sk_psock_progs.stream_verdict",
+    "sk_skb_verdict": "sk_psock_progs.skb_verdict",
 }
+_WAY = ("sock.sk_user_data", "sk_psock.progs", "bpf_prog.aux", "bpf_prog_aux.id")
 _VERDICTS = ("sk_skb_stream_verdict", "sk_skb_verdict")
 
 
@@ -97,12 +94,14 @@ def programs_of_sockets(held: Map, attach_type: str) -> dict[int, int]:
     asm.call(_COOKIE)
     asm.emit(STORE[8], FP, R0, -16)
     asm.emit(STORE_IMM[8], FP, 0, -8, 0)
-    for step in (("sock", "sk_user_data"), ("sk_psock", "progs", _PLACES[attach_type]), ("bpf_prog", "aux")):
-        _follow(asm, _offset(*step), 8)
+    kept = offsets("the programs of a socket", "nobody can say which sockets run which", *_WAY, *_PLACES.values())
+    program = kept["sk_psock.progs"] + kept[_PLACES[attach_type]]
+    for offset in (kept["sock.sk_user_data"], program, kept["bpf_prog.aux"]):
+        _follow(asm, offset, 8)
         asm.emit(LOAD[8], R6, FP, -8)
         asm.emit(AND_IMM, R6, imm=-8)  # the low bits of the first are flags of the socket's
         asm.emit(JEQ_IMM, R6, off="none", imm=0)
-    _follow(asm, _offset("bpf_prog_aux", "id"), 4)
+    _follow(asm, kept["bpf_prog_aux.id"], 4)
     asm.emit(LOAD[4], R6, FP, -8)
     asm.label("none")
     asm.emit(STORE[8], FP, R6, -8)
@@ -255,27 +254,3 @@ def _end(asm: Assembler) -> None:
 
 def _bytes(number: int, size: int) -> bytes:
     return number.to_bytes(size, sys.byteorder)
-
-
-@functools.cache
-def _offset(struct: str, *members: str) -> int:
-    """Where the kernel keeps a member, in bytes."""
-    made: Type | None = _kernel_types().find(f"struct {struct}")
-    bits = 0
-    for name in members:
-        field = next((each for each in made.fields if each.name == name), None) if isinstance(made, Record) else None
-        if field is None:
-            raise UnsupportedError(
-                f"this kernel does not tell where it keeps the programs of a socket (struct {struct}, {name} in "
-                "/sys/kernel/btf/vmlinux)",
-                feature=f"struct {struct}",
-            )
-        bits, made = bits + field.offset, field.type
-    return bits // 8
-
-
-@functools.cache
-def _kernel_types() -> Btf:
-    path = Path("/sys/kernel/btf/vmlinux")
-    with system_call("reading", path):
-        return Btf.parse(path.read_bytes(), str(path))

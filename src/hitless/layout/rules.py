@@ -58,6 +58,7 @@ class MapRules(msgspec.Struct, frozen=True):
     ``old_value_type`` are those types. ``convert`` is the user's function as ``module:name``, and ``functions`` are
     the names in its module of those that belong to it: see :mod:`hitless.layout.structured`. Maps of one ``group``
     are carried together or not at all. ``programs`` ``read`` promises that no program of the release writes the map.
+    ``slots`` are the programs by name that a program array holds, beside those that its object puts there, by index.
     ``turned``: these are rules for going back, on which the functions for the way back are those for the way there.
     """
 
@@ -75,6 +76,7 @@ class MapRules(msgspec.Struct, frozen=True):
     functions: tuple[str, ...] = ()
     group: str | None = None
     programs: Programs | None = None
+    slots: Mapping[int, str] = {}
     turned: bool = False
 
     def function(self, suffix: str = "") -> str | None:

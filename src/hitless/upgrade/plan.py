@@ -170,7 +170,7 @@ def _plan_maps(
         else _plan_map(diff, old, bundle, features, allow_loss, current.record.unwritten, apart)
         for diff in diff_maps(list(old.values()), list(new.values()), bundle.rules)
     ]
-    plans = [_with_slots(entry, current) for entry in plans]
+    plans = [_with_slots(entry, current, bundle) for entry in plans]
     planned = _whole_groups(_without_unpinned(plans, current, bundle, allow_loss), current, bundle)
     return planned if into is None else tuple(_with_last(entry, current, into) for entry in planned)
 
@@ -295,16 +295,19 @@ def _is_allowed(name: str, was: str | None, bundle: Bundle, allow_loss: Collecti
     return rules.on_loss == "discard" or name in allow_loss or was in allow_loss
 
 
-def _with_slots(entry: MapPlan, current: Generation) -> MapPlan:
-    """The plan of a program array with the slots that the running release's object did not fill."""
+def _with_slots(entry: MapPlan, current: Generation, bundle: Bundle) -> MapPlan:
+    """The plan of a program array with the slots that somebody else filled and the new release does not."""
     live = current.maps.get(entry.was or entry.name)
     if live is None or entry.action != "discard":
         return entry
     own = {index for index, _ in live.spec.slots}
+    own |= set(current.record.own_rules.get(entry.was or entry.name, MapRules()).slots)
+    own |= set(bundle.rules.get(entry.name, MapRules()).slots)
     foreign = [str(index) for index in live.filled if index not in own]
     if not foreign:
         return entry
-    loss = f"slots that the object does not fill itself: {', '.join(foreign)}"
+    how = f"name their programs in [map.{entry.name}.slots]"
+    loss = f"slots that neither release fills itself: {', '.join(foreign)}; {how}"
     return msgspec.structs.replace(entry, loss=(*entry.loss, loss))
 
 

@@ -5,6 +5,7 @@ Which states a kill can leave in between, and what they mean, is told in :mod:`h
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -71,6 +72,9 @@ def build_next(node: Node, bundle: Bundle, decided: Plan, current: Generation | 
         loaded = load_object(item.data, item.spec.name, maps, sections)
         maps = {**loaded.maps, **maps}
         programs.update(loaded.programs)
+    for name, rule in bundle.rules.items():
+        for slot, leaf in rule.slots.items():  # whole before anybody can jump by it
+            maps[name].update(slot.to_bytes(4, sys.byteorder), programs[leaf].fd.to_bytes(4, sys.byteorder))
     _refuse_foreign_storage(decided.hooks, maps, programs, current)
     unwritten = [name for item in bundle.objects for name in prove_unwritten(item, bundle.rules, maps)]
     record = msgspec.structs.replace(record, unwritten=tuple(dict.fromkeys(unwritten)))
