@@ -510,11 +510,11 @@ class _Reader:
         if "mode" in entry and (not hook.startswith("xdp") or entry["mode"] not in _MODES):
             self._fail((*path, "mode"), f"mode is {' or '.join(_MODES)}, and for xdp only, not {entry['mode']!r}")
         self._numbers(entry, path)
-        if entry.get("adopt") and HOOKS[hook].linked:
+        if entry.get("adopt") and hook != "cgroup" and HOOKS[hook].linked:
             self._fail(
                 (*path, "adopt"),
-                f"{hook} is attached by a link, which takes no other program's place: adopt is for tc-ingress, "
-                'tc-egress, and xdp with by = "netlink"',
+                f"{hook} is attached by a link, which takes no other program's place: adopt is for cgroup, "
+                'tc-ingress, tc-egress, and xdp with by = "netlink"',
             )
         for key in ("link", "was"):
             if key in entry and not _PIN_NAME.fullmatch(entry[key]):

@@ -16,6 +16,7 @@ from typing import Protocol
 from hitless.errors import GoneError, KernelError, NodeError
 from hitless.hooks import HOOKS
 from hitless.kernel.bpffs import make_directory, move, unpin
+from hitless.kernel.cgroups import CgroupPlace
 from hitless.kernel.dispatcher import Dispatcher
 from hitless.kernel.filters import Direction, Filter, free_place
 from hitless.kernel.interfaces import Interface, interfaces
@@ -94,7 +95,7 @@ def attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
 def adopt(hook: HookPlan, links: Path) -> Iterator[Attached]:
     """What another tool attached, under a note of our own from now on; it runs on. Raises as :func:`attach`."""
     pin = links / hook.link
-    where = _where(hook, _interface(hook))
+    where = _where(hook)
     if pin.exists() and read_note(pin) != where:
         remove(links, hook.link)  # of an interface that was there before
     if not pin.exists():
@@ -170,7 +171,10 @@ def _attach_noted(hook: HookPlan, program: Program, pin: Path) -> None:
                 raise
 
 
-def _where(hook: HookPlan, interface: Interface) -> Where:
+def _where(hook: HookPlan) -> Where:
+    if hook.hook == "cgroup":
+        return CgroupPlace(hook.target, hook.target_id, hook.attach_type)
+    interface = _interface(hook)
     if hook.hook == "xdp-netlink":
         return Xdp(interface, "generic" if hook.mode == "generic" else "native")
     return Filter(interface, _direction(hook), hook.priority, hook.handle)

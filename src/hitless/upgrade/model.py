@@ -11,7 +11,7 @@ from hitless.kernel.links import LinkInfo
 from hitless.kernel.maps import MapInfo
 from hitless.kernel.programs import ProgramInfo
 from hitless.layout.diff import Change
-from hitless.layout.model import MapSpec, ObjectSpec
+from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec
 from hitless.layout.rules import MapRules
 from hitless.upgrade.phases import Recovery, recovery
 
@@ -74,9 +74,9 @@ class HookPlan(msgspec.Struct, frozen=True):
 
     To adopt is to update what another tool attached. ``expected`` is the kernel's id of the program that must be
     running there for the update to happen; ``adopted`` is its name if hitless did not attach it. ``target_id`` is the
-    number of the target, as in LinkInfo, and ``netns`` the network namespace of an interface. ``matched`` says that a pattern led
-    to it, so that it may go at any time. ``priority`` and ``handle`` are those of a tc filter; 0 is one that is free
-    when it is attached.
+    number of the target, as in LinkInfo, and ``netns`` the network namespace of an interface. ``matched`` says that a
+    pattern led to it, so that it may go at any time. ``priority`` and ``handle`` are those of a tc filter; 0 is one
+    that is free when it is attached.
     """
 
     link: str
@@ -261,6 +261,11 @@ class Record(msgspec.Struct, frozen=True):
     own_rules: dict[str, MapRules] = {}
     former: Former | None = None
     schema: int = SCHEMA
+
+    @property
+    def programs(self) -> dict[str, ProgramSpec]:
+        """The release's programs, by name."""
+        return {program.name: program for item in self.objects for program in item.programs}
 
 
 class LiveMap(msgspec.Struct, frozen=True):

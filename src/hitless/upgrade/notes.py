@@ -1,4 +1,4 @@
-"""A hook whose program no link holds: the interface does, and under ``links/`` a note of where that is takes its place.
+"""A hook whose program no link holds, but the interface or cgroup: under ``links/`` is a note of where that is instead.
 
 The note is pinned before the program is attached and goes after it was detached, so whoever is killed between leaves
 word of what there may be. What runs there is never noted: the kernel is asked.
@@ -15,6 +15,7 @@ import msgspec
 
 from hitless.errors import HitlessError, NodeError
 from hitless.kernel.bpffs import unpin
+from hitless.kernel.cgroups import CgroupPlace
 from hitless.kernel.filters import Filter
 from hitless.kernel.libbpf import pinned_kind
 from hitless.kernel.links import LinkInfo
@@ -24,7 +25,7 @@ from hitless.kernel.xdp import Xdp
 
 __all__ = ["Noted", "Where", "note", "noted", "read_note"]
 
-Where = Filter | Xdp
+Where = Filter | Xdp | CgroupPlace
 
 _KEY = bytes(4)
 _ARRAY = 2
@@ -35,6 +36,7 @@ _NAME = "note"
 class _Note(msgspec.Struct, frozen=True, omit_defaults=True):
     filter: Filter | None = None
     xdp: Xdp | None = None
+    cgroup: CgroupPlace | None = None
 
 
 class Noted:
@@ -47,6 +49,11 @@ class Noted:
     @property
     def info(self) -> LinkInfo:
         """The program that runs there now, in the words of a link. Raises KernelError, NodeError."""
+        if isinstance(self.where, CgroupPlace):
+            # Others may be attached there the same way; only ours is what the note is about.
+            own = self._own()
+            runs = next((one for one in self.where.programs() if one in own), 0)
+            return LinkInfo(0, "cgroup", runs, self.where.id if runs else 0, self.where.attach_type)
         found = self.where.info
         target = 0 if found.is_dead else found.target_id
         if isinstance(self.where, Xdp):
@@ -61,11 +68,16 @@ class Noted:
     def detach(self) -> None:
         """Take a program of this root off; another's stays. Raises as :meth:`update`."""
         runs = self.info.program_id
+        if runs in (own := self._own()):
+            with Program.open(own[runs]) as program:
+                self.where.detach(program)
+
+    def _own(self) -> dict[int, Path]:
+        own = {}
         for pin in self._root.glob("*/progs/*"):
-            with Program.open(pin) as own:
-                if own.info.id == runs:
-                    self.where.detach(own)
-                    return
+            with Program.open(pin) as program:
+                own[program.info.id] = pin
+        return own
 
     def close(self) -> None:
         """Nothing is held."""
@@ -73,7 +85,13 @@ class Noted:
 
 def note(pin: Path, where: Where) -> None:
     """Pin a note of ``where``. Raises KernelError."""
-    made = _Note(xdp=where) if isinstance(where, Xdp) else _Note(filter=where)
+    match where:
+        case Xdp():
+            made = _Note(xdp=where)
+        case Filter():
+            made = _Note(filter=where)
+        case CgroupPlace():
+            made = _Note(cgroup=where)
     with create(_ARRAY, _NAME, 4, _ROOM, 1) as pinned:
         pinned.update(_KEY, msgspec.json.encode(made).ljust(_ROOM))
         pinned.pin(pin)
@@ -102,7 +120,7 @@ def read_note(pin: Path) -> Where | None:
         made = msgspec.json.decode(text or b"", type=_Note)
     except msgspec.DecodeError:
         made = _Note()
-    where = made.xdp or made.filter
+    where = made.xdp or made.filter or made.cgroup
     if where is None:
         raise NodeError(f"{pin} is a pinned map, not a link; it is not from hitless", path=str(pin))
     return where

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -17,12 +17,14 @@ import msgspec
 from hitless.bundle import Attach
 from hitless.errors import GoneError, KernelError
 from hitless.hooks import HOOKS
+from hitless.kernel.cgroups import CgroupPlace
 from hitless.kernel.filters import filters
 from hitless.kernel.interfaces import Interface, interfaces
 from hitless.kernel.links import cgroup_id
 from hitless.kernel.namespaces import Namespace, namespaces
 from hitless.kernel.programs import Program
 from hitless.kernel.xdp import Xdp
+from hitless.layout.model import ProgramSpec
 
 __all__ = ["Occupant", "Place", "find_places", "place_id"]
 
@@ -31,10 +33,10 @@ _PLAIN = re.compile(r"[^A-Za-z0-9_-]")
 
 
 class Occupant(msgspec.Struct, frozen=True):
-    """A program that runs at a place on an interface, whoever attached it: hooks of XDP and of tc filters only.
+    """A program at a place, whoever attached it: by XDP, as a tc filter, or to a cgroup without a link.
 
-    ``mode`` is XDP's; ``is_linked`` says that a link holds it, which is told for entries that adopt. ``priority``,
-    ``handle`` and ``is_plain`` are those of a filter.
+    ``mode`` is XDP's; ``is_linked`` says that a link holds it. That, and what is on a cgroup, is told for entries
+    that adopt. ``priority``, ``handle`` and ``is_plain`` are those of a filter.
     """
 
     program_id: int
@@ -46,8 +48,11 @@ class Occupant(msgspec.Struct, frozen=True):
     is_plain: bool = True
 
     def __str__(self) -> str:
-        where = f"{self.mode} XDP" if self.mode else f"tc filter with priority {self.priority}, handle {self.handle:#x}"
-        return f"program {self.program_id}{f' ({self.name})' if self.name else ''} as {where}"
+        name = f"program {self.program_id}{f' ({self.name})' if self.name else ''}"
+        if self.mode:
+            return f"{name} as {self.mode} XDP"
+        filtering = f" as tc filter with priority {self.priority}, handle {self.handle:#x}"
+        return name + (filtering if self.priority else " without a link")
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -68,9 +73,9 @@ class Place(msgspec.Struct, frozen=True):
         return f"{HOOKS[self.entry.hook].on} {self.target}" + (f" in {self.netns}" if self.netns else "")
 
 
-def find_places(attach: Iterable[Attach]) -> tuple[Place, ...]:
+def find_places(attach: Iterable[Attach], programs: Mapping[str, ProgramSpec]) -> tuple[Place, ...]:
     """All places of the entries, in their order. Raises NodeError if a target that is no pattern is not there."""
-    return tuple(place for entry in attach for place in _places(entry))
+    return tuple(place for entry in attach for place in _places(entry, programs[entry.program]))
 
 
 def place_id(hook: str, target: str, netns: str | None) -> int:
@@ -86,14 +91,18 @@ def place_id(hook: str, target: str, netns: str | None) -> int:
             return _interface(target, netns).index
 
 
-def _places(entry: Attach) -> Iterator[Place]:
+def _places(entry: Attach, program: ProgramSpec) -> Iterator[Place]:
     if not entry.is_pattern and HOOKS[entry.hook].on == "interface":
         interface = _interface(entry.target, entry.netns)
         seen = tuple(_occupants(entry, interface))
         yield Place(entry, entry.link, entry.was, entry.target, entry.netns, interface.index, seen)
     elif not entry.is_pattern:
         number = place_id(entry.hook, entry.target, entry.netns)
-        yield Place(entry, entry.link, entry.was, entry.target, entry.netns, number)
+        there: list[int] = []
+        if entry.adopt:  # a cgroup's
+            there = CgroupPlace(entry.target, number, HOOKS[entry.hook].attach_type(program)).programs()
+        seen = tuple(Occupant(one.info.id, one.info.name) for one in map(_loaded, there) if one is not None)
+        yield Place(entry, entry.link, entry.was, entry.target, entry.netns, number, seen)
     elif HOOKS[entry.hook].on == "netns":
         for namespace in namespaces(entry.target):
             names = _names(entry, namespace)

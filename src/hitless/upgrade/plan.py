@@ -391,7 +391,7 @@ def hooks_of(plan: Plan) -> tuple[Hook, ...]:
 def late_hooks(plan: Plan, record: Record, places: Sequence[Place]) -> list[HookPlan]:
     """Those of ``places``, to which patterns lead now, that the plan does not know, or knows as something that went."""
     known = {(hook.link, hook.target_id) for hook in plan.hooks if hook.action != "detach"}
-    programs = {program.name: program for item in record.objects for program in item.programs}
+    programs = record.programs
     own = {program.id for program in record.pinned_programs.values()} | {hook.expected for hook in plan.hooks}
     return [_new_hook(place, programs, own) for place in places if (place.link, place.id) not in known]
 
@@ -410,7 +410,8 @@ def _new_hook(place: Place, programs: Mapping[str, ProgramSpec], own: Container[
             if entry.priority in (0, one.priority) and entry.handle in (0, one.handle)
         ]  # fmt: skip
     if entry.adopt:
-        there = [one for one in there if one.mode or one.program_id not in own]
+        # A filter has a place of its own; of XDP, and on a cgroup without a link, there can be but one of ours.
+        there = [one for one in there if not one.priority or one.program_id not in own]
     elif not (entry.hook.startswith("xdp") or entry.handle):
         there = []  # others have their own places
     if not there:
@@ -440,7 +441,8 @@ def _not_adopted(place: Place, there: Sequence[Occupant], own: Container[int | N
         how = "adopt = true" if not HOOKS[entry.hook].linked else 'by = "netlink" and adopt = true'
         return f"which hitless did not attach: let who did take it off, or let this release take it over ({how})"
     if len(there) > 1:
-        return "and nobody can say which one to adopt: give its priority and handle"
+        what = ": give its priority and handle" if found.priority else "; let who attached them take off all others"
+        return f"and nobody can say which one to adopt{what}"
     if found.is_linked:
         return (
             "held by a link of another tool, which stays its owner's, and which the kernel lets nothing else replace: "

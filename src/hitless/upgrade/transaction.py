@@ -34,6 +34,7 @@ from hitless.kernel.programs import Program
 from hitless.upgrade.attached import open_attached, remove, rename
 from hitless.upgrade.carrier import Carrier, Tally
 from hitless.upgrade.checks import (
+    refuse_exclusive,
     refuse_loss,
     refuse_overfull,
     refuse_replaced_pins,
@@ -118,7 +119,7 @@ def _plan(
     if planned is not None:
         require_meant(planned, state.root, bundle)
         allow_loss = {entry.name for entry in planned.maps if entry.allowed}
-    places = find_places(bundle.attach)
+    places = find_places(bundle.attach, bundle.programs)
     targets = _targets(places, state)
     if planned is not None and planned.fingerprint is not None:
         able = {name: name in asked for name in planned.fingerprint.features}
@@ -129,6 +130,7 @@ def _plan(
     if planned is not None:
         require_same(planned, decided)
     refuse_overfull(node, state, bundle, decided)
+    refuse_exclusive(decided)
     return msgspec.structs.replace(decided, fingerprint=fingerprint(state, targets, asked.answers, *machine))
 
 
@@ -152,8 +154,11 @@ def _plan_back(node: Node, state: NodeState, allow_loss: Collection[str]) -> tup
     last = node.last()
     refuse_replaced_pins(node.previous, last)
     release = last_release(last, state.current, node.previous)
-    decided = make_plan(state, release, find_places(release.attach), features(), allow_loss, last)
+    decided = make_plan(
+        state, release, find_places(release.attach, release.programs), features(), allow_loss, last
+    )
     refuse_overfull(node, state, release, decided)
+    refuse_exclusive(decided)
     return decided, release
 
 
@@ -532,7 +537,7 @@ class _Upgrade:
         """Attach the release to what patterns match by now and did not when it was planned."""
         assert self._record is not None  # what was staged, or given to reopen
         patterns = [entry for entry in self._record.attach if entry.is_pattern]
-        while late := late_hooks(self._plan, self._record, find_places(patterns)):
+        while late := late_hooks(self._plan, self._record, find_places(patterns, self._record.programs)):
             known = {hook.link for hook in late}
             others = [hook for hook in self._plan.hooks if hook.link not in known]
             self._plan = msgspec.structs.replace(self._plan, hooks=(*late, *others))
