@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -462,3 +464,27 @@ def test_a_key_that_does_not_fit_is_refused_with_its_line(make: Make, line: str,
 def test_a_link_adopts_nothing(make: Make) -> None:
     with pytest.raises(hitless.BundleError, match=r"toml:\d+: xdp is attached by a link"):
         make(1, EARLY.replace('by = "netlink"', "adopt = true"))
+
+
+def test_the_command_shows_what_is_adopted_and_needs_no_more_rights_for_it(
+    pods: Pods, node: hitless.Node, make: Make, tool: Tool
+) -> None:
+    (number,) = pods.add(1)
+    Filter.attach(tool.programs["late"], interface(pods, number), "ingress")
+    Xdp.attach(tool.programs["early"], interface(pods, number), "native")
+    release = make(1, ADOPTING).path
+
+    def hitless_says(command: str, *arguments: object) -> str:
+        line = [sys.executable, "-m", "hitless", command, *map(str, arguments), "--root", str(node.root)]
+        return subprocess.run(line, capture_output=True, text=True, timeout=30, check=False).stdout
+
+    options = (release, "--set", f"pods={pods.directory}/*")
+    planned = hitless_says("plan", *options)
+    for hook, program in (("early", "early"), ("late", "late")):
+        words = rf"adopt +{hook}@\S+ +{program} +eth0 in \S+, instead of program {tool.ids[program]} {program}\n"
+        assert re.search(words, planned), planned
+    hitless_says("apply", *options, "--yes")
+    assert running(pods, number) == own(node)
+    assert "no problems" in hitless_says("status")
+    hitless_says("unload", "--yes")
+    assert running(pods, number) == ([], [])
