@@ -160,6 +160,7 @@ def measure_mixing(stage: Stage, mode: str, traffic: Traffic) -> Mixing:
             connections, upgrades, seconds = _upgrade(stage, traffic, update)
     else:
         with stage.board(stage.releases[0]) as (board, _):
+            board.left()  # the first time reads the kernel's types, which takes long
 
             def turn(upgrade: int, until: float) -> None:
                 nonlocal moved

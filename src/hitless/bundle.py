@@ -21,7 +21,7 @@ from hitless.layout.elf import Binding, read_btf, read_object
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec, Type
 from hitless.layout.rules import FieldRule, MapRules
 
-__all__ = ["MANIFEST", "Attach", "Bundle", "BundleObject", "unite_maps"]
+__all__ = ["MANIFEST", "Attach", "Bundle", "BundleObject", "CutoverRule", "unite_maps"]
 
 MANIFEST = "bundle.toml"
 
@@ -32,8 +32,11 @@ _NOT_YET = {
 _HOOKS = tuple(name for name in HOOKS if name != "xdp-netlink")
 _SOCKET_MAPS = ("sockmap", "sockhash")
 _MODES = ("native", "generic")
+_CONSISTENCY = ("hook", "connection")
+_LONGEST = 86400  # s that connections may stay with the old release
 _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "": {"bundle": dict, "object": list, "attach": list, "map": dict},
+    "": {"bundle": dict, "object": list, "attach": list, "map": dict, "cutover": dict},
+    "cutover": {"consistency": str, "deadline": (int, float)},
     "bundle": {"name": str, "version": str},
     "object": {"file": str, "program": dict},
     "attach": {
@@ -81,6 +84,16 @@ class Attach(msgspec.Struct, frozen=True):
         return any(sign in text for sign in "*?[" for text in texts)
 
 
+class CutoverRule(msgspec.Struct, frozen=True):
+    """How hooks go over: each ``hook`` by itself, or together for each ``connection`` that begins.
+
+    In that case connections that had begun stay with the old release until they end, at most ``deadline`` seconds.
+    """
+
+    consistency: str = "hook"
+    deadline: float = 60.0
+
+
 class BundleObject(msgspec.Struct, frozen=True):
     """One object file of a bundle: what it declares, and its bytes."""
 
@@ -106,6 +119,7 @@ class Bundle(msgspec.Struct, frozen=True):
     attach: tuple[Attach, ...]
     rules: dict[str, MapRules]
     converters: dict[str, str] = {}
+    cutover: CutoverRule = CutoverRule()
 
     @classmethod
     def load(
@@ -255,6 +269,7 @@ class _Reader:
             raise BundleError(f"{self._file} is not TOML: {error}", file=str(self._file)) from None
         self._check(manifest, "", ())
         self._check(manifest.get("bundle", {}), "bundle", ("bundle",))
+        self._check(manifest.get("cutover", {}), "cutover", ("cutover",))
         for name, entry in manifest.get("map", {}).items():
             self._check(entry, "map", ("map", name))
         bindings = {
@@ -295,7 +310,17 @@ class _Reader:
             attach=tuple(attach),
             rules=rules,
             converters=self._converters,
+            cutover=self._cutover(manifest.get("cutover", {})),
         )
+
+    def _cutover(self, entry: Mapping[str, Any]) -> CutoverRule:
+        rule = CutoverRule(**entry)
+        if rule.consistency not in _CONSISTENCY:
+            words = f"consistency is {' or '.join(_CONSISTENCY)}, not {rule.consistency!r}"
+            self._fail(("cutover", "consistency"), words)
+        if not 0 <= rule.deadline <= _LONGEST:
+            self._fail(("cutover", "deadline"), f"deadline is in seconds, from 0 to {_LONGEST}, not {rule.deadline}")
+        return rule
 
     def _check_text(self, item: Any, path: tuple[str, ...]) -> None:
         # Names and values end up in messages and plans, whose lines a control character could forge.

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 import hitless
+from hitless.kernel.links import Link
+from hitless.kernel.programs import Program
+from hitless.kernel.xdp import quick
 from hitless.upgrade.status import status
 from meshd.demo.pods import Pods
 from tests.releases import write_release
@@ -73,9 +77,16 @@ link = "late"
 """
 
 
-def bundle(tmp_path: Path, number: int, pods: str) -> hitless.Bundle:
+BY_CONNECTION = """
+[cutover]
+consistency = "connection"
+deadline = 0
+"""
+
+
+def bundle(tmp_path: Path, number: int, pods: str, rule: str = "") -> hitless.Bundle:
     source = SOURCE.replace("RELEASE", str(number))
-    path = write_release(tmp_path / str(number), f"{number}.0", source, ATTACH)
+    path = write_release(tmp_path / str(number), f"{number}.0", source, rule + ATTACH)
     return hitless.Bundle.load(path, {"pods": pods})
 
 
@@ -159,6 +170,25 @@ def test_an_interface_that_goes_after_the_upgrade_is_no_problem_and_its_links_go
     assert hitless.verify(node).problems == ()
 
 
+def test_in_the_mode_by_connection_packets_without_a_socket_go_over_with_the_same_store(
+    pods: Pods, tmp_path: Path
+) -> None:
+    numbers = pods.add(3)
+    node = hitless.Node(pods.lab.bpffs / "store")
+    releases = [bundle(tmp_path, number, str(pods.directory / "*"), BY_CONNECTION) for number in (1, 2)]
+    hitless.apply(node, releases[0])
+    sending = pods.send(numbers, 30, 400_000)
+    for turn in range(1, 7):
+        hitless.apply(node, releases[turn % 2])
+    sent = dict(zip(numbers, sending.stop(), strict=True))
+    for name in ("by_xdp", "by_tcx"):
+        old, new = counted(node, name)
+        assert {pod: old.get(pod, 0) + new.get(pod, 0) for pod in numbers} == sent
+        assert min(old.values()) > 0
+        assert min(new.values()) > 0
+    assert hitless.verify(node).problems == ()
+
+
 def test_a_rollback_takes_every_interface_back(pods: Pods, tmp_path: Path) -> None:
     numbers = pods.add(3)
     node = hitless.Node(pods.lab.bpffs / "store")
@@ -175,6 +205,27 @@ def test_a_rollback_takes_every_interface_back(pods: Pods, tmp_path: Path) -> No
 
 def _path(pods: Pods, pod: int) -> str:
     return str(pods.directory / f"pod{pod}").replace("/", "~2f")
+
+
+@pytest.mark.parametrize(("hook", "program", "seen"), [("xdp", "early", "by_xdp"), ("tcx-ingress", "late", "by_tcx")])
+def test_each_packet_is_counted_by_one_of_two_programs_that_took_turns_a_thousand_times(
+    pods: Pods, tmp_path: Path, hook: str, program: str, seen: str
+) -> None:
+    (pod,) = pods.add(1)
+    node = hitless.Node(pods.lab.bpffs / "store")
+    for number in (1, 2):
+        result = hitless.apply(node, bundle(tmp_path, number, str(pods.directory / f"pod{pod}")))
+    (update,) = (one for one in result.hooks if one.hook == hook)
+    sending = pods.send([pod], 60, 2_000_000)
+    programs = [Program.open(generation / "progs" / program) for generation in (node.current, node.previous)]
+    with quick(programs) if hook == "xdp" else nullcontext(), Link.open(node.links / update.link) as link:
+        for turn in range(1000):
+            link.update(programs[(turn + 1) % 2], programs[turn % 2])
+            time.sleep(0.001)
+    (sent,) = sending.stop()
+    old, new = counted(node, seen)
+    assert old[pod] + new[pod] == sent
+    assert min(old[pod], new[pod]) > 1000
 
 
 def test_an_interface_named_in_full_that_vanishes_is_an_error_and_everything_is_as_before(

@@ -50,6 +50,11 @@ CALLS = {
     1: 'struct calls { __u32 calls TAG("merge=sum"); };',
     2: 'struct calls { __u64 since; __u64 calls TAG("merge=sum"); };',
 }
+BY_CONNECTION = """
+[cutover]
+consistency = "connection"
+deadline = 0
+"""
 NOTE = """
 [[attach]]
 program = "note"
@@ -74,16 +79,17 @@ def bundle(
     return hitless.Bundle.load(path, {"cgroup": str(lab.cgroup)})
 
 
+@pytest.mark.parametrize(("rule", "upgrades"), [("", UPGRADES), (BY_CONNECTION, UPGRADES // 10)])
 def test_five_hundred_connections_are_served_through_a_hundred_upgrades_by_the_release_that_runs(
-    lab: Lab, tmp_path: Path
+    lab: Lab, tmp_path: Path, rule: str, upgrades: int
 ) -> None:
     node = hitless.Node(lab.bpffs / "store")
-    first, second = (bundle(lab, tmp_path, number) for number in (1, 2))
+    first, second = (bundle(lab, tmp_path, number, rule + NOTE + REDIRECT) for number in (1, 2))
     hitless.apply(node, first)
     with clients(lab, answers=True) as held:
         held.say(f"connect {CONNECTIONS}")
         held.say("run 0")
-        for _ in range(UPGRADES // 2):
+        for _ in range(upgrades // 2):
             for release in (second, first):
                 result = hitless.apply(node, release, allow_loss=("counted",))
         assert {hook.link: hook.action for hook in result.hooks} == {"note": "update", "redirect": "update"}

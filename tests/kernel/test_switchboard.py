@@ -196,6 +196,7 @@ class Mesh:
                 self.links[name].update(dispatcher, self.running[name])
             else:
                 self.links[name] = Link.attach_cgroup(dispatcher, self._lab.cgroup, kind)
+        board.left()  # the first time it reads the kernel's types, which takes as long as thousands of connections
         return board
 
     def put(self, board: Switchboard, release: dict[str, Program]) -> None:

@@ -38,6 +38,7 @@ FAULTS = {
     "writers stay in": "the last merge and the exchange do not keep writers out",
     "deletes what was touched": "a key that the old release deleted goes although the new one inserted it anew",
     "gone without a word": "a hook that the new release has not goes at the very end, and nothing is merged then",
+    "never settled": "connections of the old release are forgotten, and go on after the last merge",
     "new map first": "a dual write goes to the new map, then to the old one, then to the base, each by itself",
 }
 """What can be planted, and what it is: the checker must find each."""
@@ -49,6 +50,9 @@ WHERE = {
     "verify": "_Upgrade.build: Carriage.verify",
     "cutover": "_Upgrade.switch: write_record(cutover)",
     "hook": "switch_hooks: one link",
+    "flip": "connections.turn: Switchboard.flip, all hooks at once",
+    "settle": "connections.wait: Switchboard.settle, whoever is left",
+    "flip back": "connections.turn_back: flip_back and settle",
     "read": "merge_round: old value and base are read",
     "merge": "Merger.merge: one run, new map and base together",
     "add": "a run that changes the new map only",
@@ -85,7 +89,8 @@ class World:
     ``runs`` of programs, up to two at once, on ``hooks`` whose actions are as in a plan; they use ``keys``. ``writes``
     by a ``writer``: ``dual`` is a thread of the upgrading process, ``locked`` another process with a handle,
     ``foreign`` one that holds a descriptor of the old map; ``strict`` demands that what this one writes up to the
-    commit is kept. ``policy`` is how B is merged. ``starts`` is what A holds at first.
+    commit is kept. With a ``board`` connections keep to their release, so that after the flip either runs on every
+    hook, until the board is settled. ``policy`` is how B is merged. ``starts`` is what A holds at first.
     """
 
     runs: int = 2
@@ -98,6 +103,7 @@ class World:
     policy: str = "keep"
     starts: Value = 1
     strict: bool = False
+    board: bool = False
     fault: str = ""
 
 
@@ -174,6 +180,10 @@ def _build(world: World) -> tuple[str, ...]:
 def _switch(world: World) -> tuple[str, ...]:
     hooks = [f"hook {at}" for at, action in enumerate(world.hooks) if action != "detach"]
     hooks = [*hooks, "cutover"] if world.fault == "phase after the hooks" else ["cutover", *hooks]
+    if world.board:
+        hooks = ["cutover", "flip", *_merges(world)]
+        if world.fault != "never settled":
+            hooks.append("settle")
     barrier = [] if world.fault == "no barrier" else ["barrier", "passed"]
     commit = ["commit 0", "commit 1"] if world.fault == "commit in two" else ["commit"]
     end = [*_merges(world), *commit]
@@ -202,6 +212,8 @@ def _finish(world: World, kept: bool) -> tuple[str, ...]:
 
 def _take_back(world: World, filled: bool) -> tuple[str, ...]:
     hooks = [f"unhook {at}" for at in reversed(range(len(world.hooks))) if world.hooks[at] != "detach"]
+    if world.board:
+        hooks = ["flip back"]
     barrier = [] if world.fault == "no barrier back" else ["barrier", "passed"]
     merges = [f"{part} {key}" for key in world.keys for part in ("read-back", "merge-back")]
     end = ["undone", *merges] if world.fault == "undone before the merge back" else [*merges, "undone"]
@@ -245,7 +257,7 @@ def _upgrader(state: State, world: World) -> Iterator[Step]:
             yield f"{step}: {WHERE[kind]}", after
     if kind == "read" and "barrier" in state.todo and "alone" in state.todo:
         yield "_merge: the first is left out, for it would take too long", state._replace(
-            todo=state.todo[state.todo.index("barrier") :]
+            todo=state.todo[state.todo.index("settle" if "settle" in state.todo else "barrier") :]
         )
     if state.errors:
         failed = state._replace(errors=state.errors - 1, read=None, alone=False)
@@ -272,6 +284,9 @@ def _do(state: State, step: str, world: World) -> State | None:
             return state._replace(base=_with(state.base, at, state.old[at]), new=_with(state.new, at, state.old[at]))
         case "cutover" | "undoing" | "merging-back" | "undone":
             return state._replace(phase=kind)
+        case "flip" | "settle" | "flip back":
+            runs = {"flip": "either", "settle": "new", "flip back": "old"}[step]
+            return state._replace(hooks=tuple(runs for _ in state.hooks))
         case "hook":
             return state._replace(hooks=_with(state.hooks, int(what), "new"))
         case "unhook":
@@ -362,7 +377,7 @@ def _policy(at: int, world: World) -> str:
 def _programs(state: State, world: World) -> Iterator[Step]:
     """A program begins with what its hook runs then, and writes that release's map some time later."""
     if state.todo and state.runs and len(state.flights) < 2:
-        for program in sorted(set(state.hooks) - {"off"}):
+        for program in sorted(_running(state)):
             flights = tuple(sorted((*state.flights, (program, False))))
             yield f"a program of the {program} release begins", state._replace(flights=flights, runs=state.runs - 1)
     for flight in sorted(set(state.flights)):
@@ -440,7 +455,7 @@ def problem(state: State, world: World) -> str | None:
     """What is wrong with this state, None if nothing is."""
     if state.public[0] != state.public[1]:
         return "a reader sees maps of both releases"
-    running = {*state.hooks, *(program for program, _ in state.flights)}
+    running = _running(state) | {program for program, _ in state.flights}
     if "new" in running and state.next != "whole" and state.public[0] == "old":
         return "programs of the new release run, and its maps are gone"
     if state.todo[:1] == ("verify",) and not state.write and state.new != state.base:
@@ -474,6 +489,11 @@ def rank(state: State) -> tuple[int, ...]:
         state.kills, state.errors, state.todo == ("recover",), len(state.todo), state.runs, len(state.flights),
         state.writes, -state.write % 3,
     )  # fmt: skip
+
+
+def _running(state: State) -> set[str]:
+    """Whose programs begin on some hook."""
+    return {run for hook in state.hooks for run in ({"old", "new"} if hook == "either" else {hook})} - {"off"}
 
 
 def _said(state: State, side: str, value: Value) -> State:

@@ -15,6 +15,11 @@ SCENARIOS = {
     "a hook goes, and a process writes": World(
         keys="B", hooks=("detach",), runs=1, writer="locked", writes=1, kills=1, errors=0
     ),
+    "connections keep to their release": World(board=True, runs=3, kills=1),
+    "inserting and deleting by connection": World(board=True, keys="B", runs=2, kills=1),
+    "a thread writes while connections are waited for": World(
+        board=True, keys="B", runs=1, writer="dual", writes=1, kills=1
+    ),
     "inserting and deleting": World(keys="B", runs=3, kills=1),
     "both keys": World(keys="AB", hooks=("update",), kills=1, errors=0),
     "a thread that writes to both maps": World(keys="B", runs=1, writer="dual", writes=1),
@@ -36,6 +41,7 @@ PLANTED = {
     "undone before the merge back": "counting",
     "back made again": "counting",
     "gone without a word": "a hook goes",
+    "never settled": "connections keep to their release",
     "writers stay in": "a writer in another process",
     "deletes what was touched": "inserting and deleting",
     "new map first": "a thread that sets a counter",

@@ -400,10 +400,10 @@ def _holders(node: Any) -> Any:
 def recover(root: str, wait: float, back: bool, as_json: bool) -> None:
     """Finish or undo an upgrade whose process was killed, as apply does first; 0 also if there is nothing to do."""
     import hitless
-    from hitless.cli.output import print_json, show_recovery
+    from hitless.cli.output import print_json, progress_line, show_recovery
     from hitless.upgrade.recovery import recovery
 
-    found = recovery(hitless.Node(root), back, wait)
+    found = recovery(hitless.Node(root), back, wait, None if as_json else progress_line())
     if as_json:
         print_json(found)
     else:

@@ -152,6 +152,11 @@ def show_plan(plan: Plan) -> None:
     click.echo(_headline(plan.name, plan.start_type, plan.from_version, plan.to_version, plan.root))
     _show_maps(plan.maps)
     _show_hooks(plan.hooks)
+    if plan.cutover.consistency == "connection":
+        click.echo(
+            "  connections that are open stay with the running release on all hooks until they end, at most for "
+            f"{plan.cutover.deadline:g} s"
+        )
     if plan.blocked:
         options = " ".join(f"--allow-loss {entry.name}" for entry in plan.blocked)
         command = "rollback" if plan.start_type == "rollback" else "apply"
@@ -227,6 +232,10 @@ def show_result(result: Result) -> None:
                 f"  {entry.name}: {entry.copied} entries copied, {entry.caught_up} caught up "
                 f"in {entry.rounds} rounds{lost}, {entry.seconds * 1000:.1f} ms"
             )
+    if result.cutover.moved is not None:
+        seconds = result.steps.get("connections", 0.0)
+        still = f"{result.cutover.moved:,} were still open then, and moved" if result.cutover.moved else "none was left"
+        click.echo(f"open connections were waited for {seconds:.1f} s; {still}")
     if result.cutover.hooks:
         caught_up = f"; caught up {result.cutover.stale_window_us / 1000:.1f} ms after the first"
         click.echo(
@@ -402,7 +411,7 @@ def progress_line() -> Callable[[Progress], None]:
             click.echo(f"\r\033[K{line}", nl=False, err=True)
             if progress.step in ("clean-up", "drain"):  # nothing may follow
                 click.echo("\r\033[K", nl=False, err=True)
-        elif progress.map is None or now - told > _SELDOM:
+        elif (progress.map is None and not progress.done) or now - told > _SELDOM:
             told = now
             click.echo(line, err=True)
 
@@ -410,6 +419,8 @@ def progress_line() -> Callable[[Progress], None]:
 
 
 def _detail(progress: Progress) -> str:
+    if progress.step == "connections" and progress.done:
+        return f": {progress.done:,} are left with the old release"
     if progress.map is None:
         return ""
     detail = f" {progress.map}: {progress.done:,} entries, {progress.rate:,.0f} a second"

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from hitless.errors import KernelError, NodeError
 from hitless.kernel.libbpf import Object, check, ffi, lib, options, pinned_kind
+from hitless.kernel.names import in_kernel
 from hitless.layout.btf import Btf
 from hitless.layout.elf import MAP_TYPES
 from hitless.layout.model import MapSpec
@@ -258,8 +259,8 @@ def is_alive(map_id: int) -> bool:
 
 
 def create(kind: int, name: str, key_size: int, value_size: int, max_entries: int, opts: object = ffi.NULL) -> Map:
-    """A new map of the kernel's numeric type ``kind``; ``name`` is cut to the kernel's 15 characters."""
-    fd = lib().bpf_map_create(kind, name[:15].encode(), key_size, value_size, max_entries, opts)
+    """A new map of the kernel's numeric type ``kind``; ``name`` is made one that the kernel takes."""
+    fd = lib().bpf_map_create(kind, in_kernel(name), key_size, value_size, max_entries, opts)
     return Map(check(fd, "BPF_MAP_CREATE", name))
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 from hitless.errors import UnsupportedError
 from hitless.kernel.libbpf import ffi, lib
 
-__all__ = ["attach_name", "attach_number", "link_name", "program_name", "program_number"]
+__all__ = ["attach_name", "attach_number", "in_kernel", "link_name", "program_name", "program_number"]
 
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.]")
 _LINKS = {10: "netfilter", 11: "tcx", 12: "uprobe_multi", 13: "netkit", 14: "sockmap"}
 _PROGRAMS = {32: "netfilter"}
 _ATTACH = {
@@ -17,6 +19,11 @@ _ATTACH = {
     50: "cgroup_unix_sendmsg", 51: "cgroup_unix_recvmsg", 52: "cgroup_unix_getpeername", 53: "cgroup_unix_getsockname",
     54: "netkit_primary", 55: "netkit_peer",
 }  # fmt: skip
+
+
+def in_kernel(name: str) -> bytes:
+    """``name`` as the kernel takes names of maps and programs: 15 characters at most, without special ones."""
+    return _NOT_IN_NAMES.sub("_", name)[:15].encode()
 
 
 def link_name(number: int) -> str:

@@ -13,7 +13,7 @@ import msgspec
 from hitless.errors import KernelError, NodeError, UnsupportedError
 from hitless.kernel.libbpf import Object, check, ffi, lib, messages, options, pinned_kind
 from hitless.kernel.maps import Map
-from hitless.kernel.names import attach_number, program_name, program_number
+from hitless.kernel.names import attach_number, in_kernel, program_name, program_number
 from hitless.layout.sections import program_type
 
 __all__ = ["Loaded", "Program", "ProgramInfo", "is_loaded", "load_code", "load_object"]
@@ -86,13 +86,13 @@ def is_loaded(program_id: int) -> bool:
 def load_code(kind: int, name: str, code: bytes, what: str, **fields: int) -> Program:
     """Load instructions made here as a program of the kernel's numeric type ``kind``.
 
-    ``name`` is cut to the kernel's 15 characters; ``what`` names the program in errors; ``fields`` are of
+    ``name`` is made one that the kernel takes; ``what`` names the program in errors; ``fields`` are of
     ``struct bpf_prog_load_opts``. Raises KernelError whose message ends in the verifier's last words and whose fact
     ``log`` is all of them.
     """
     log = ffi.new("char[]", _LOG_BYTES)
     opts = options("bpf_prog_load_opts", **fields)
-    label = name[:15].encode()
+    label = in_kernel(name)
     fd = lib().bpf_prog_load(kind, label, b"Dual BSD/GPL", code, len(code) // 8, opts)
     if fd < 0:  # again, for the log: keeping one slows every load
         opts.log_level, opts.log_buf, opts.log_size = 1, log, _LOG_BYTES

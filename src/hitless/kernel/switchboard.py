@@ -65,7 +65,7 @@ from hitless.kernel.per_entry import Scratch, count
 from hitless.kernel.programs import Program, load_code
 from hitless.kernel.vmlinux import offsets
 
-__all__ = ["KINDS", "WITNESSES", "Kind", "Left", "Switchboard"]
+__all__ = ["KINDS", "PARTS", "WITNESSES", "Kind", "Left", "Switchboard"]
 
 _TAIL_CALL, _FULLSOCK, _STORAGE_GET = 12, 95, 107  # bpf_tail_call, bpf_sk_fullsock, bpf_sk_storage_get
 _F_CREATE = 1  # BPF_SK_STORAGE_GET_F_CREATE
@@ -82,7 +82,9 @@ _SOCKET_TYPE = 32  # in struct bpf_sock_addr
 _CONNECTING = 31
 # The words of a board: the present epoch, that of sockets older than the board, and the last one that is alone.
 _PRESENT, _ELDER, _SETTLED = 0, 4, 8
-_PARTS = ("dispatchers", "slots", "passing")
+PARTS = ("dispatchers", "slots", "passing")
+"""The directories of a board, each with a pin for every hook."""
+
 _HERE, _BEFORE, _LOOSE = 0, 8, 16  # counters of a pass
 
 
@@ -179,7 +181,7 @@ class Switchboard:
     def create(cls, directory: Path) -> Switchboard:
         """Make a board without hooks, or complete one whose making was cut short. Raises KernelError."""
         make_directory(directory, exist_ok=True)
-        for name in _PARTS:
+        for name in PARTS:
             make_directory(directory / name, exist_ok=True)
         if not (directory / "storage").exists():
             with _create_storage() as storage:
@@ -237,7 +239,7 @@ class Switchboard:
 
     def remove(self, name: str) -> None:
         """Forget hook ``name``, whose dispatcher is attached no more; nothing happens if it is not known."""
-        for part in _PARTS:
+        for part in PARTS:
             pin = self._directory / part / name
             if pin.exists():
                 unpin(pin)
@@ -287,6 +289,11 @@ class Switchboard:
                     hook=name,
                 ) from error
 
+    def runs(self, name: str) -> int:
+        """The id of the program that hook ``name`` runs for connections of the present epoch. Raises KernelError."""
+        with Map.open(self._directory / "slots" / name) as slots:
+            return int(np.frombuffer(slots.lookup(_number(self.epoch & 1)) or bytes(4), np.uint32)[0])
+
     def flip(self) -> int:
         """Make the next epoch the present one, by one store; returns it. Connections that had begun stay as they are.
 
@@ -332,6 +339,7 @@ class Switchboard:
         self._storage.close()
 
     def _turn(self, steps: int) -> int:
+        self._pass(moving=False)  # if connections cannot be counted, that is to be known before it matters
         self._epochs[_PRESENT] = self._epochs[_SETTLED // 4] + np.uint32(steps)
         wait_for_running_programs()
         return self.epoch

@@ -1,7 +1,9 @@
 """One hook: what is attached there, found by its pins, and attaching something there for the first time.
 
 ``links`` is always the directory of link pins. A sockmap's hook has a dispatcher, whose slot is pinned in ``slots/``
-beside it, under the same name. A hook without a link has a note there: see :mod:`hitless.upgrade.notes`.
+beside it, under the same name. A hook without a link has a note there: see :mod:`hitless.upgrade.notes`. Where
+connections keep to their release, what is attached is a dispatcher of the board in ``board/``
+(:mod:`hitless.upgrade.connections`), and what runs is in its slots.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
+
+import msgspec
 
 from hitless.errors import GoneError, KernelError, NodeError
 from hitless.hooks import HOOKS
@@ -27,11 +31,12 @@ from hitless.kernel.namespaces import Namespace
 from hitless.kernel.programs import Program
 from hitless.kernel.socket_programs import give
 from hitless.kernel.sockets import list_sockets
+from hitless.kernel.switchboard import PARTS, Switchboard
 from hitless.kernel.xdp import Mode, Xdp
 from hitless.upgrade.model import HookPlan
 from hitless.upgrade.notes import Noted, Where, note, noted, read_note
 
-__all__ = ["Attached", "adopt", "attach", "open_attached", "pin_of", "remove", "rename"]
+__all__ = ["Attached", "BoardHook", "adopt", "attach", "open_attached", "open_below", "pin_of", "remove", "rename"]
 
 _XDP_MODES = {"generic": 2, "native": 4}  # XDP_FLAGS_SKB_MODE, XDP_FLAGS_DRV_MODE
 
@@ -53,10 +58,62 @@ class Attached(Protocol):
         """Give the descriptors back."""
 
 
+class BoardHook:
+    """A hook of the board: what is attached is its ``dispatcher`` (an id), and what runs is in its slots."""
+
+    def __init__(self, below: Attached, board: Switchboard, name: str, dispatcher: int) -> None:
+        """Take over ``below``, by which the dispatcher is attached, and ``board``."""
+        self._below = below
+        self._board = board
+        self._name = name
+        self.dispatcher = dispatcher
+
+    @property
+    def info(self) -> LinkInfo:
+        """See :class:`Attached`. The program is that of connections that begin now."""
+        below = self._below.info
+        if below.program_id != self.dispatcher:
+            return below  # the dispatcher is not there yet, or somebody has put something else there
+        return msgspec.structs.replace(below, program_id=self._board.runs(self._name))
+
+    def update(self, new: Program, old: Program) -> None:
+        """See :class:`Attached`. For all connections at once; there is no compare-and-swap, this looks right before."""
+        runs = self.info.program_id
+        if runs != old.info.id:
+            raise NodeError(
+                f"hook {self._name} runs program {runs}, not {old.info.id} as expected: someone else changed it "
+                "meanwhile; look at who uses this pin root, then plan again",
+                link=self._name,
+                program=runs,
+                expected=old.info.id,
+            )
+        for epoch in (self._board.epoch, self._board.epoch - 1):
+            self._board.put(self._name, new, epoch)
+
+    def detach(self) -> None:
+        """See :class:`Attached`."""
+        self._below.detach()
+
+    def close(self) -> None:
+        """See :class:`Attached`."""
+        self._below.close()
+        self._board.close()
+
+
 @contextmanager
 def open_attached(links: Path, name: str) -> Iterator[Attached]:
     """What is attached by the link pinned as ``name``. Raises NodeError, KernelError."""
     found = _open(links, name)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+@contextmanager
+def open_below(links: Path, name: str) -> Iterator[Attached]:
+    """The same, without regard to the board: if it has the hook, what runs is its dispatcher."""
+    found = _open_below(links, name)
     try:
         yield found
     finally:
@@ -106,19 +163,29 @@ def adopt(hook: HookPlan, links: Path) -> Iterator[Attached]:
 
 def remove(links: Path, name: str) -> None:
     """Unpin the link and what belongs to it."""
-    for path in (links / name, _slot(links, name)):
+    for path in (links / name, _slot(links, name), *_on_board(links, name)):
         if path.exists():
             unpin(path)
 
 
 def rename(links: Path, was: str, name: str) -> None:
     """Give the pins another name; may be repeated after a kill."""
-    for old, new in ((_slot(links, was), _slot(links, name)), (links / was, links / name)):
+    before, after = ((_slot(links, each), *_on_board(links, each), links / each) for each in (was, name))
+    for old, new in zip(before, after, strict=True):
         if old.exists():
             move(old, new)
 
 
 def _open(links: Path, name: str) -> Attached:
+    below = _open_below(links, name)
+    dispatcher, _, _ = _on_board(links, name)
+    if not dispatcher.exists():
+        return below
+    with Program.open(dispatcher) as program:
+        return BoardHook(below, Switchboard(links.parent / "board"), name, program.info.id)
+
+
+def _open_below(links: Path, name: str) -> Attached:
     slot = _slot(links, name)
     if slot.exists():
         return Dispatcher.open(slot, links / name)
@@ -128,6 +195,11 @@ def _open(links: Path, name: str) -> Attached:
 
 def _slot(links: Path, name: str) -> Path:
     return links.parent / "slots" / name
+
+
+def _on_board(links: Path, name: str) -> tuple[Path, ...]:
+    """What the board has of a hook: the dispatcher first."""
+    return tuple(links.parent / "board" / part / name for part in PARTS)
 
 
 def _attach_dispatcher(held: Map, hook: HookPlan, program: Program, links: Path) -> None:

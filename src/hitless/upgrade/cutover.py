@@ -14,7 +14,7 @@ from hitless.hooks import HOOKS
 from hitless.kernel.bpffs import make_directory
 from hitless.kernel.programs import Program
 from hitless.kernel.xdp import quick
-from hitless.upgrade.attached import Attached, adopt, attach, open_attached, pin_of, remove
+from hitless.upgrade.attached import Attached, BoardHook, adopt, attach, open_attached, pin_of, remove
 from hitless.upgrade.model import HookPlan
 
 __all__ = ["detach_hooks", "hold_adopted", "switch_back", "switch_hooks"]
@@ -125,6 +125,8 @@ def switch_back(hooks: Sequence[HookPlan], programs: Mapping[str, Program], link
             continue
         with open_attached(links, name) as there:
             ours = there.info.program_id == program.info.id
+            if hook.action == "attach":
+                ours = ours or isinstance(there, BoardHook)
             if ours and hook.action == "attach":
                 _detach(there)
             elif ours and hook.action in ("update", "adopt") and not there.info.is_dead:

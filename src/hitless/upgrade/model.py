@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from hitless.bundle import Attach
+from hitless.bundle import Attach, CutoverRule
 from hitless.kernel.links import LinkInfo
 from hitless.kernel.maps import MapInfo
 from hitless.kernel.programs import ProgramInfo
@@ -142,7 +142,7 @@ class Plan(msgspec.Struct, frozen=True):
     """What ``apply`` or ``rollback`` would do on one node.
 
     ``start_type`` is ``normal``, ``restart``, ``update`` or ``rollback``. ``digest`` is the bundle's. ``fingerprint``
-    is of the node; None in a plan of a rollback, or of a hitless that took none.
+    is of the node; None in a plan of a rollback, or of a hitless that took none. ``cutover`` says how hooks go over.
     """
 
     root: str
@@ -155,6 +155,7 @@ class Plan(msgspec.Struct, frozen=True):
     maps: tuple[MapPlan, ...] = ()
     hooks: tuple[HookPlan, ...] = ()
     fingerprint: Fingerprint | None = None
+    cutover: CutoverRule = CutoverRule()
     schema: int = 1
 
     @property
@@ -250,6 +251,7 @@ class Record(msgspec.Struct, frozen=True):
     maps: dict[str, MapSpec]
     hooks: tuple[Hook, ...]
     attach: tuple[Attach, ...] = ()
+    cutover: CutoverRule = CutoverRule()
     plan: Plan | None = None
     rules: dict[str, MapRules] = {}
     replaced: tuple[ReplacedMap, ...] = ()
@@ -340,6 +342,8 @@ class NodeState(msgspec.Struct, frozen=True):
 class Progress(msgspec.Struct, frozen=True):
     """Something that is going on: the ``step``, and for the copy the map with the entries ``done`` so far.
 
+    In the step ``connections``, ``done`` is how many of them are left with the old release.
+
     ``rate`` is in entries per second since the copy of this map began; ``round`` counts the passes over what differed
     after it, and ``differing`` is about how many entries did so at last.
     """
@@ -369,11 +373,15 @@ class MapResult(MapPlan, frozen=True):
 
 
 class Cutover(msgspec.Struct, frozen=True):
-    """The switch of ``hooks`` hooks: microseconds from first to last, and from the first until the catch-up ended."""
+    """The switch of ``hooks`` hooks: microseconds from first to last, and from the first until the catch-up ended.
+
+    ``moved`` connections were still open when they were not waited for any longer; None if none was waited for.
+    """
 
     hooks: int = 0
     first_to_last_us: float = 0.0
     stale_window_us: float = 0.0
+    moved: int | None = None
 
 
 class Result(msgspec.Struct, frozen=True):

@@ -4,6 +4,7 @@
     root/maps, progs   symbolic links into current/: the paths that other programs open
     root/links/        the bpf_links, updated in place
     root/slots/        the program array of each link that is a dispatcher
+    root/board/        dispatchers that keep each connection with its release
     root/next/         the generation being built; there during an upgrade only
     root/previous/     the last generation
     root/writers/      the lock between writers and a commit
@@ -35,6 +36,7 @@ from hitless.kernel.maps import Map
 from hitless.kernel.processes import lock_holder, who
 from hitless.kernel.programs import Program
 from hitless.kernel.rings import holders, unread_bytes
+from hitless.kernel.switchboard import PARTS
 from hitless.layout.model import MapSpec
 from hitless.upgrade.attached import open_attached
 from hitless.upgrade.handle import Access, MapHandle
@@ -45,7 +47,7 @@ __all__ = ["PUBLIC", "Node", "foreign_error", "generation_record", "read_generat
 
 T = TypeVar("T")
 
-_DIRECTORIES = ("current", "next", "previous", "links", "slots", "writers")
+_DIRECTORIES = ("current", "next", "previous", "links", "slots", "board", "writers")
 PUBLIC = ("maps", "progs")
 """The symbolic links under a root that lead into ``current/``, where other programs open maps and programs."""
 
@@ -238,7 +240,8 @@ class Node:
             if path.name not in PUBLIC:
                 require_own(path)
         generations = [self.root / name for name in ("current", "next", "previous")]
-        for directory in (self.links, self.root / "slots", self.access.lock.directory, *generations):
+        board = [self.root / "board", *(self.root / "board" / part for part in (*PARTS, "witnesses"))]
+        for directory in (self.links, self.root / "slots", *board, self.access.lock.directory, *generations):
             for path in _children(directory):
                 require_own(path)
         for path in (pin for directory in generations for name in _PINS for pin in _children(directory / name)):

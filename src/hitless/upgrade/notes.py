@@ -74,7 +74,7 @@ class Noted:
 
     def _own(self) -> dict[int, Path]:
         own = {}
-        for pin in self._root.glob("*/progs/*"):
+        for pin in (*self._root.glob("*/progs/*"), *self._root.glob("board/dispatchers/*")):
             with Program.open(pin) as program:
                 own[program.info.id] = pin
         return own

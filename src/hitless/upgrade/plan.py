@@ -11,7 +11,7 @@ from collections.abc import Collection, Container, Mapping, Sequence
 
 import msgspec
 
-from hitless.bundle import Bundle, unite_maps
+from hitless.bundle import Bundle, CutoverRule, unite_maps
 from hitless.carry import (
     CGROUP_STORAGE,
     converts,
@@ -28,6 +28,7 @@ from hitless.errors import BundleError, NodeError, UnsupportedError
 from hitless.groups import group_of, torn
 from hitless.hooks import HOOKS
 from hitless.kernel.links import LinkInfo
+from hitless.kernel.switchboard import KINDS
 from hitless.layout.answers import answer
 from hitless.layout.diff import MapDiff, diff_maps, is_constant
 from hitless.layout.model import MapSpec, ProgramSpec
@@ -84,6 +85,8 @@ def make_plan(
         hooks = _plan_hooks(state, current, bundle, places, restart=False)
         _check_cgroup_storage(maps, hooks, bundle)
         _check_socket_hooks(maps, hooks)
+    if bundle.cutover.consistency == "connection":
+        _check_dispatchers(hooks)
     return Plan(
         root=state.root,
         name=bundle.name,
@@ -94,7 +97,26 @@ def make_plan(
         generation=(state.generation or 0) + (start_type != "restart"),
         maps=maps,
         hooks=hooks,
+        cutover=bundle.cutover if start_type in ("update", "rollback") else CutoverRule(),
     )
+
+
+def _check_dispatchers(hooks: tuple[HookPlan, ...]) -> None:
+    for hook in hooks:
+        if hook.action == "adopt":
+            raise UnsupportedError(
+                f"hook {hook.link} is adopted from another tool, whose program knows of no connections: leave out "
+                'consistency = "connection" in this upgrade',
+                feature="adopting by connection",
+                link=hook.link,
+            )
+        if hook.attach_type not in KINDS:
+            raise UnsupportedError(
+                f"hook {hook.link} is on {hook.attach_type}, where no connection can keep to its release: leave out "
+                'consistency = "connection", or the hook',
+                feature=f"dispatcher on {hook.attach_type}",
+                link=hook.link,
+            )
 
 
 def _check_order(bundle: Bundle) -> None:

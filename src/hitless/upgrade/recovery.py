@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from hitless.kernel.bpffs import require_bpffs
 from hitless.upgrade.drift import half_done
+from hitless.upgrade.model import Progress
 from hitless.upgrade.node import Node
 from hitless.upgrade.transaction import recover
 
@@ -26,10 +29,12 @@ class Recovery(msgspec.Struct, frozen=True):
     schema: int = 1
 
 
-def recovery(node: Node, back: bool = False, wait: float = 10.0) -> Recovery:
+def recovery(
+    node: Node, back: bool = False, wait: float = 10.0, progress: Callable[[Progress], None] | None = None
+) -> Recovery:
     """:func:`hitless.recover`, with what was there before and what is there now. Raises as that does."""
     require_bpffs(node.root)
     found = half_done(node, node.observe())
-    did = recover(node, wait=wait, back=back)
+    did = recover(node, progress, wait, back)
     now = node.observe()
     return Recovery(str(node.root), found if did is not None else None, did, now.version, now.generation)

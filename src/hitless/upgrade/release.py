@@ -57,6 +57,7 @@ def last_release(previous: Generation, current: Generation, path: Path) -> Bundl
         attach=_attach(record, current.record),
         rules={name: rule for name, rule in rules.items() if rule != MapRules()},
         converters=current.record.converters,
+        cutover=record.cutover,
     )
 
 

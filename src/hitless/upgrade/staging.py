@@ -53,6 +53,7 @@ def build_next(node: Node, bundle: Bundle, decided: Plan, current: Generation | 
         maps=bundle.maps,
         hooks=hooks_of(decided),
         attach=bundle.attach,
+        cutover=bundle.cutover,
         plan=decided,
         rules=bundle.rules,
         own_rules=bundle.rules,

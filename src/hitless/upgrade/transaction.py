@@ -31,6 +31,8 @@ from hitless.kernel.libbpf import system_call
 from hitless.kernel.maps import Map
 from hitless.kernel.processes import who
 from hitless.kernel.programs import Program
+from hitless.kernel.switchboard import Left, Switchboard
+from hitless.layout.model import ProgramSpec
 from hitless.upgrade.attached import open_attached, remove, rename
 from hitless.upgrade.carrier import Carrier, Tally
 from hitless.upgrade.checks import (
@@ -41,6 +43,7 @@ from hitless.upgrade.checks import (
     verify_hooks,
     verify_pins,
 )
+from hitless.upgrade.connections import install, turn, turn_back, wait
 from hitless.upgrade.cutover import detach_hooks, hold_adopted, switch_back, switch_hooks
 from hitless.upgrade.drift import interrupted, recovering
 from hitless.upgrade.fingerprint import Asked, fingerprint, require_meant, require_same, require_unchanged
@@ -391,6 +394,7 @@ class _Upgrade:
         self._programs: dict[str, Program] = {}
         self._carried: dict[str, Carrier] = {}
         self._steps: dict[str, float] = {}
+        self._board: Switchboard | None = None  # where connections keep to their release
         self.left_behind: list[str] = []  # by the way back, in words
 
     def restart(self, prepare: Callable[[Node], None] | None) -> Result:
@@ -460,8 +464,9 @@ class _Upgrade:
             with self._step("cutover"):
                 hold_adopted(self._plan.hooks, node.next / "adopted")
                 started = time.perf_counter()
-                gap = switch_hooks(self._plan.hooks, self._programs, node.links, node.next / "maps")
+                gap = self._switch()
                 self._switch_late()
+            moved = self._wait_for_connections()
             with self._step("catch-up"):
                 # A first merge at once keeps short the time in which new programs miss what old ones wrote last.
                 self._merge()
@@ -495,9 +500,37 @@ class _Upgrade:
                 self._finish_again()  # nobody should have to come back because of an error that passed
         self._drain()
         switched = sum(hook.action in ("attach", "update", "adopt") for hook in self._plan.hooks)
-        return self._result(Cutover(switched, gap, stale if self._current else 0.0))
+        return self._result(Cutover(switched, gap, stale if self._current else 0.0, moved))
 
     # The steps
+
+    def _switch(self) -> float:
+        """The hooks go over, each connection by itself if that is wanted; microseconds from the first to the last."""
+        node, hooks = self._node, self._plan.hooks
+        if self._plan.cutover.consistency == "connection":
+            self._board = install(hooks, self._specs(), node.links, node.next / "maps")
+            return turn(self._board, hooks, self._programs, node.links)
+        return switch_hooks(hooks, self._programs, node.links, node.next / "maps")
+
+    def _specs(self) -> dict[str, ProgramSpec]:
+        """The programs of both releases; the new one's count where a name is in both."""
+        records = (self._current.record if self._current else None, self._record)
+        return {spec.name: spec for record in records if record for item in record.objects for spec in item.programs}
+
+    def _wait_for_connections(self) -> int | None:
+        """Until those that began with the old release have ended; its maps are merged meanwhile."""
+        if self._board is None:
+            return None
+
+        def told(left: Left) -> None:
+            self._tell(Progress("connections", done=left.before))
+
+        def merge() -> None:
+            for carrier in self._carried.values():
+                carrier.catch_up()
+
+        with self._step("connections"):
+            return wait(self._board, self._plan.cutover.deadline, told, merge)
 
     def _carry(self, fresh: bool) -> None:
         """Prepare the maps to be converted; ``fresh`` is false if another process had filled what they keep."""
@@ -577,6 +610,8 @@ class _Upgrade:
         record = node.next / "record"
         if not filled:
             write_record(record, self._phase("undoing"))
+        if self._plan.cutover.consistency == "connection" and (node.root / "board").exists():
+            turn_back(Switchboard(node.root / "board"), self._plan.hooks, self._programs, node.links)
         switch_back(self._plan.hooks, self._programs, node.links)
         wait_for_running_programs()
         with node.access.alone(self._wait):
