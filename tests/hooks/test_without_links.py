@@ -488,3 +488,52 @@ def test_the_command_shows_what_is_adopted_and_needs_no_more_rights_for_it(
     assert "no problems" in hitless_says("status")
     hitless_says("unload", "--yes")
     assert running(pods, number) == ([], [])
+
+
+def test_an_interface_that_goes_between_plan_and_cutover_is_left_out_though_it_was_to_be_attached_or_adopted(
+    pods: Pods, node: hitless.Node, make: Make, tool: Tool
+) -> None:
+    (adopted, attached, stays) = pods.add(3)
+    Xdp.attach(tool.programs["early"], interface(pods, adopted), "native")
+    Filter.attach(tool.programs["late"], interface(pods, adopted), "ingress")
+
+    def meanwhile(event: hitless.Progress) -> None:
+        if event.step == "cutover":
+            pods.remove(adopted)
+            pods.remove(attached)
+
+    hitless.apply(node, make(1, ADOPTING), progress=meanwhile)
+    assert running(pods, stays) == own(node)
+    assert len(list(node.links.iterdir())) == 2
+    well(node)
+
+
+def test_a_rollback_keeps_what_was_adopted(pods: Pods, node: hitless.Node, make: Make, tool: Tool) -> None:
+    (number,) = pods.add(1)
+    hitless.apply(node, make(1, LATE))
+    Xdp.attach(tool.programs["early"], interface(pods, number), "native")
+    hitless.apply(node, make(2, ADOPTING))
+    assert running(pods, number) == own(node)
+    hitless.rollback(node)
+    assert running(pods, number) == ([], own(node)[1])  # the release before has no such hook
+    hitless.rollback(node)
+    assert running(pods, number) == own(node)
+    assert not (node.previous / "adopted").exists()
+    well(node)
+
+
+def test_filters_of_one_release_are_beside_each_other_and_keep_their_places(
+    pods: Pods, node: hitless.Node, make: Make
+) -> None:
+    (number,) = pods.add(1)
+    both = LATE + LATE.replace('link = "late"', 'link = "later"\npriority = 9\nhandle = 4')
+    hitless.apply(node, make(1, both))
+    before = [(one.priority, one.handle) for one in filters(interface(pods, number), "ingress")]
+    assert before == [(9, 4), (0xC000, 1)]
+    hitless.apply(node, make(2, both))
+    assert [(one.priority, one.handle) for one in filters(interface(pods, number), "ingress")] == before
+    renamed = both.replace('link = "later"', 'link = "last"\nwas = "later"')
+    hitless.apply(node, make(1, renamed))
+    assert {path.name.split("@")[0] for path in node.links.iterdir()} == {"late", "last"}
+    assert [(one.priority, one.handle) for one in filters(interface(pods, number), "ingress")] == before
+    well(node)

@@ -257,15 +257,17 @@ def _direction(hook: HookPlan) -> Direction:
 
 
 def _interface(hook: HookPlan) -> Interface:
-    (interface,) = interfaces(hook.target, Namespace.at(hook.netns or ""))
-    if interface.index != hook.target_id:
-        raise GoneError(
-            f"{interface} is another one than when this was planned: its index was {hook.target_id}, and is "
-            f"{interface.index}; plan again",
-            interface=interface.name,
-            index=interface.index,
-        )
-    return interface
+    namespace = Namespace.at(hook.netns or "")
+    for interface in interfaces("*", namespace):
+        if interface.index == hook.target_id:
+            return interface
+    raise GoneError(
+        f"interface {hook.target} of {namespace} with the index {hook.target_id} that it had when this was planned is "
+        "gone: it was removed, or another made in its place; plan again",
+        interface=hook.target,
+        index=hook.target_id,
+        namespace=namespace.path,
+    )
 
 
 def _attach_interface(hook: HookPlan, program: Program) -> Link:

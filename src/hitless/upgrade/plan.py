@@ -458,7 +458,10 @@ def _not_adopted(place: Place, there: Sequence[Occupant], own: Container[int | N
     """Why what is there is not adopted, and what to do; empty if it is."""
     entry, found = place.entry, there[0]
     if found.program_id in own:
-        return "which is this bundle's own and has another link name: name that as `was`, or detach it first"
+        return (
+            "which is this bundle's own under another link name or by another hook: name that link as `was`, or leave "
+            "that hook out in a release before"
+        )
     if not entry.adopt:
         how = "adopt = true" if not HOOKS[entry.hook].linked else 'by = "netlink" and adopt = true'
         return f"which hitless did not attach: let who did take it off, or let this release take it over ({how})"
