@@ -444,7 +444,7 @@ class _Reader:
             if not slot.isdecimal() or spec is None or int(slot) >= spec.max_entries:
                 room = spec.max_entries if spec else 0
                 self._fail(here, f"{slot!r} is no slot of {path[-1]}, which has {room} of them")
-            if name not in programs or not programs[name].autoload:
+            if not isinstance(name, str) or name not in programs or not programs[name].autoload:
                 known = ", ".join(sorted(one for one, program in programs.items() if program.autoload))
                 self._fail(here, f"no object has a program {name!r} that is loaded; there are: {known}")
             slots[int(slot)] = name

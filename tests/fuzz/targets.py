@@ -38,6 +38,10 @@ struct value { unsigned long long hits; int port; };
 struct { int (*type)[1]; int (*max_entries)[8]; int *key; struct value *value; } service SEC(".maps");
 struct { int (*type)[1]; int (*max_entries)[8]; int (*key_size)[4]; int (*value_size)[16]; } blind SEC(".maps");
 int counter;
+struct { int (*type)[3]; int (*max_entries)[4]; int (*key_size)[4]; int (*value_size)[4]; } jumps SEC(".maps");
+struct { int (*type)[18]; int (*max_entries)[4]; int (*key_size)[4]; int (*value_size)[8]; } peers SEC(".maps");
+SEC("sk_msg") int redirect(void *ctx) { return 1; }
+SEC("xdp") int early(void *ctx) { return 2; }
 SEC("cgroup/connect4") int connect4(void *ctx) { counter++; return 1; }
 SEC("sockops") int ops(void *ctx) { return 1; }
 char LICENSE[] SEC("license") = "GPL";
@@ -64,11 +68,18 @@ key = "int"
 value = "struct value"
 [map.gone]
 on_loss = "discard"
+[map.jumps.slots]
+3 = "connect4"
+[cutover]
+consistency = "connection"
+deadline = 2.5
 """,
     b"""object = [{ file = "small.bpf.o" }]
 attach = [
     { program = "connect4", hook = "cgroup", target = "/sys/fs/cgroup", link = "connect4", was = "old" }, # comment
     { program = "ops", hook = "cgroup", target = "${cgroup}/${cgroup}", link = "ops" },
+    { program = "redirect", hook = "sk_msg", target = "peers", link = "redirect" },
+    { program = "early", hook = "xdp", target = "eth*", netns = "${cgroup}*", mode = "generic", link = "early" },
 ]
 [bundle]
 name = 'mesh'

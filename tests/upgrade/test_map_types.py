@@ -696,6 +696,23 @@ def test_slots_that_the_manifest_fills_are_there_before_any_hook_jumps_by_them(
     assert [node.map("seen").get(number) for number in (1, 2)] == [14, 7]
 
 
+@pytest.mark.parametrize(
+    ("slots", "words"),
+    [
+        ('4 = "leaf"', "'4' is no slot of held, which has 4 of them"),
+        ('first = "leaf"', "'first' is no slot of held"),
+        ('3 = "leave"', "no object has a program 'leave' that is loaded; there are: count4, leaf"),
+        ('3 = ["leaf"]', r"no object has a program \['leaf'\]"),
+    ],
+)
+def test_slots_that_cannot_be_filled_so_are_refused_with_their_line(tmp_path: Path, slots: str, words: str) -> None:
+    manifest = f"{ATTACH}\n[map.held.slots]\n{slots}\n"
+    write_release(tmp_path, "1.0", JUMPS.replace("RELEASE", "1"), manifest)
+    with pytest.raises(hitless.BundleError, match=words) as caught:
+        hitless.Bundle.load(tmp_path)
+    assert caught.value.facts["line"] == "15"
+
+
 STRUCT_OPS = """
 struct tcp_congestion_ops { char name[16]; };
 SEC(".struct_ops") struct tcp_congestion_ops held = { .name = "held" };

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hitless.upgrade.model import HookPlan, LeftRing, MapPlan, Plan, Progress, Result
     from hitless.upgrade.recovery import Recovery
     from hitless.upgrade.remnants import Remnant
-    from hitless.upgrade.status import Status
+    from hitless.upgrade.status import HookStatus, Status
     from hitless.upgrade.verify import Verification
 
 __all__ = [
@@ -238,9 +238,10 @@ def show_result(result: Result) -> None:
         click.echo(f"open connections were waited for {seconds:.1f} s; {still}")
     if result.cutover.hooks:
         caught_up = f"; caught up {result.cutover.stale_window_us / 1000:.1f} ms after the first"
+        took = f"{result.cutover.first_to_last_us:.0f} us from first to last"
         click.echo(
             f"{result.cutover.hooks} {_plural(result.cutover.hooks, 'hook')} switched, "
-            f"{result.cutover.first_to_last_us:.0f} us from first to last"
+            + (took if result.cutover.moved is None else "at once")
             + (caught_up if result.cutover.stale_window_us else "")
         )
     steps = ", ".join(f"{name} {seconds * 1000:.1f}" for name, seconds in result.steps.items())
@@ -261,6 +262,11 @@ def show_recovery(found: Recovery) -> None:
         click.echo(f"version {found.version} runs, generation {found.generation}")
 
 
+def _kind(hook: HookStatus) -> tuple[str, str, str, str]:
+    """What hooks that a pattern led to have in common."""
+    return hook.link.split("@")[0], hook.attach_type, hook.program or "?", str(hook.program_id or "-")
+
+
 def show_status(status: Status) -> None:
     """What runs, then what is wrong with it."""
     if status.version is None:
@@ -274,9 +280,12 @@ def show_status(status: Status) -> None:
             for m in status.maps
         ]
         _table("maps", ("map", "type", "entries", "of", "id"), rows)
-        hooks = [
+        alike = Counter(_kind(hook) for hook in status.hooks if "@" in hook.link)
+        hooks = [(*what, f"{count} that match") for what, count in alike.items() if count > _FEW_HOOKS]
+        hooks += [
             (h.link, h.attach_type, h.program or "?", str(h.program_id or "-"), _where(h.target, h.netns))
             for h in status.hooks
+            if alike[_kind(h)] <= _FEW_HOOKS
         ]
         _table("hooks", ("link", "attach type", "program", "id", "target"), hooks)
         _show_holders(status.holders)

@@ -64,17 +64,15 @@ def install(
     return board
 
 
-def turn(board: Switchboard, hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path) -> float:
-    """Make the new release present, if it is not; returns the microseconds that the store took, with its barrier."""
+def turn(board: Switchboard, hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path) -> None:
+    """Make the new release present, if it is not, on all hooks by one store."""
     if board.is_settled:
         if _is_present(board, hooks, programs, links):
-            return 0.0
+            return
         for hook in hooks:
             program = None if hook.action == "detach" else programs[hook.program]
             board.put(pin_of(hook, links), program, board.epoch + 1)
-    started = time.perf_counter()
     board.flip()  # also if a killed process did it: what follows relies on the barrier behind the store
-    return (time.perf_counter() - started) * 1e6
 
 
 def wait(board: Switchboard, deadline: float, tell: Callable[[Left], None], meanwhile: Callable[[], None]) -> int:
@@ -85,7 +83,8 @@ def wait(board: Switchboard, deadline: float, tell: Callable[[Left], None], mean
     until = time.monotonic() + deadline
     while not board.is_settled:
         left = board.left()
-        tell(left)
+        if left.before:
+            tell(left)
         if not left.before or time.monotonic() > until:
             return board.settle()
         meanwhile()

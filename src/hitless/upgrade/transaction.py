@@ -509,7 +509,8 @@ class _Upgrade:
         node, hooks = self._node, self._plan.hooks
         if self._plan.cutover.consistency == "connection":
             self._board = install(hooks, self._specs(), node.links, node.next / "maps")
-            return turn(self._board, hooks, self._programs, node.links)
+            turn(self._board, hooks, self._programs, node.links)
+            return 0.0
         return switch_hooks(hooks, self._programs, node.links, node.next / "maps")
 
     def _specs(self) -> dict[str, ProgramSpec]:
