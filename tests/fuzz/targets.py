@@ -42,6 +42,7 @@ struct { int (*type)[3]; int (*max_entries)[4]; int (*key_size)[4]; int (*value_
 struct { int (*type)[18]; int (*max_entries)[4]; int (*key_size)[4]; int (*value_size)[8]; } peers SEC(".maps");
 SEC("sk_msg") int redirect(void *ctx) { return 1; }
 SEC("xdp") int early(void *ctx) { return 2; }
+SEC("tc") int late(void *ctx) { return -1; }
 SEC("cgroup/connect4") int connect4(void *ctx) { counter++; return 1; }
 SEC("sockops") int ops(void *ctx) { return 1; }
 char LICENSE[] SEC("license") = "GPL";
@@ -80,6 +81,8 @@ attach = [
     { program = "ops", hook = "cgroup", target = "${cgroup}/${cgroup}", link = "ops" },
     { program = "redirect", hook = "sk_msg", target = "peers", link = "redirect" },
     { program = "early", hook = "xdp", target = "eth*", netns = "${cgroup}*", mode = "generic", link = "early" },
+    { program = "early", hook = "xdp", by = "netlink", target = "eth0", adopt = true, link = "earlier" },
+    { program = "late", hook = "tc-ingress", target = "eth0", priority = 7, handle = 1, link = "late" },
 ]
 [bundle]
 name = 'mesh'
