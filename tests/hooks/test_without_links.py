@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import hitless
+from hitless.errors import KernelError
 from hitless.kernel.filters import Filter, filters
 from hitless.kernel.interfaces import Interface, interfaces
 from hitless.kernel.links import Link
@@ -175,6 +177,20 @@ def test_upgrades_count_each_packet_once_while_an_interface_comes_and_another_go
     well(node)
 
 
+def test_filters_of_packets_that_leave_are_upgraded_too(pods: Pods, node: hitless.Node, make: Make) -> None:
+    numbers = pods.add(2)
+    leaving = LATE.replace("ingress", "egress").replace('"eth*"', '"veth*"').replace("${pods}", str(pods.lab.netns))
+    releases = [make(number, leaving) for number in (1, 2)]
+    hitless.apply(node, releases[0])
+    sending = pods.send(numbers, 20, 100_000)
+    for release in (releases[1], *releases):
+        hitless.apply(node, release)
+    sent = sending.stop()
+    assert sums(node, "by_tcx", numbers) == sent
+    assert all(min(one[pod] for pod in numbers) > 0 for one in counted(node, "by_tcx"))
+    well(node)
+
+
 def test_a_rollback_takes_every_interface_back(pods: Pods, node: hitless.Node, make: Make) -> None:
     numbers = pods.add(2)
     hitless.apply(node, make(1))
@@ -244,6 +260,26 @@ def test_a_first_start_that_is_killed_is_gone_back_from_to_nothing(
     assert running(pods, number) != ([], [])
     hitless.recover(node, back=True)
     assert running(pods, number) == ([], [])
+
+
+@pytest.mark.parametrize("place", [Filter, Xdp])
+def test_a_program_is_taken_off_again_though_the_answer_to_its_attaching_was_lost(
+    pods: Pods, node: hitless.Node, make: Make, monkeypatch: pytest.MonkeyPatch, place: type[Filter] | type[Xdp]
+) -> None:
+    (number,) = pods.add(1)
+    really = place.attach
+
+    def answer_lost(*arguments: object) -> None:
+        really(*arguments)  # type: ignore[arg-type]
+        raise KernelError("no answer", errno=errno.ENOBUFS)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place, "attach", answer_lost)
+        with pytest.raises(KernelError, match="no answer"):
+            hitless.apply(node, make(1))
+    assert running(pods, number) == ([], [])
+    hitless.apply(node, make(1))
+    well(node)
 
 
 def test_unload_leaves_interfaces_without_programs(pods: Pods, node: hitless.Node, make: Make, tool: Tool) -> None:

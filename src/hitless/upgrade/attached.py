@@ -226,7 +226,7 @@ def _attach_noted(hook: HookPlan, program: Program, pin: Path) -> None:
     if hook.hook != "xdp-netlink":
         direction = _direction(hook)
         priority, handle = free_place(interface, direction, hook.priority, hook.handle)
-        with noted(pin, Filter(interface, direction, priority, handle)):
+        with noted(pin, Filter(interface, direction, priority, handle), program):
             Filter.attach(program, interface, direction, priority, handle)
         return
     # Without a mode the kernel would take the native one where the driver has it; but that is to be noted before.
@@ -235,7 +235,7 @@ def _attach_noted(hook: HookPlan, program: Program, pin: Path) -> None:
         if hook.mode not in (None, mode):
             continue
         try:
-            with noted(pin, Xdp(interface, mode)):
+            with noted(pin, Xdp(interface, mode), program):
                 Xdp.attach(program, interface, mode)
             return
         except KernelError as error:

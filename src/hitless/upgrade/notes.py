@@ -98,13 +98,15 @@ def note(pin: Path, where: Where) -> None:
 
 
 @contextmanager
-def noted(pin: Path, where: Where) -> Iterator[None]:
-    """Around what attaches a program at ``where``: an error of ours says that it is not there, and the note goes."""
+def noted(pin: Path, where: Filter | Xdp, program: Program) -> Iterator[None]:
+    """Around what attaches ``program`` at ``where``: the note goes if that failed."""
     note(pin, where)
     try:
         yield
     except HitlessError:
-        unpin(pin)
+        # An error can come after the effect, as when the kernel's answer is lost.
+        if where.info.program_id != program.info.id:
+            unpin(pin)
         raise
 
 
