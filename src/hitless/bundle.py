@@ -29,9 +29,9 @@ MANIFEST = "bundle.toml"
 _NOT_YET = {
     "object.program": "program types and skipped programs",
 }
-_HOOKS_NOT_YET = ("tc-ingress", "tc-egress")
 _OF_ONE_MAP = ("bpf_map_elem", "bpf_sk_storage_map", "sockmap")  # iterators
 _PRIORITIES = range(-(1 << 31) + 1, (1 << 31) - 1)  # the first and the last are the kernel's own
+_HOOKS = tuple(name for name in HOOKS if name != "xdp-netlink")
 _SOCKET_MAPS = ("sockmap", "sockhash")
 _MODES = ("native", "generic")
 _CONSISTENCY = ("hook", "connection")
@@ -42,8 +42,8 @@ _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "bundle": {"name": str, "version": str},
     "object": {"file": str, "program": dict},
     "attach": {
-        "program": str, "hook": str, "target": str, "link": str, "was": str, "netns": str, "mode": str,
-        "family": str, "point": str, "priority": int,
+        "program": str, "hook": str, "target": str, "link": str, "was": str, "netns": str, "mode": str, "by": str,
+        "family": str, "point": str, "priority": int, "handle": int, "adopt": bool,
     },
     "map": {
         "was": str, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str, "on_collision": str,
@@ -64,7 +64,8 @@ class Attach(msgspec.Struct, frozen=True):
 
     ``target`` and ``netns``, the network namespace of an interface, may be patterns: then there are as many links as
     things that match. ``mode`` is how XDP is to run, native or generic; None lets the kernel decide. ``point`` is where
-    a netfilter program runs.
+    a netfilter program runs. ``priority`` and ``handle`` are those of a tc filter; 0 is one that is free. ``adopt``
+    lets it take the place of a program that another tool attached.
     """
 
     program: str
@@ -75,6 +76,9 @@ class Attach(msgspec.Struct, frozen=True):
     netns: str | None = None
     mode: str | None = None
     point: NetfilterPoint | None = None
+    priority: int = 0
+    handle: int = 0
+    adopt: bool = False
 
     def attach_type(self, program: ProgramSpec) -> str:
         """What the kernel says of a link for ``program`` here, as in LinkInfo."""
@@ -526,17 +530,16 @@ class _Reader:
             known = ", ".join(sorted(programs))
             self._fail((*path, "program"), f"no object has a program {entry['program']}; there are: {known}")
         hook = entry["hook"]
-        if hook in _HOOKS_NOT_YET:
-            raise UnsupportedError(
-                f"{self._where((*path, 'hook'))}: hook {hook} is not supported yet, only {', '.join(HOOKS)}",
-                feature=f"hook {hook}",
-            )
         if hook in REFUSED:
             raise UnsupportedError(
                 f"{self._where((*path, 'hook'))}: hook {hook} is not supported: {REFUSED[hook]}", feature=f"hook {hook}"
             )
-        if hook not in HOOKS:
-            self._fail((*path, "hook"), f"unknown hook {hook!r}; known: {', '.join((*HOOKS, *_HOOKS_NOT_YET))}")
+        if hook not in _HOOKS:
+            self._fail((*path, "hook"), f"unknown hook {hook!r}; known: {', '.join(_HOOKS)}")
+        if "by" in entry:
+            if (hook, entry["by"]) != ("xdp", "netlink"):
+                self._fail((*path, "by"), f'by is "netlink", for xdp only, or left out, not {entry["by"]!r} for {hook}')
+            hook = "xdp-netlink"
         program = programs[entry["program"]]
         if not program.autoload:
             why = f"{program.name} is in section {program.section}, which libbpf does not load"
@@ -560,9 +563,16 @@ class _Reader:
             self._fail((*path, "target"), f"{hook} is on a sockmap or sockhash of this bundle, which has: {there}")
         if "netns" in entry and HOOKS[hook].on != "interface":
             self._fail((*path, "netns"), f"netns says where an interface is, and {hook} is on a {HOOKS[hook].on}")
-        if "mode" in entry and (hook != "xdp" or entry["mode"] not in _MODES):
+        if "mode" in entry and (not hook.startswith("xdp") or entry["mode"] not in _MODES):
             self._fail((*path, "mode"), f"mode is {' or '.join(_MODES)}, and for xdp only, not {entry['mode']!r}")
         self._check_section(entry, program, path)
+        self._numbers(entry, path)
+        if entry.get("adopt") and hook != "cgroup" and HOOKS[hook].linked:
+            self._fail(
+                (*path, "adopt"),
+                f"{hook} is attached by a link, which takes no other program's place: adopt is for cgroup, "
+                'tc-ingress, tc-egress, and xdp with by = "netlink"',
+            )
         for key in ("link", "was"):
             if key in entry and not _PIN_NAME.fullmatch(entry[key]):
                 self._fail((*path, key), f"{entry[key]!r} cannot be a pin name: letters, digits, _ and - only")
@@ -575,6 +585,9 @@ class _Reader:
             netns=self._substitute(entry["netns"], (*path, "netns")) if "netns" in entry else None,
             mode=entry.get("mode"),
             point=self._point(entry, path),
+            priority=0 if hook == "netfilter" else entry.get("priority", 0),
+            handle=entry.get("handle", 0),
+            adopt=entry.get("adopt", False),
         )
 
     def _check_section(self, entry: Any, program: ProgramSpec, path: tuple[str, ...]) -> None:
@@ -608,7 +621,7 @@ class _Reader:
 
     def _point(self, entry: Any, path: tuple[str, ...]) -> NetfilterPoint | None:
         if entry["hook"] != "netfilter":
-            for key in ("family", "point", "priority"):
+            for key in ("family", "point"):
                 if key in entry:
                     self._fail((*path, key), f"{key} says where a netfilter program runs, not one of {entry['hook']}")
             return None
@@ -623,6 +636,15 @@ class _Reader:
             if entry[key] not in values:
                 self._fail((*path, key), f"{key} is {wanted}, not {entry[key]!r}")
         return NetfilterPoint(*(entry[key] for key in known))
+
+    def _numbers(self, entry: Mapping[str, Any], path: tuple[str, ...]) -> None:
+        if entry["hook"] == "netfilter":
+            return  # whose priority is another thing
+        for key, most in (("priority", 0xFFFF), ("handle", 0xFFFFFFFF)):
+            if key in entry and not (entry["hook"].startswith("tc-") and 0 < entry[key] <= most):
+                self._fail((*path, key), f"{key} is a number from 1 to {most}, of a tc filter, not {entry[key]}")
+        if "handle" in entry and "priority" not in entry:
+            self._fail((*path, "handle"), "a handle tells filters of one priority apart: give the priority too")
 
     def _substitute(self, text: str, path: tuple[str, ...]) -> str:
         if self._variables is None:

@@ -51,7 +51,8 @@ class HookKind(msgspec.Struct, frozen=True):
     An attach type that ends in ``_`` stands for all that begin so. ``attaches`` is the attach type of the link if the
     hook decides that and not the program, as for tcx, whose programs are all alike. ``slot`` says that the kernel
     cannot exchange the program of such a link, or not for all who have it already: a dispatcher stays attached, and
-    the slot that it jumps to is written.
+    the slot that it jumps to is written. ``linked`` says whether a link holds the program there, or the target itself
+    does.
     """
 
     on: Literal["cgroup", "interface", "cpu", "kernel", "map", "netns"]
@@ -59,12 +60,15 @@ class HookKind(msgspec.Struct, frozen=True):
     attach_types: tuple[str, ...]
     attaches: str = ""
     slot: bool = False
+    linked: bool = True
 
     @property
     def method(self) -> str:
         """How the program of a live hook is exchanged, in words."""
         if self.attach_types == ("trace_iter",):
             return "link in place; who is reading reads on by the old program"
+        if not self.linked:
+            return "where it is, without a link"
         return "slot of its dispatcher" if self.slot else "link in place"
 
     def fits(self, program: ProgramSpec) -> bool:
@@ -92,6 +96,8 @@ HOOKS = {
     "sk_lookup": HookKind("netns", "sk_lookup", ("sk_lookup",)),
     "sk_msg": HookKind("map", "sk_msg", ("sk_msg_verdict",), slot=True),
     "sk_skb": HookKind("map", "sk_skb", ("sk_skb_stream_parser", "sk_skb_stream_verdict", "sk_skb_verdict"), slot=True),
+    "tc-egress": HookKind("interface", "sched_cls", ("", "tcx_egress"), "tc_egress", linked=False),
+    "tc-ingress": HookKind("interface", "sched_cls", ("", "tcx_ingress"), "tc_ingress", linked=False),
     "tcx-egress": HookKind("interface", "sched_cls", ("", "tcx_egress"), "tcx_egress"),
     "tcx-ingress": HookKind("interface", "sched_cls", ("", "tcx_ingress"), "tcx_ingress"),
     "tp_btf": HookKind("kernel", "tracing", ("trace_raw_tp",), slot=True),
@@ -99,8 +105,9 @@ HOOKS = {
     "uprobe": HookKind("kernel", "kprobe", ("",), slot=True),
     "uretprobe": HookKind("kernel", "kprobe", ("",), slot=True),
     "xdp": HookKind("interface", "xdp", ("xdp",)),
+    "xdp-netlink": HookKind("interface", "xdp", ("xdp",), "xdp_netlink", linked=False),
 }
-"""By their names in a manifest."""
+"""By their names in a manifest, where ``xdp-netlink`` is ``xdp`` with ``by = "netlink"``."""
 
 REFUSED = {
     **dict.fromkeys(

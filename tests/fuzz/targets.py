@@ -45,6 +45,7 @@ SEC("xdp") int early(void *ctx) { return 2; }
 SEC("netfilter") int guard(void *ctx) { return 1; }
 SEC("uprobe/probed") int probed(void *ctx) { return 0; }
 SEC("perf_event") int sampled(void *ctx) { return 0; }
+SEC("tc") int late(void *ctx) { return -1; }
 SEC("cgroup/connect4") int connect4(void *ctx) { counter++; return 1; }
 SEC("sockops") int ops(void *ctx) { return 1; }
 char LICENSE[] SEC("license") = "GPL";
@@ -86,6 +87,8 @@ attach = [
     { program = "guard", hook = "netfilter", target = "*", family = "ipv6", point = "input", priority = 1, link = "n" },
     { program = "probed", hook = "uprobe", target = "${cgroup}:probed", link = "probed" },
     { program = "sampled", hook = "perf_event", target = "cpu-clock:1000000", link = "sampled" },
+    { program = "early", hook = "xdp", by = "netlink", target = "eth0", adopt = true, link = "earlier" },
+    { program = "late", hook = "tc-ingress", target = "eth0", priority = 7, handle = 1, link = "late" },
 ]
 [bundle]
 name = 'mesh'

@@ -15,9 +15,10 @@ from statistics import median
 import pytest
 
 from hitless.errors import GoneError, KernelError, NodeError
-from hitless.kernel.filters import Direction, Filter, filters
+from hitless.kernel.filters import Direction, Filter, filters, free_place
 from hitless.kernel.interfaces import interfaces
 from hitless.kernel.libbpf import messages
+from hitless.kernel.links import Link
 from hitless.kernel.namespaces import Namespace
 from hitless.kernel.xdp import Mode, Xdp, quick
 from meshd.demo.lab import Lab
@@ -331,3 +332,32 @@ def test_a_namespace_that_took_the_place_of_another_is_not_taken_for_it(
     finally:
         Path(f"/run/netns/{name}").unlink()
         ip("netns", "del", f"{name}-b")
+
+
+def test_a_free_place_is_the_one_that_the_kernel_would_choose(wire: Wire, counter: Callable[[], Counter]) -> None:
+    one = counter()
+    for _ in range(2):
+        first = free_place(wire.far, "ingress")
+        chosen = Filter.attach(one.filter, wire.far, "ingress")
+        assert first == (chosen.priority, chosen.handle)
+    beside = free_place(wire.far, "ingress", chosen.priority)
+    assert beside == (chosen.priority, chosen.handle + 1)
+    Filter.attach(one.filter, wire.far, "ingress", *beside)
+    assert len(filters(wire.far, "ingress")) == 3
+    Filter.attach(one.filter, wire.far, "ingress", priority=1)
+    with pytest.raises(NodeError, match="has a filter with priority 1, so none can be before it"):
+        free_place(wire.far, "ingress")
+
+
+def test_it_is_told_whether_a_link_holds_xdp_and_nothing_changes(
+    wire: Wire, counter: Callable[[], Counter]
+) -> None:
+    one = counter()
+    placed = Xdp.attach(one.xdp, wire.far, "native")
+    assert not placed.is_linked(one.xdp)
+    assert placed.info.program_id == one.xdp.info.id
+    placed.detach(one.xdp)
+    with wire.far.entered():
+        link = Link.attach(one.xdp, wire.far.index, "xdp", wire.far)
+    with link:
+        assert placed.is_linked(one.xdp)

@@ -63,7 +63,6 @@ def test_a_wrong_manifest_is_refused_with_its_line(tmp_path: Path, text: str, li
 @pytest.mark.parametrize(
     ("text", "feature"),
     [
-        (HEAD + ATTACH.replace('"cgroup"', '"tc-ingress"'), "hook tc-ingress"),
         (HEAD + "[map.tally]\nwas = ['a', 'b']\n", "map.was list"),
         (HEAD + "[object.program.count4]\nskip = true\n", "object.program"),
     ],

@@ -203,7 +203,13 @@ def _show_hooks(hooks: Sequence[HookPlan]) -> None:
     methods = {(h.action, h.link.split("@")[0], h.program): h.method for h in hooks}
     rows = [(*what, f"{count} that match", methods[what]) for what, count in matched.items() if count > _FEW_HOOKS]
     rows += [
-        (h.action, f"{h.was} -> {h.link}" if h.was else h.link, h.program, _where(h.target, h.netns), h.method)
+        (
+            h.action,
+            f"{h.was} -> {h.link}" if h.was else h.link,
+            h.program,
+            _where(h.target, h.netns) + _instead(h),
+            h.method,
+        )
         for h in hooks
         if not h.matched or matched[h.action, h.link.split("@")[0], h.program] <= _FEW_HOOKS
     ]
@@ -212,6 +218,10 @@ def _show_hooks(hooks: Sequence[HookPlan]) -> None:
 
 def _where(target: str, netns: str | None) -> str:
     return f"{target} in {netns}" if netns else target
+
+
+def _instead(hook: HookPlan) -> str:
+    return "" if hook.adopted is None else f", instead of program {hook.expected} {hook.adopted}".rstrip()
 
 
 def show_result(result: Result) -> None:

@@ -6,6 +6,7 @@ No descriptor holds a filter, and there is no compare-and-swap: the kernel repla
 from __future__ import annotations
 
 import errno
+import itertools
 import socket
 import struct
 import sys
@@ -19,7 +20,7 @@ from hitless.kernel.libbpf import options
 from hitless.kernel.programs import Program
 from hitless.kernel.rtnetlink import ask, attributes, listed, request
 
-__all__ = ["Direction", "Filter", "FilterInfo", "filters"]
+__all__ = ["Direction", "Filter", "FilterInfo", "filters", "free_place"]
 
 Direction = Literal["ingress", "egress"]
 
@@ -33,6 +34,7 @@ _TCMSG = struct.Struct("=BxxxiIII")  # family, interface, handle, parent, priori
 _KIND, _OPTIONS, _CHAIN = 1, 2, 11  # TCA_
 _NAME, _FLAGS, _ID = 7, 8, 11  # TCA_BPF_
 _DIRECT_ACTION = 1
+_FIRST_PRIORITY = 0xC000  # which the kernel chooses where nothing is
 _ALL_PROTOCOLS = socket.htons(3)  # ETH_P_ALL
 
 
@@ -167,6 +169,28 @@ def filters(interface: Interface, direction: Direction) -> tuple[FilterInfo, ...
         message = _TCMSG.pack(0, interface.index, 0, _PARENTS[direction], 0)
         answers = listed(_GET_FILTER, message, "RTM_GETTFILTER", f"filters at {direction} of {interface}")
     return tuple(info for answer in answers if (info := _filter(answer, direction)) is not None)
+
+
+def free_place(interface: Interface, direction: Direction, priority: int = 0, handle: int = 0) -> tuple[int, int]:
+    """A priority and a handle that no filter has there; what is not 0 is taken as it is.
+
+    As the kernel would, it chooses the priority before all others, and the first handle. Raises GoneError, NodeError if
+    there is no lower priority.
+    """
+    with interface.entered():
+        message = _TCMSG.pack(0, interface.index, 0, _PARENTS[direction], 0)
+        answers = listed(_GET_FILTER, message, "RTM_GETTFILTER", f"filters at {direction} of {interface}")
+    there = {(info >> 16, taken) for _, _, taken, _, info in map(_TCMSG.unpack_from, answers)}
+    if not priority:
+        priority = min((other for other, _ in there), default=_FIRST_PRIORITY + 1) - 1
+        if not priority:
+            raise NodeError(
+                f"{direction} of {interface} has a filter with priority 1, so none can be before it: give the priority "
+                "in the manifest",
+                interface=interface.name,
+                namespace=interface.namespace.path,
+            )
+    return priority, handle or next(number for number in itertools.count(1) if (priority, number) not in there)
 
 
 def _filter(answer: bytes, direction: Direction) -> FilterInfo | None:

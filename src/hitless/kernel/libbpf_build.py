@@ -113,6 +113,9 @@ ffi.cdef(
     int bpf_iter_create(int link_fd);
     int bpf_link_update(int link_fd, int new_prog_fd, const struct bpf_link_update_opts *opts);
     int bpf_link_detach(int link_fd);
+    struct bpf_prog_attach_opts { size_t sz; unsigned int flags; int replace_prog_fd; };
+    int bpf_prog_attach_opts(int prog_fd, int target, int type, const struct bpf_prog_attach_opts *opts);
+    int bpf_prog_detach2(int prog_fd, int attachable_fd, int type);
     int bpf_prog_query(int target_fd, int type, __u32 query_flags, __u32 *attach_flags, __u32 *prog_ids,
                        __u32 *prog_cnt);
     int bpf_prog_test_run_opts(int prog_fd, struct bpf_test_run_opts *opts);

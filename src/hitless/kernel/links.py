@@ -31,10 +31,15 @@ TARGETS = {
     "cgroup": ("cgroup", "cgroup_id"),
     "netns": ("netns", "netns_ino"),
     "sockmap": ("map", "map_id"),
+    "tc": ("interface", "ifindex"),
     "tcx": ("interface", "ifindex"),
     "xdp": ("interface", "ifindex"),
+    "xdp_netlink": ("interface", "ifindex"),
 }
-"""By type of link: what it is attached to, and the kernel's name for the number that it has."""
+"""By type of link: what it is attached to, and the kernel's name for the number that it has.
+
+``tc`` and ``xdp_netlink`` are no links, but told in the same words: see :mod:`hitless.upgrade.notes`.
+"""
 
 
 class LinkInfo(msgspec.Struct, frozen=True):
@@ -43,7 +48,8 @@ class LinkInfo(msgspec.Struct, frozen=True):
     ``target_id`` is the number of what it is attached to, for the types in TARGETS: of a cgroup its id, of an interface
     its index, of a network namespace its inode, of a map its id; of a probe of user code the place in the file, in
     bytes; of a sampled event its CPU's number and one. 0 is none. ``attach_type`` is the kernel's name of the
-    hook, and of those that are many things at once (netfilter, tracepoints, iterators) which one it is.
+    hook, and of those that are many things at once (netfilter, tracepoints, iterators) which one it is. Of what is
+    attached without a link ``id`` is 0, and a tc filter has its ``priority`` and ``handle``.
     """
 
     id: int
@@ -51,6 +57,8 @@ class LinkInfo(msgspec.Struct, frozen=True):
     program_id: int
     target_id: int = 0
     attach_type: str = ""
+    priority: int = 0
+    handle: int = 0
 
     @property
     def is_dead(self) -> bool:

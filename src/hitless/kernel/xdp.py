@@ -96,6 +96,21 @@ class Xdp(msgspec.Struct, frozen=True):
         """
         self._change(new.fd, 0, old)
 
+    def is_linked(self, runs: Program) -> bool:
+        """Whether a link holds ``runs`` here, which netlink then does not replace. Raises as :meth:`update`.
+
+        It is asked to replace the program by itself: the kernel changes nothing then, and refuses it under a link.
+        """
+        opts = options("bpf_xdp_attach_opts", old_prog_fd=runs.fd)
+        with self.interface.entered():
+            try:
+                request("bpf_xdp_attach", self, self.interface.index, runs.fd, _MODES[self.mode][0], opts)
+            except KernelError as error:
+                if error.facts["errno"] != errno.EBUSY:
+                    raise
+                return True
+        return False
+
     def detach(self, old: Program) -> None:
         """Run nothing there from now on, if ``old`` runs there now (compare-and-swap). Raises as :meth:`update`."""
         self._change(-1, 0, old)

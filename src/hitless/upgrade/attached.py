@@ -1,13 +1,14 @@
 """One hook: what is attached there, found by its pins, and attaching something there for the first time.
 
 ``links`` is always the directory of link pins. Hooks of sockmaps and those whose links cannot be updated have a
-dispatcher, whose slot is pinned in ``slots/`` beside it, under the same name. Where connections keep to their release,
-what is attached is a dispatcher of the board in ``board/`` (:mod:`hitless.upgrade.connections`), and what runs is in
-its slots.
+dispatcher, whose slot is pinned in ``slots/`` beside it, under the same name. A hook without a link has a note there:
+see :mod:`hitless.upgrade.notes`. Where connections keep to their release, what is attached is a dispatcher of the board
+in ``board/`` (:mod:`hitless.upgrade.connections`), and what runs is in its slots.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -17,11 +18,13 @@ from typing import Protocol
 
 import msgspec
 
-from hitless.errors import GoneError, NodeError
+from hitless.errors import GoneError, KernelError, NodeError
 from hitless.hooks import HOOKS
 from hitless.kernel.bpffs import make_directory, move, unpin
+from hitless.kernel.cgroups import CgroupPlace
 from hitless.kernel.dispatcher import Dispatcher, jump_for
-from hitless.kernel.interfaces import interfaces
+from hitless.kernel.filters import Direction, Filter, free_place
+from hitless.kernel.interfaces import Interface, interfaces
 from hitless.kernel.libbpf import system_call
 from hitless.kernel.links import Link, LinkInfo
 from hitless.kernel.maps import Map
@@ -32,15 +35,17 @@ from hitless.kernel.socket_programs import give
 from hitless.kernel.sockets import list_sockets
 from hitless.kernel.switchboard import PARTS, Switchboard
 from hitless.kernel.tracing import attach_event, attach_probe, attach_raw_tracepoint, attach_tracepoint
+from hitless.kernel.xdp import Mode, Xdp
 from hitless.upgrade.model import HookPlan
+from hitless.upgrade.notes import Noted, Where, note, noted, read_note
 
-__all__ = ["Attached", "BoardHook", "attach", "open_attached", "open_below", "pin_of", "remove", "rename"]
+__all__ = ["Attached", "BoardHook", "adopt", "attach", "open_attached", "open_below", "pin_of", "remove", "rename"]
 
 _XDP_MODES = {"generic": 2, "native": 4}  # XDP_FLAGS_SKB_MODE, XDP_FLAGS_DRV_MODE
 
 
 class Attached(Protocol):
-    """What runs on a hook."""
+    """What runs on a hook: a link, a dispatcher of sockets, or what is noted."""
 
     @property
     def info(self) -> LinkInfo:
@@ -134,6 +139,9 @@ def attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
             with Map.open(maps / hook.target) as held:
                 _attach_dispatcher(held, hook, program, links)
             return
+        case "interface" if not HOOKS[hook.hook].linked:
+            _attach_noted(hook, program, pin)
+            return
         case "interface":
             link = _attach_interface(hook, program)
         case "kernel" if hook.hook == "iter":
@@ -149,6 +157,19 @@ def attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
                 link = Link.attach(program, target, hook.attach_type, hook.target)
     with link:
         link.pin(pin)
+
+
+@contextmanager
+def adopt(hook: HookPlan, links: Path) -> Iterator[Attached]:
+    """What another tool attached, under a note of our own from now on; it runs on. Raises as :func:`attach`."""
+    pin = links / hook.link
+    where = _where(hook)
+    if pin.exists() and read_note(pin) != where:
+        remove(links, hook.link)  # of an interface that was there before
+    if not pin.exists():
+        note(pin, where)
+    with open_attached(links, hook.link) as there:
+        yield there
 
 
 def remove(links: Path, name: str) -> None:
@@ -177,7 +198,10 @@ def _open(links: Path, name: str) -> Attached:
 
 def _open_below(links: Path, name: str) -> Attached:
     slot = _slot(links, name)
-    return Dispatcher.open(slot, links / name) if slot.exists() else Link.open(links / name)
+    if slot.exists():
+        return Dispatcher.open(slot, links / name)
+    where = read_note(links / name)
+    return Link.open(links / name) if where is None else Noted(where, links.parent)
 
 
 def _slot(links: Path, name: str) -> Path:
@@ -235,15 +259,57 @@ def _attach_dispatcher(held: Map, hook: HookPlan, program: Program, links: Path)
         )
 
 
+def _attach_noted(hook: HookPlan, program: Program, pin: Path) -> None:
+    interface = _interface(hook)
+    if hook.hook != "xdp-netlink":
+        direction = _direction(hook)
+        priority, handle = free_place(interface, direction, hook.priority, hook.handle)
+        with noted(pin, Filter(interface, direction, priority, handle), program):
+            Filter.attach(program, interface, direction, priority, handle)
+        return
+    # Without a mode the kernel would take the native one where the driver has it; but that is to be noted before.
+    modes: tuple[Mode, ...] = ("native", "generic")
+    for mode in modes:
+        if hook.mode not in (None, mode):
+            continue
+        try:
+            with noted(pin, Xdp(interface, mode), program):
+                Xdp.attach(program, interface, mode)
+            return
+        except KernelError as error:
+            if error.facts["errno"] != errno.EOPNOTSUPP or mode in (hook.mode, modes[-1]):
+                raise
+
+
+def _where(hook: HookPlan) -> Where:
+    if hook.hook == "cgroup":
+        return CgroupPlace(hook.target, hook.target_id, hook.attach_type)
+    interface = _interface(hook)
+    if hook.hook == "xdp-netlink":
+        return Xdp(interface, "generic" if hook.mode == "generic" else "native")
+    return Filter(interface, _direction(hook), hook.priority, hook.handle)
+
+
+def _direction(hook: HookPlan) -> Direction:
+    return "egress" if hook.hook == "tc-egress" else "ingress"
+
+
+def _interface(hook: HookPlan) -> Interface:
+    namespace = Namespace.at(hook.netns or "")
+    for interface in interfaces("*", namespace):
+        if interface.index == hook.target_id:
+            return interface
+    raise GoneError(
+        f"interface {hook.target} of {namespace} with the index {hook.target_id} that it had when this was planned is "
+        "gone: it was removed, or another made in its place; plan again",
+        interface=hook.target,
+        index=hook.target_id,
+        namespace=namespace.path,
+    )
+
+
 def _attach_interface(hook: HookPlan, program: Program) -> Link:
-    (interface,) = interfaces(hook.target, Namespace.at(hook.netns or ""))
-    if interface.index != hook.target_id:
-        raise GoneError(
-            f"{interface} is another one than when this was planned: its index was {hook.target_id}, and is "
-            f"{interface.index}; plan again",
-            interface=interface.name,
-            index=interface.index,
-        )
+    interface = _interface(hook)
     flags = _XDP_MODES[hook.mode] if hook.mode else 0
     with interface.entered():
         return Link.attach(program, interface.index, hook.attach_type, interface, flags)

@@ -8,6 +8,8 @@ from pathlib import Path
 from hitless.bundle import Bundle
 from hitless.carry import is_global
 from hitless.errors import LossNotAllowedError, NodeError, VerifyError
+from hitless.hooks import HOOKS
+from hitless.kernel.cgroups import keeps_links_out
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
 from hitless.kernel.queues import count_elements
@@ -18,7 +20,7 @@ from hitless.upgrade.model import Generation, HookPlan, NodeState, Plan
 from hitless.upgrade.node import Node
 from hitless.upgrade.record import map_pin
 
-__all__ = ["refuse_loss", "refuse_overfull", "refuse_replaced_pins", "verify_hooks", "verify_pins"]
+__all__ = ["refuse_exclusive", "refuse_loss", "refuse_overfull", "refuse_replaced_pins", "verify_hooks", "verify_pins"]
 
 
 def refuse_replaced_pins(directory: Path, generation: Generation) -> None:
@@ -59,6 +61,28 @@ def _count(live: Map, kind: str) -> int:
     if kind == "sockets":
         return len(list_sockets(live))
     return sum(len(keys) for keys, _ in live.batches())
+
+
+def refuse_exclusive(decided: Plan) -> None:
+    """Raise NodeError if a program of another tool keeps a link of the plan out of its cgroup (which the kernel tells
+    as EPERM, and nothing more).
+    """
+    for hook in decided.hooks:
+        if hook.action != "attach" or HOOKS[hook.hook].on != "cgroup":
+            continue
+        found = keeps_links_out(Path(hook.target), hook.attach_type)
+        if found is not None:
+            cgroup, programs = found
+            here = cgroup == Path(hook.target)
+            adopt = ", or let this release take it over (adopt = true)" if here else ""
+            raise NodeError(
+                f"link {hook.link}: cgroup {cgroup} has {hook.attach_type} program {programs[0]}, attached without a "
+                f"link and not to be with others (BPF_F_ALLOW_MULTI), so that the kernel attaches nothing "
+                f"{'beside' if here else 'below'} it; nothing was changed: let who attached it take it off{adopt}",
+                link=hook.link,
+                cgroup=str(cgroup),
+                programs=programs,
+            )
 
 
 def refuse_loss(decided: Plan) -> None:
@@ -103,7 +127,7 @@ def verify_pins(node: Node, current: Generation | None, maps: Mapping[str, Map])
 def verify_hooks(hooks: Collection[HookPlan], programs: Mapping[str, Program], links: Path) -> None:
     """Each hook runs its new program. Raises VerifyError."""
     for hook in hooks:
-        if hook.action not in ("attach", "update"):
+        if hook.action not in ("attach", "update", "adopt"):
             continue
         name = pin_of(hook, links)
         if hook.matched and not (links / name).exists():

@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 
 from hitless.errors import GoneError, KernelError
+from hitless.hooks import HOOKS
+from hitless.kernel.bpffs import make_directory
 from hitless.kernel.programs import Program
 from hitless.kernel.xdp import quick
-from hitless.upgrade.attached import Attached, BoardHook, attach, open_attached, pin_of, remove
+from hitless.upgrade.attached import Attached, BoardHook, adopt, attach, open_attached, pin_of, remove
 from hitless.upgrade.model import HookPlan
 
-__all__ = ["detach_hooks", "switch_back", "switch_hooks"]
+__all__ = ["detach_hooks", "hold_adopted", "switch_back", "switch_hooks"]
 
 
 def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path, maps: Path) -> float:
@@ -33,13 +35,18 @@ def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], lin
         for hook in hooks:
             if hook.action == "attach":
                 changes.append((hook, partial(_attach, hook, programs[hook.program], links, maps)))
-            elif hook.action == "update" and hook.expected is not None:
+            elif hook.action in ("update", "adopt"):
                 new = programs[hook.program]
-                there = held.enter_context(open_attached(links, pin_of(hook, links)))
-                if there.info.program_id != new.info.id:
-                    old = held.enter_context(Program.by_id(hook.expected))
+                with _may_go(hook):
+                    adopted = hook.action == "adopt"
+                    there = held.enter_context(
+                        adopt(hook, links) if adopted else open_attached(links, pin_of(hook, links))
+                    )
+                    if there.info.program_id == new.info.id:
+                        continue
+                    old = held.enter_context(_expected(hook))
                     changes.append((hook, partial(there.update, new, old)))
-                    if hook.hook == "xdp":
+                    if hook.hook in ("xdp", "xdp-netlink"):
                         xdp |= {program.info.id: program for program in (old, new)}
         if xdp:
             held.enter_context(quick(list(xdp.values())))
@@ -48,6 +55,35 @@ def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], lin
             with _may_go(hook):
                 change()
         return (time.perf_counter() - started) * 1e6
+
+
+def hold_adopted(hooks: Sequence[HookPlan], directory: Path) -> None:
+    """Pin in ``directory`` the programs of other tools that a switch takes off their hooks: to put them back, an undo
+    needs them alive, and maybe nothing else holds them. May be repeated. Raises GoneError if one is gone, KernelError.
+    """
+    for hook in hooks:
+        pin = directory / hook.link
+        if hook.adopted is None or pin.exists():
+            continue
+        make_directory(directory, exist_ok=True)
+        with _may_go(hook), _expected(hook) as old:
+            old.pin(pin)
+
+
+def _expected(hook: HookPlan) -> Program:
+    assert hook.expected is not None  # of what is updated
+    try:
+        return Program.by_id(hook.expected)
+    except KernelError as error:
+        if error.facts["errno"] != errno.ENOENT:
+            raise
+        raise GoneError(
+            f"program {hook.expected}, which ran on {hook.target} when this was planned, is not there any more: "
+            f"somebody took it off the hook of link {hook.link}, or the target away; plan again",
+            link=hook.link,
+            target=hook.target,
+            program=hook.expected,
+        ) from error
 
 
 def _attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
@@ -90,15 +126,16 @@ def switch_back(hooks: Sequence[HookPlan], programs: Mapping[str, Program], link
                 remove(links, hook.link)
             continue
         with open_attached(links, name) as there:
-            runs = there.info.program_id
-            if hook.action == "attach" and (runs == program.info.id or isinstance(there, BoardHook)):
+            ours = there.info.program_id == program.info.id
+            if hook.action == "attach":
+                ours = ours or isinstance(there, BoardHook)
+            if ours and hook.action == "attach":
                 _detach(there)
-                remove(links, name)
-            elif runs != program.info.id:
-                continue
-            elif hook.action == "update" and hook.expected is not None and not there.info.is_dead:
-                with Program.by_id(hook.expected) as old, _gone_is_done():
+            elif ours and hook.action in ("update", "adopt") and not there.info.is_dead:
+                with _expected(hook) as old, _gone_is_done():
                     there.update(old, program)
+        if hook.action == "adopt" or (hook.action == "attach" and (ours or not HOOKS[hook.hook].linked)):
+            remove(links, name)
 
 
 def detach_hooks(names: Sequence[str], links: Path) -> None:
@@ -121,6 +158,8 @@ def _gone_is_done() -> Iterator[None]:
     """Around what takes a program off a hook: if its target goes meanwhile, that is done."""
     try:
         yield
+    except GoneError:
+        pass
     except KernelError as error:
         if error.facts["errno"] not in (errno.ENOLINK, errno.ENODEV):
             raise

@@ -162,6 +162,12 @@ def hook_problem(hook: Hook, link: LinkInfo | None, expected: int | None, links:
             f"link {name} is attached to {link.where}, not to {hook.target} ({there}): somebody pinned another link "
             f"there; {again}"
         )
+    if expected is not None and link.program_id != expected and not HOOKS[hook.hook].linked:
+        return (
+            f"link {name} is no longer there: {hook.target}{f' in {hook.netns}' if hook.netns else ''} runs program "
+            f"{link.program_id} instead of {hook.program} (program {expected}): another tool attached it; let that "
+            "take it off, then apply the same release again"
+        )
     if expected is not None and link.program_id != expected:
         return (
             f"link {name} runs program {link.program_id}, not {hook.program} (program {expected}): someone else "
@@ -173,7 +179,7 @@ def hook_problem(hook: Hook, link: LinkInfo | None, expected: int | None, links:
 def unhooked(record: Record, links: Mapping[str, LinkInfo]) -> Iterator[str]:
     """What the patterns of the release match by now and no link of it is on."""
     known = {hook.link for hook in record.hooks}
-    for place in find_places(entry for entry in record.attach if entry.is_pattern):
+    for place in find_places((entry for entry in record.attach if entry.is_pattern), record.programs):
         link = links.get(place.link)
         if place.link not in known and (link is None or link.target_id != place.id):
             yield (

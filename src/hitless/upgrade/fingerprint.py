@@ -144,7 +144,8 @@ def require_meant(planned: Plan, root: str, bundle: Bundle) -> None:
         )
     targets = {hook.link: hook.target for hook in planned.hooks if hook.action != "detach"}
     for entry in bundle.attach:
-        if targets.get(entry.link) != entry.target:
+        # What a pattern leads to is among the targets of the fingerprint.
+        if not entry.is_pattern and targets.get(entry.link) != entry.target:
             raise BundleError(
                 f"the plan has link {entry.link} on {targets.get(entry.link)}, and with what --set gives now it would "
                 f"be on {entry.target}; give the same values as to plan, or plan again",

@@ -16,10 +16,11 @@ import msgspec
 
 from hitless.errors import KernelError, LossNotAllowedError, NodeError
 from hitless.kernel.bpffs import remove_tree, require_bpffs
-from hitless.kernel.links import Link, all_links
+from hitless.kernel.links import all_links
 from hitless.kernel.maps import Map
 from hitless.kernel.processes import holders_of
 from hitless.kernel.programs import Program
+from hitless.upgrade.attached import open_attached
 from hitless.upgrade.drift import interrupted, strangers
 from hitless.upgrade.model import LeftRing, NodeState, Record
 from hitless.upgrade.node import Node, foreign_error
@@ -205,8 +206,10 @@ def _dead_links(node: Node, state: NodeState) -> Iterator[_Pin]:
 
 def _pins(generation: Path) -> Iterator[tuple[Path, str]]:
     """All that is pinned in a generation, but its record, each with its kind."""
-    for room, kind in (("maps", "map"), ("data", "map"), ("progs", "program"), ("base", "map"), ("back", "map")):
+    programs = ("progs", "adopted")
+    for room in ("maps", "data", "progs", "base", "back", "adopted"):
         if (generation / room).is_dir():
+            kind = "program" if room in programs else "map"
             yield from ((path, kind) for path in sorted((generation / room).rglob("*")) if not path.is_dir())
 
 
@@ -293,7 +296,7 @@ def _running(node: Node, going: Collection[Path]) -> dict[int, int]:
     """The links that keep programs, by the id of the program, but for the pins that go."""
     dead = set()
     for path in going:
-        with Link.open(path) as link:
+        with open_attached(path.parent, path.name) as link:
             dead.add(link.info.id)
     found: dict[int, int] = {}
     with suppress(KernelError):  # which takes CAP_SYS_ADMIN; the memory is only told

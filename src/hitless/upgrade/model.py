@@ -12,7 +12,7 @@ from hitless.kernel.links import LinkInfo
 from hitless.kernel.maps import MapInfo
 from hitless.kernel.programs import ProgramInfo
 from hitless.layout.diff import Change
-from hitless.layout.model import MapSpec, ObjectSpec
+from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec
 from hitless.layout.rules import MapRules
 from hitless.upgrade.phases import Recovery, recovery
 
@@ -71,12 +71,14 @@ class MapPlan(msgspec.Struct, frozen=True):
 
 
 class HookPlan(msgspec.Struct, frozen=True):
-    """What becomes of one hook: ``keep``, ``update`` in place, ``attach`` or ``detach``.
+    """What becomes of one hook: ``keep``, ``update`` in place, ``attach``, ``adopt`` or ``detach``.
 
-    ``expected`` is the kernel's id of the program that must be running there for the update to happen. ``target_id`` is
-    the number of the target, as in LinkInfo, and ``netns`` the network namespace of an interface. ``matched`` says that
-    a pattern led to it, so that it may go at any time. ``method`` is how the program of a live hook is exchanged, in
-    words, and ``point`` where one of netfilter runs.
+    To adopt is to update what another tool attached. ``expected`` is the kernel's id of the program that must be
+    running there for the update to happen; ``adopted`` is its name if hitless did not attach it. ``target_id`` is the
+    number of the target, as in LinkInfo, and ``netns`` the network namespace of an interface. ``matched`` says that a
+    pattern led to it, so that it may go at any time. ``method`` is how the program of a live hook is exchanged, in
+    words, and ``point`` where one of netfilter runs. ``priority`` and ``handle`` are those of a tc filter; 0 is one
+    that is free when it is attached.
     """
 
     link: str
@@ -93,6 +95,9 @@ class HookPlan(msgspec.Struct, frozen=True):
     matched: bool = False
     method: str = ""
     point: NetfilterPoint | None = None
+    priority: int = 0
+    handle: int = 0
+    adopted: str | None = None
 
 
 class MapFacts(msgspec.Struct, frozen=True):
@@ -267,6 +272,11 @@ class Record(msgspec.Struct, frozen=True):
     def may_sleep(self) -> bool:
         """Whether one of the programs may sleep, so that it may run on for long."""
         return any(program.may_sleep for item in self.objects for program in item.programs)
+
+    @property
+    def programs(self) -> dict[str, ProgramSpec]:
+        """The release's programs, by name."""
+        return {program.name: program for item in self.objects for program in item.programs}
 
 
 class LiveMap(msgspec.Struct, frozen=True):

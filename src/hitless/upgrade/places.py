@@ -6,31 +6,63 @@ is no letter, digit, ``_`` or ``-`` is written as ``~`` and its code in hex, sin
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
 from hitless.bundle import Attach
-from hitless.errors import GoneError
+from hitless.errors import GoneError, KernelError
 from hitless.hooks import HOOKS
+from hitless.kernel.cgroups import CgroupPlace
 from hitless.kernel.dispatcher import jump_for
-from hitless.kernel.interfaces import interfaces
+from hitless.kernel.filters import filters
+from hitless.kernel.interfaces import Interface, interfaces
 from hitless.kernel.links import cgroup_id
 from hitless.kernel.namespaces import Namespace, namespaces
+from hitless.kernel.programs import Program
 from hitless.kernel.tracing import probe_offset, tracepoint_id
+from hitless.kernel.xdp import Xdp
+from hitless.layout.model import ProgramSpec
 
-__all__ = ["Place", "find_places", "place_id"]
+__all__ = ["Occupant", "Place", "find_places", "place_id"]
 
 _NAMED = Path("/run/netns")  # where `ip netns` puts namespaces
 _CPUS = Path("/sys/devices/system/cpu/online")
 _PLAIN = re.compile(r"[^A-Za-z0-9_-]")
 
 
+class Occupant(msgspec.Struct, frozen=True):
+    """A program at a place, whoever attached it: by XDP, as a tc filter, or to a cgroup without a link.
+
+    ``mode`` is XDP's; ``is_linked`` says that a link holds it. That, and what is on a cgroup, is told for entries
+    that adopt. ``priority``, ``handle`` and ``is_plain`` are those of a filter.
+    """
+
+    program_id: int
+    name: str
+    mode: str | None = None
+    is_linked: bool = False
+    priority: int = 0
+    handle: int = 0
+    is_plain: bool = True
+
+    def __str__(self) -> str:
+        name = f"program {self.program_id}{f' ({self.name})' if self.name else ''}"
+        if self.mode:
+            return f"{name} as {self.mode} XDP"
+        filtering = f" as tc filter with priority {self.priority}, handle {self.handle:#x}"
+        return name + (filtering if self.priority else " without a link")
+
+
 class Place(msgspec.Struct, frozen=True):
-    """One link of a manifest's ``entry``: its pin name ``link``, its ``target`` and the number that this has now."""
+    """One link of a manifest's ``entry``: its pin name ``link``, its ``target`` and the number that this has now.
+
+    ``occupants`` is what runs there, in the order it runs.
+    """
 
     entry: Attach
     link: str
@@ -38,14 +70,15 @@ class Place(msgspec.Struct, frozen=True):
     target: str
     netns: str | None
     id: int
+    occupants: tuple[Occupant, ...] = ()
 
     def __str__(self) -> str:
         return f"{HOOKS[self.entry.hook].on} {self.target}" + (f" in {self.netns}" if self.netns else "")
 
 
-def find_places(attach: Iterable[Attach]) -> tuple[Place, ...]:
+def find_places(attach: Iterable[Attach], programs: Mapping[str, ProgramSpec]) -> tuple[Place, ...]:
     """All places of the entries, in their order. Raises NodeError if a target that is no pattern is not there."""
-    return tuple(place for entry in attach for place in _places(entry))
+    return tuple(place for entry in attach for place in _places(entry, programs[entry.program]))
 
 
 def place_id(hook: str, target: str, netns: str | None) -> int:
@@ -71,7 +104,7 @@ def place_id(hook: str, target: str, netns: str | None) -> int:
         case "netns":
             return Namespace.at(target).inode
         case "interface":
-            return interfaces(target, Namespace.at(netns or ""))[0].index
+            return _interface(target, netns).index
 
 
 def _online() -> list[int]:
@@ -80,14 +113,22 @@ def _online() -> list[int]:
     return [number for part in parts for number in range(int(part[0]), int(part[-1]) + 1)]
 
 
-def _places(entry: Attach) -> Iterator[Place]:
+def _places(entry: Attach, program: ProgramSpec) -> Iterator[Place]:
     if HOOKS[entry.hook].on == "cpu":
         for cpu in _online():
             was = f"{entry.was}@cpu{cpu}" if entry.was else None
             yield Place(entry, f"{entry.link}@cpu{cpu}", was, f"{entry.target}@cpu{cpu}", None, cpu + 1)
+    elif not entry.is_pattern and HOOKS[entry.hook].on == "interface":
+        interface = _interface(entry.target, entry.netns)
+        seen = tuple(_occupants(entry, interface))
+        yield Place(entry, entry.link, entry.was, entry.target, entry.netns, interface.index, seen)
     elif not entry.is_pattern:
         number = place_id(entry.hook, entry.target, entry.netns)
-        yield Place(entry, entry.link, entry.was, entry.target, entry.netns, number)
+        there: list[int] = []
+        if entry.adopt:  # a cgroup's
+            there = CgroupPlace(entry.target, number, HOOKS[entry.hook].attach_type(program)).programs()
+        seen = tuple(Occupant(one.info.id, one.info.name) for one in map(_loaded, there) if one is not None)
+        yield Place(entry, entry.link, entry.was, entry.target, entry.netns, number, seen)
     elif HOOKS[entry.hook].on == "netns":
         for namespace in namespaces(entry.target):
             names = _names(entry, namespace)
@@ -102,7 +143,44 @@ def _places(entry: Attach) -> Iterator[Place]:
                 if not fnmatch.fnmatchcase(interface.name, entry.target):
                     continue
                 names = _names(entry, namespace, interface.name)
-                yield Place(entry, *names, interface.name, namespace.path or None, interface.index)
+                try:
+                    seen = tuple(_occupants(entry, interface))
+                except GoneError:
+                    continue
+                yield Place(entry, *names, interface.name, namespace.path or None, interface.index, seen)
+
+
+def _interface(target: str, netns: str | None) -> Interface:
+    return interfaces(target, Namespace.at(netns or ""))[0]
+
+
+def _occupants(entry: Attach, interface: Interface) -> Iterator[Occupant]:
+    if entry.hook in ("xdp", "xdp-netlink"):
+        found = Xdp.find(interface)
+        if found is None:
+            return
+        runs = _loaded(found.info.program_id)
+        if runs is not None:
+            linked = entry.adopt and found.is_linked(runs)
+            yield Occupant(runs.info.id, runs.info.name, found.mode, linked)
+    elif entry.hook in ("tc-ingress", "tc-egress"):
+        for one in filters(interface, "ingress" if entry.hook == "tc-ingress" else "egress"):
+            runs = _loaded(one.program_id)
+            if runs is not None:
+                name = runs.info.name
+                yield Occupant(
+                    one.program_id, name, priority=one.priority, handle=one.handle, is_plain=one.is_plain
+                )
+
+
+def _loaded(program_id: int) -> Program | None:
+    """The program, None if it went meanwhile. It has to be looked for by its id: nothing here pins it."""
+    try:
+        return Program.by_id(program_id)
+    except KernelError as error:
+        if error.facts["errno"] != errno.ENOENT:
+            raise
+        return None
 
 
 def _names(entry: Attach, namespace: Namespace, *interface: str) -> tuple[str, str | None]:

@@ -24,9 +24,10 @@ from hitless.carry import (
     translated,
     way,
 )
-from hitless.errors import BundleError, UnsupportedError
+from hitless.errors import BundleError, NodeError, UnsupportedError
 from hitless.groups import group_of, torn
 from hitless.hooks import HOOKS, SLEEPABLE
+from hitless.kernel.links import LinkInfo
 from hitless.kernel.switchboard import KINDS
 from hitless.layout.answers import answer
 from hitless.layout.diff import MapDiff, diff_maps, is_constant
@@ -34,7 +35,7 @@ from hitless.layout.model import MapSpec, ProgramSpec
 from hitless.layout.rules import MapRules, only_read
 from hitless.layout.variables import SectionDiff, diff_sections
 from hitless.upgrade.model import Generation, Hook, HookPlan, LeftRing, MapPlan, NodeState, Plan, Record
-from hitless.upgrade.places import Place
+from hitless.upgrade.places import Occupant, Place
 
 __all__ = ["hooks_of", "late_hooks", "make_plan"]
 
@@ -63,7 +64,7 @@ def make_plan(
     if current is None:
         start_type = "normal"
         maps = tuple(_created(name) for name in bundle.maps)
-        hooks = tuple(_hook(place, bundle.programs, "attach") for place in places)
+        hooks = tuple(_new_hook(place, bundle.programs, frozenset()) for place in places)
     elif into is None and (current.record.version, current.record.digest) == (bundle.version, bundle.digest):
         start_type = "restart"
         maps = tuple(MapPlan(name, "keep", method="same map") for name in current.record.maps)
@@ -103,6 +104,13 @@ def make_plan(
 
 def _check_dispatchers(hooks: tuple[HookPlan, ...]) -> None:
     for hook in hooks:
+        if hook.action == "adopt":
+            raise UnsupportedError(
+                f"hook {hook.link} is adopted from another tool, whose program knows of no connections: leave out "
+                'consistency = "connection" in this upgrade',
+                feature="adopting by connection",
+                link=hook.link,
+            )
         if hook.attach_type not in KINDS:
             raise UnsupportedError(
                 f"hook {hook.link} is on {hook.attach_type}, where no connection can keep to its release: leave out "
@@ -419,8 +427,92 @@ def hooks_of(plan: Plan) -> tuple[Hook, ...]:
 def late_hooks(plan: Plan, record: Record, places: Sequence[Place]) -> list[HookPlan]:
     """Those of ``places``, to which patterns lead now, that the plan does not know, or knows as something that went."""
     known = {(hook.link, hook.target_id) for hook in plan.hooks if hook.action != "detach"}
-    programs = {program.name: program for item in record.objects for program in item.programs}
-    return [_hook(place, programs, "attach") for place in places if (place.link, place.id) not in known]
+    programs = record.programs
+    own = {program.id for program in record.pinned_programs.values()} | {hook.expected for hook in plan.hooks}
+    return [_new_hook(place, programs, own) for place in places if (place.link, place.id) not in known]
+
+
+def _new_hook(place: Place, programs: Mapping[str, ProgramSpec], own: Container[int | None]) -> HookPlan:
+    """The plan of a hook on which nothing of its link is; ``own`` are ids of programs that are not of other tools.
+
+    Raises NodeError if the place is taken.
+    """
+    entry = place.entry
+    if entry.hook in ("xdp", "xdp-netlink"):
+        there = list(place.occupants)
+    else:
+        there = [
+            one for one in place.occupants
+            if entry.priority in (0, one.priority) and entry.handle in (0, one.handle)
+        ]  # fmt: skip
+    if entry.adopt:
+        # A filter has a place of its own; of XDP, and on a cgroup without a link, there can be but one of ours.
+        there = [one for one in there if not one.priority or one.program_id not in own]
+    elif not (entry.hook.startswith("xdp") or entry.handle):
+        there = []  # others have their own places
+    if not there:
+        return _hook(place, programs, "attach")
+    found = there[0]
+    why = _not_adopted(place, there, own)
+    if why:
+        raise NodeError(
+            f"link {place.link}: {place} has {' and '.join(map(str, there))}, {why}; nothing was changed",
+            link=place.link,
+            target=place.target,
+            namespace=place.netns,
+            programs=[one.program_id for one in there],
+        )
+    planned = _hook(place, programs, "adopt", expected=found.program_id)
+    return msgspec.structs.replace(
+        planned, mode=found.mode, priority=found.priority, handle=found.handle, adopted=found.name
+    )
+
+
+def _not_adopted(place: Place, there: Sequence[Occupant], own: Container[int | None]) -> str:
+    """Why what is there is not adopted, and what to do; empty if it is."""
+    entry, found = place.entry, there[0]
+    if found.program_id in own:
+        return (
+            "which is this bundle's own under another link name or by another hook: name that link as `was`, or leave "
+            "that hook out in a release before"
+        )
+    if not entry.adopt:
+        how = "adopt = true" if not HOOKS[entry.hook].linked else 'by = "netlink" and adopt = true'
+        return f"which hitless did not attach: let who did take it off, or let this release take it over ({how})"
+    if len(there) > 1:
+        what = ": give its priority and handle" if found.priority else "; let who attached them take off all others"
+        return f"and nobody can say which one to adopt{what}"
+    if found.is_linked:
+        return (
+            "held by a link of another tool, which stays its owner's, and which the kernel lets nothing else replace: "
+            "let that tool detach it"
+        )
+    if entry.mode not in (None, found.mode):
+        return f"and {entry.mode} is wanted: the kernel cannot change the mode in place; leave mode out of the manifest"
+    if not found.is_plain:
+        return (
+            "which is not in direct-action mode for all protocols in chain 0, and a replacement would be: let who "
+            "attached it do it so"
+        )
+    return ""
+
+
+def _taken_over(place: Place, link: LinkInfo, own: Container[int | None]) -> str:
+    """The name of the program by which another tool replaced ours. Raises NodeError if it is not to be replaced."""
+    there = [
+        one for one in place.occupants
+        if (one.program_id, one.priority, one.handle) == (link.program_id, link.priority, link.handle)
+    ]  # fmt: skip
+    why = _not_adopted(place, there, own) if there else "which changed just now: plan again"
+    if why:
+        raise NodeError(
+            f"link {place.link}: {place} runs program {link.program_id} where ours ran, {why}; nothing was changed",
+            link=place.link,
+            target=place.target,
+            namespace=place.netns,
+            programs=[link.program_id],
+        )
+    return there[0].name
 
 
 def _hook(
@@ -442,6 +534,8 @@ def _hook(
         matched=entry.is_pattern,
         method=HOOKS[entry.hook].method if action == "update" else "",
         point=entry.point,
+        priority=entry.priority,
+        handle=entry.handle,
     )
 
 
@@ -450,6 +544,7 @@ def _plan_hooks(
 ) -> tuple[HookPlan, ...]:
     """New hooks first, then updates in the bundle's order, removed ones last."""
     known = {hook.link: hook for hook in current.record.hooks}
+    own = {one.id for one in current.programs.values()} | {one.id for one in current.record.replaced_programs}
     taken = set()
     attached, updated = [], []
     for place in places:
@@ -460,7 +555,7 @@ def _plan_hooks(
         # The kernel detached it with its target. Of a netfilter link it does not tell, so that another namespace at the
         # same path is taken for a sign that the old one is gone.
         if link is None or link.is_dead or (entry.point and link.target_id != place.id):
-            attached.append(_hook(place, bundle.programs, "attach"))
+            attached.append(_new_hook(place, bundle.programs, own))
             continue
         attach_type = entry.attach_type(bundle.programs[entry.program])
         if link.attach_type != attach_type or (name in known and known[name].hook != entry.hook):
@@ -479,10 +574,20 @@ def _plan_hooks(
                 feature="link to another target",
                 link=name,
             )
+        if link.priority != (entry.priority or link.priority) or link.handle != (entry.handle or link.handle):
+            raise UnsupportedError(
+                f"link {name} is a filter with priority {link.priority} and handle {link.handle:#x}, and the manifest "
+                "has others: moving a filter is not supported; give the new one a link name of its own",
+                feature="filter to another priority",
+                link=name,
+            )
         running = current.programs.get(entry.program)
         same = restart and running is not None and running.id == link.program_id
         was = name if name != place.link else None
-        updated.append(_hook(place, bundle.programs, "keep" if same else "update", was, link.program_id))
+        planned = _hook(place, bundle.programs, "keep" if same else "update", was, link.program_id)
+        if not HOOKS[entry.hook].linked and link.program_id not in own:
+            planned = msgspec.structs.replace(planned, adopted=_taken_over(place, link, own))
+        updated.append(planned)
     removed = [
         HookPlan(
             link=name,

@@ -36,6 +36,7 @@ from hitless.layout.model import ProgramSpec
 from hitless.upgrade.attached import open_attached, remove, rename
 from hitless.upgrade.carrier import Carrier, Tally
 from hitless.upgrade.checks import (
+    refuse_exclusive,
     refuse_loss,
     refuse_overfull,
     refuse_replaced_pins,
@@ -43,7 +44,7 @@ from hitless.upgrade.checks import (
     verify_pins,
 )
 from hitless.upgrade.connections import install, turn, turn_back, wait
-from hitless.upgrade.cutover import detach_hooks, switch_back, switch_hooks
+from hitless.upgrade.cutover import detach_hooks, hold_adopted, switch_back, switch_hooks
 from hitless.upgrade.drift import interrupted, recovering
 from hitless.upgrade.fingerprint import Asked, fingerprint, require_meant, require_same, require_unchanged
 from hitless.upgrade.handle import Staged
@@ -62,7 +63,7 @@ from hitless.upgrade.model import (
 from hitless.upgrade.node import Node, read_generation
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.passages import Sides, make_carriers
-from hitless.upgrade.places import find_places
+from hitless.upgrade.places import Place, find_places
 from hitless.upgrade.plan import hooks_of, late_hooks, make_plan
 from hitless.upgrade.record import map_pin, pin_name, read_record, write_record
 from hitless.upgrade.release import last_release
@@ -121,8 +122,8 @@ def _plan(
     if planned is not None:
         require_meant(planned, state.root, bundle)
         allow_loss = {entry.name for entry in planned.maps if entry.allowed}
-    places = find_places(bundle.attach)
-    targets = {str(place): place.id for place in places}
+    places = find_places(bundle.attach, bundle.programs)
+    targets = _targets(places, state)
     if planned is not None and planned.fingerprint is not None:
         able = {name: name in asked for name in planned.fingerprint.features}
         require_unchanged(planned, fingerprint(state, targets, able, *machine))
@@ -132,7 +133,19 @@ def _plan(
     if planned is not None:
         require_same(planned, decided)
     refuse_overfull(node, state, bundle, decided)
+    refuse_exclusive(decided)
     return msgspec.structs.replace(decided, fingerprint=fingerprint(state, targets, asked.answers, *machine))
+
+
+def _targets(places: Sequence[Place], state: NodeState) -> dict[str, int]:
+    """The numbers of what hooks are for, and of the programs of other tools there that decide about the plan."""
+    own = {link.program_id for link in state.links.values()}
+    targets = {str(place): place.id for place in places}
+    for place in places:
+        if place.entry.adopt or place.entry.hook.startswith("xdp"):
+            others = (one for one in place.occupants if one.program_id not in own)
+            targets |= {f"on {place}: {one}": one.program_id for one in others}
+    return targets
 
 
 @in_step("plan")
@@ -144,8 +157,11 @@ def _plan_back(node: Node, state: NodeState, allow_loss: Collection[str]) -> tup
     last = node.last()
     refuse_replaced_pins(node.previous, last)
     release = last_release(last, state.current, node.previous)
-    decided = make_plan(state, release, find_places(release.attach), features(), allow_loss, last)
+    decided = make_plan(
+        state, release, find_places(release.attach, release.programs), features(), allow_loss, last
+    )
     refuse_overfull(node, state, release, decided)
+    refuse_exclusive(decided)
     return decided, release
 
 
@@ -446,6 +462,7 @@ class _Upgrade:
                     node.access.staged.switching = True
             make_directory(node.links, exist_ok=True)
             with self._step("cutover"):
+                hold_adopted(self._plan.hooks, node.next / "adopted")
                 started = time.perf_counter()
                 gap = self._switch()
                 self._switch_late()
@@ -482,7 +499,7 @@ class _Upgrade:
             except KernelError:
                 self._finish_again()  # nobody should have to come back because of an error that passed
         self._drain()
-        switched = sum(hook.action in ("attach", "update") for hook in self._plan.hooks)
+        switched = sum(hook.action in ("attach", "update", "adopt") for hook in self._plan.hooks)
         return self._result(Cutover(switched, gap, stale if self._current else 0.0, moved))
 
     # The steps
@@ -554,12 +571,13 @@ class _Upgrade:
         """Attach the release to what patterns match by now and did not when it was planned."""
         assert self._record is not None  # what was staged, or given to reopen
         patterns = [entry for entry in self._record.attach if entry.is_pattern]
-        while late := late_hooks(self._plan, self._record, find_places(patterns)):
+        while late := late_hooks(self._plan, self._record, find_places(patterns, self._record.programs)):
             known = {hook.link for hook in late}
             others = [hook for hook in self._plan.hooks if hook.link not in known]
             self._plan = msgspec.structs.replace(self._plan, hooks=(*late, *others))
             self._record = msgspec.structs.replace(self._record, plan=self._plan, hooks=hooks_of(self._plan))
             write_record(self._node.next / "record", self._record)  # first, so that a recovery knows of them
+            hold_adopted(late, self._node.next / "adopted")
             switch_hooks(late, self._programs, self._node.links, self._node.next / "maps")
 
     def _verify_hooks(self) -> None:
@@ -688,6 +706,7 @@ def _finish(node: Node) -> None:
         move(node.next, node.previous)
     for generation in (node.current, node.previous):
         remove_tree(generation / "base")
+        remove_tree(generation / "adopted")
     for hook in record.plan.hooks if record.plan else ():
         if hook.was:
             rename(node.links, hook.was, hook.link)
