@@ -8,7 +8,6 @@ from pathlib import Path
 from hitless.bundle import Bundle
 from hitless.carry import is_global
 from hitless.errors import LossNotAllowedError, NodeError, VerifyError
-from hitless.hooks import HOOKS
 from hitless.kernel.cgroups import keeps_links_out
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
@@ -68,7 +67,7 @@ def refuse_exclusive(decided: Plan) -> None:
     as EPERM, and nothing more).
     """
     for hook in decided.hooks:
-        if hook.action != "attach" or HOOKS[hook.hook].on != "cgroup":
+        if hook.action != "attach" or hook.hook != "cgroup":
             continue
         found = keeps_links_out(Path(hook.target), hook.attach_type)
         if found is not None:

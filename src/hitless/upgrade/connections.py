@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from hitless.hooks import HOOKS
 from hitless.kernel.bpffs import make_directory
 from hitless.kernel.links import Link
 from hitless.kernel.names import attach_number
@@ -40,7 +39,7 @@ def install(
     """
     board = Switchboard.create(links.parent / "board")
     before = set(board.hooks())
-    cgroups = [Path(target) for target in dict.fromkeys(h.target for h in hooks if HOOKS[h.hook].on == "cgroup")]
+    cgroups = [Path(target) for target in dict.fromkeys(h.target for h in hooks if h.hook == "cgroup")]
     for cgroup in cgroups:
         _witness(board, hooks, cgroup, links)
     for hook in hooks:
