@@ -1,4 +1,4 @@
-"""One hook: what is attached there, found by its pins, and attaching something there for the first time.
+"""One hook: what is attached there, found by its pins. (What is not attached yet: :mod:`hitless.upgrade.attaching`.)
 
 ``links`` is always the directory of link pins. Hooks of sockmaps and those whose links cannot be updated have a
 dispatcher, whose slot is pinned in ``slots/`` beside it, under the same name. A hook without a link has a note there:
@@ -8,9 +8,6 @@ in ``board/`` (:mod:`hitless.upgrade.connections`), and what runs is in its slot
 
 from __future__ import annotations
 
-import errno
-import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,30 +15,17 @@ from typing import Protocol
 
 import msgspec
 
-from hitless.errors import GoneError, KernelError, NodeError
-from hitless.hooks import HOOKS
-from hitless.kernel.bpffs import make_directory, move, unpin
-from hitless.kernel.cgroups import CgroupPlace
-from hitless.kernel.dispatcher import Dispatcher, jump_for
-from hitless.kernel.filters import Direction, Filter, free_place
-from hitless.kernel.interfaces import Interface, interfaces
-from hitless.kernel.libbpf import system_call
+from hitless.errors import NodeError
+from hitless.kernel.bpffs import move, unpin
+from hitless.kernel.dispatcher import Dispatcher
 from hitless.kernel.links import Link, LinkInfo
-from hitless.kernel.maps import Map
-from hitless.kernel.namespaces import Namespace, entered
-from hitless.kernel.netfilter import attach_netfilter
 from hitless.kernel.programs import Program
-from hitless.kernel.socket_programs import give
-from hitless.kernel.sockets import list_sockets
 from hitless.kernel.switchboard import PARTS, Switchboard
-from hitless.kernel.tracing import attach_event, attach_probe, attach_raw_tracepoint, attach_tracepoint
-from hitless.kernel.xdp import Mode, Xdp
 from hitless.upgrade.model import HookPlan
-from hitless.upgrade.notes import Noted, Where, note, noted, read_note
+from hitless.upgrade.notes import Noted, read_note
 
-__all__ = ["Attached", "BoardHook", "adopt", "attach", "open_attached", "open_below", "pin_of", "remove", "rename"]
+__all__ = ["Attached", "BoardHook", "open_attached", "open_below", "pin_of", "remove", "rename", "slot_of"]
 
-_XDP_MODES = {"generic": 2, "native": 4}  # XDP_FLAGS_SKB_MODE, XDP_FLAGS_DRV_MODE
 
 
 class Attached(Protocol):
@@ -128,60 +112,16 @@ def pin_of(hook: HookPlan, links: Path) -> str:
     return hook.was if hook.was is not None and (links / hook.was).exists() else hook.link
 
 
-def attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
-    """Attach the program and pin what holds it; ``maps`` has the pins of the release's maps.
-
-    Raises GoneError if the target is not what it was when this was planned, NodeError, KernelError.
-    """
-    pin = links / hook.link
-    match HOOKS[hook.hook].on:
-        case "map":
-            with Map.open(maps / hook.target) as held:
-                _attach_dispatcher(held, hook, program, links)
-            return
-        case "interface" if not HOOKS[hook.hook].linked:
-            _attach_noted(hook, program, pin)
-            return
-        case "interface":
-            link = _attach_interface(hook, program)
-        case "kernel" if hook.hook == "iter":
-            link = Link.iterate(program, hook.target)
-        case "netns" | "kernel" | "cpu" if HOOKS[hook.hook].slot:
-            _put_dispatcher(hook, program, links)
-            return
-        case _ if hook.hook == "iter-cgroup":
-            with _opened(Path(hook.target)) as target:
-                link = Link.iterate(program, hook.target, target)
-        case _:
-            with _opened(Path(hook.target)) as target:
-                link = Link.attach(program, target, hook.attach_type, hook.target)
-    with link:
-        link.pin(pin)
-
-
-@contextmanager
-def adopt(hook: HookPlan, links: Path) -> Iterator[Attached]:
-    """What another tool attached, under a note of our own from now on; it runs on. Raises as :func:`attach`."""
-    pin = links / hook.link
-    where = _where(hook)
-    if pin.exists() and read_note(pin) != where:
-        remove(links, hook.link)  # of an interface that was there before
-    if not pin.exists():
-        note(pin, where)
-    with open_attached(links, hook.link) as there:
-        yield there
-
-
 def remove(links: Path, name: str) -> None:
     """Unpin the link and what belongs to it."""
-    for path in (links / name, _slot(links, name), *_on_board(links, name)):
+    for path in (links / name, slot_of(links, name), *_on_board(links, name)):
         if path.exists():
             unpin(path)
 
 
 def rename(links: Path, was: str, name: str) -> None:
     """Give the pins another name; may be repeated after a kill."""
-    before, after = ((_slot(links, each), *_on_board(links, each), links / each) for each in (was, name))
+    before, after = ((slot_of(links, each), *_on_board(links, each), links / each) for each in (was, name))
     for old, new in zip(before, after, strict=True):
         if old.exists():
             move(old, new)
@@ -197,129 +137,18 @@ def _open(links: Path, name: str) -> Attached:
 
 
 def _open_below(links: Path, name: str) -> Attached:
-    slot = _slot(links, name)
+    slot = slot_of(links, name)
     if slot.exists():
         return Dispatcher.open(slot, links / name)
     where = read_note(links / name)
     return Link.open(links / name) if where is None else Noted(where, links.parent)
 
 
-def _slot(links: Path, name: str) -> Path:
+def slot_of(links: Path, name: str) -> Path:
+    """Where the slot of the hook's dispatcher is pinned, if it has one."""
     return links.parent / "slots" / name
-
-
-def _put_dispatcher(hook: HookPlan, program: Program, links: Path) -> None:
-    slot = _slot(links, hook.link)
-    make_directory(slot.parent, exist_ok=True)
-
-    def link_to(dispatcher: Program) -> Link:
-        if hook.point is not None:
-            namespace = Namespace.at(hook.target)
-            if namespace.inode != hook.target_id:
-                raise GoneError(f"{namespace} is another one than when this was planned; plan again", path=hook.target)
-            with entered(namespace):
-                return attach_netfilter(dispatcher, hook.point)
-        if hook.hook == "perf_event":
-            event, period, _ = re.split("[:@]", hook.target)
-            return attach_event(dispatcher, event, int(period), hook.target_id - 1)
-        if hook.hook == "tracepoint":
-            return attach_tracepoint(dispatcher, hook.target)
-        if hook.hook in ("uprobe", "uretprobe"):
-            path, _ = hook.target.rsplit(":", 1)
-            return attach_probe(dispatcher, path, hook.target_id, hook.hook == "uretprobe")
-        return attach_raw_tracepoint(dispatcher, hook.target)
-
-    what = f"{hook.attach_type} of {hook.target}" if hook.point else hook.attach_type
-    jump = jump_for(hook.hook, hook.target)
-    with Dispatcher.put(jump, link_to, program, slot, links / hook.link, what, hook.target_id):
-        pass  # the pins keep it
 
 
 def _on_board(links: Path, name: str) -> tuple[Path, ...]:
     """What the board has of a hook: the dispatcher first."""
     return tuple(links.parent / "board" / part / name for part in PARTS)
-
-
-def _attach_dispatcher(held: Map, hook: HookPlan, program: Program, links: Path) -> None:
-    slot = _slot(links, hook.link)
-    make_directory(slot.parent, exist_ok=True)
-    with Dispatcher.attach(held, hook.attach_type, program, slot, links / hook.link) as made:
-        if not list_sockets(held):
-            return
-        # They came while the map had no program, and would never run one.
-        with Program.by_id(made.program_id) as dispatcher:
-            given = give(held, hook.attach_type, dispatcher)
-    if given.left:
-        why = ", ".join(f"{count} {reason}" for reason, count in given.left.items())
-        raise NodeError(
-            f"map {hook.target}: not all sockets in it can be given {hook.program} ({why}): they run another program "
-            "of this kind, from another map; let whoever added them close them, then apply again",
-            map=hook.target,
-            left=given.left,
-        )
-
-
-def _attach_noted(hook: HookPlan, program: Program, pin: Path) -> None:
-    interface = _interface(hook)
-    if hook.hook != "xdp-netlink":
-        direction = _direction(hook)
-        priority, handle = free_place(interface, direction, hook.priority, hook.handle)
-        with noted(pin, Filter(interface, direction, priority, handle), program):
-            Filter.attach(program, interface, direction, priority, handle)
-        return
-    # Without a mode the kernel would take the native one where the driver has it; but that is to be noted before.
-    modes: tuple[Mode, ...] = ("native", "generic")
-    for mode in modes:
-        if hook.mode not in (None, mode):
-            continue
-        try:
-            with noted(pin, Xdp(interface, mode), program):
-                Xdp.attach(program, interface, mode)
-            return
-        except KernelError as error:
-            if error.facts["errno"] != errno.EOPNOTSUPP or mode in (hook.mode, modes[-1]):
-                raise
-
-
-def _where(hook: HookPlan) -> Where:
-    if hook.hook == "cgroup":
-        return CgroupPlace(hook.target, hook.target_id, hook.attach_type)
-    interface = _interface(hook)
-    if hook.hook == "xdp-netlink":
-        return Xdp(interface, "generic" if hook.mode == "generic" else "native")
-    return Filter(interface, _direction(hook), hook.priority, hook.handle)
-
-
-def _direction(hook: HookPlan) -> Direction:
-    return "egress" if hook.hook == "tc-egress" else "ingress"
-
-
-def _interface(hook: HookPlan) -> Interface:
-    namespace = Namespace.at(hook.netns or "")
-    for interface in interfaces("*", namespace):
-        if interface.index == hook.target_id:
-            return interface
-    raise GoneError(
-        f"interface {hook.target} of {namespace} with the index {hook.target_id} that it had when this was planned is "
-        "gone: it was removed, or another made in its place; plan again",
-        interface=hook.target,
-        index=hook.target_id,
-        namespace=namespace.path,
-    )
-
-
-def _attach_interface(hook: HookPlan, program: Program) -> Link:
-    interface = _interface(hook)
-    flags = _XDP_MODES[hook.mode] if hook.mode else 0
-    with interface.entered():
-        return Link.attach(program, interface.index, hook.attach_type, interface, flags)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    with system_call("open", path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)

@@ -21,7 +21,8 @@ from hitless.kernel.names import attach_number
 from hitless.kernel.programs import Program
 from hitless.kernel.switchboard import WITNESSES, Left, Switchboard
 from hitless.layout.model import ProgramSpec
-from hitless.upgrade.attached import BoardHook, attach, open_attached, open_below, pin_of, remove
+from hitless.upgrade.attached import BoardHook, open_attached, open_below, pin_of, remove
+from hitless.upgrade.attaching import attach
 from hitless.upgrade.model import HookPlan
 
 __all__ = ["install", "turn", "turn_back", "wait"]

@@ -14,7 +14,8 @@ from hitless.hooks import HOOKS
 from hitless.kernel.bpffs import make_directory
 from hitless.kernel.programs import Program
 from hitless.kernel.xdp import quick
-from hitless.upgrade.attached import Attached, BoardHook, adopt, attach, open_attached, pin_of, remove
+from hitless.upgrade.attached import Attached, BoardHook, open_attached, pin_of, remove
+from hitless.upgrade.attaching import adopt, attach
 from hitless.upgrade.model import HookPlan
 
 __all__ = ["detach_hooks", "hold_adopted", "switch_back", "switch_hooks"]

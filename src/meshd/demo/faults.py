@@ -15,7 +15,7 @@ from unittest import mock
 from hitless.kernel.links import Link
 from hitless.kernel.programs import Program
 from hitless.upgrade import transaction
-from hitless.upgrade.attached import attach
+from hitless.upgrade.attaching import attach
 from hitless.upgrade.copy import Carriage
 from hitless.upgrade.model import HookPlan
 
