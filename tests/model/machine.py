@@ -210,15 +210,17 @@ def _finish(world: World, kept: bool) -> tuple[str, ...]:
     return (*let_go, "keep", "forget", "committed")
 
 
-def _take_back(world: World, filled: bool) -> tuple[str, ...]:
-    hooks = [f"unhook {at}" for at in reversed(range(len(world.hooks))) if world.hooks[at] != "detach"]
+def _take_back(world: World, filled: bool, switched: bool = False) -> tuple[str, ...]:
+    """``switched``: all hooks run the new release, so that what old programs did last can be merged first."""
+    hooks = [f"unhook {at}" for at, action in enumerate(world.hooks) if action != "detach"]
     if world.board:
         hooks = ["flip back"]
     barrier = [] if world.fault == "no barrier back" else ["barrier", "passed"]
     merges = [f"{part} {key}" for key in world.keys for part in ("read-back", "merge-back")]
     end = ["undone", *merges] if world.fault == "undone before the merge back" else [*merges, "undone"]
     turn = [] if filled else ["turn", "merging-back"]
-    return (*([] if filled else ["undoing"]), *hooks, *barrier, "alone", *turn, *end, "open", *_DROP)
+    first = ["barrier", "passed", *_merges(world)] if switched and not filled else []
+    return (*([] if filled else ["undoing"]), *first, *hooks, *barrier, "alone", *turn, *end, "open", *_DROP)
 
 
 _DROP = ("drop record", "drop rest")
@@ -255,7 +257,7 @@ def _upgrader(state: State, world: World) -> Iterator[Step]:
         after = _do(state._replace(todo=state.todo[1:]), step, world)
         if after is not None:
             yield f"{step}: {WHERE[kind]}", after
-    if kind == "read" and "barrier" in state.todo and "alone" in state.todo:
+    if kind == "read" and state.phase == "cutover" and "barrier" in state.todo and "alone" in state.todo:
         yield "_merge: the first is left out, for it would take too long", state._replace(
             todo=state.todo[state.todo.index("settle" if "settle" in state.todo else "barrier") :]
         )
@@ -264,7 +266,8 @@ def _upgrader(state: State, world: World) -> Iterator[Step]:
         if "verify" in state.todo and state.phase:
             yield "ERROR before the cutover", failed._replace(todo=_DROP)
         elif state.phase == "cutover" and {"commit", "commit 0"} & set(state.todo):
-            yield "ERROR after the cutover", failed._replace(todo=_take_back(world, filled=False))
+            back = _take_back(world, filled=False, switched=_switched(state))
+            yield "ERROR after the cutover", failed._replace(todo=back)
 
 
 def _do(state: State, step: str, world: World) -> State | None:
@@ -339,7 +342,8 @@ def _recovery(state: State, world: World) -> tuple[str, ...]:
         return _DROP
     if state.phase == "cutover":
         return _switch(world)
-    return _take_back(world, filled=state.phase == "merging-back" and world.fault != "back made again")
+    filled = state.phase == "merging-back" and world.fault != "back made again"
+    return _take_back(world, filled, _switched(state))
 
 
 def _merged(state: State, kind: str, at: int, world: World) -> State:
@@ -489,6 +493,10 @@ def rank(state: State) -> tuple[int, ...]:
         state.kills, state.errors, state.todo == ("recover",), len(state.todo), state.runs, len(state.flights),
         state.writes, -state.write % 3,
     )  # fmt: skip
+
+
+def _switched(state: State) -> bool:
+    return "new" in state.hooks and not {"old", "either"} & set(state.hooks)
 
 
 def _running(state: State) -> set[str]:

@@ -118,8 +118,13 @@ def _may_go(hook: HookPlan) -> Iterator[None]:
 
 
 def switch_back(hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path) -> None:
-    """Undo :func:`switch_hooks`, as far as it came: the last first. Raises NodeError, KernelError."""
-    for hook in reversed(hooks):
+    """Undo :func:`switch_hooks`, as far as it came. Raises NodeError, KernelError.
+
+    In the plan's order as well, not from its end: that says which program may be the newer one for a moment, and going
+    back the old release comes. A program that notes something must not go back before the one that ends it. Hooks that
+    only the new release has go last.
+    """
+    for hook in sorted(hooks, key=lambda hook: hook.action == "attach"):
         name = pin_of(hook, links)
         program = programs.get(hook.program)
         if program is None or not (links / name).exists():

@@ -611,6 +611,7 @@ class _Upgrade:
         record = node.next / "record"
         if not filled:
             write_record(record, self._phase("undoing"))
+            self._merge_before_going_back()
         if self._plan.cutover.consistency == "connection" and (node.root / "board").exists():
             turn_back(Switchboard(node.root / "board"), self._plan.hooks, self._programs, node.links)
         switch_back(self._plan.hooks, self._programs, node.links)
@@ -626,6 +627,24 @@ class _Upgrade:
                     self.left_behind.append(f"{what}: {back.tally.left_behind}")
             write_record(record, self._phase("undone"))
         self._drop()
+
+    def _merge_before_going_back(self) -> None:
+        """Let the bases know what old programs wrote last, if all hooks run new ones: so no old program is about.
+
+        An entry that an old program inserted behind the last pass, and a new one has touched since, would else look
+        like the new release's own, and come back after the old one, on its hooks again, deleted it.
+        """
+        try:
+            self._verify_hooks()
+        except HitlessError:
+            return  # some hooks run old programs still, which go on inserting and deleting
+        try:
+            wait_for_running_programs(self._current is not None and self._current.record.may_sleep)
+            for carrier in self._carried.values():
+                carrier.catch_up(last=True)
+        except HitlessError as error:
+            what = "what the old release inserted last could not be told from what the new one did"
+            self.left_behind.append(f"{what}, and may come back where the old one deletes it: {error.message}")
 
     def _ways_back(self, directory: Path, filled: bool) -> list[Carrier]:
         """The carriers with the sides changed; what they keep is made new, or opened if it is ``filled``."""
