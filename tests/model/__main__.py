@@ -27,7 +27,9 @@ def main(args: Sequence[str] | None = None) -> int:
     for name, world in SCENARIOS.items():
         if chosen.only not in (None, name):
             continue
-        given = {"runs": chosen.increments, "kills": chosen.kills, "errors": chosen.errors}
+        given = {"kills": chosen.kills, "errors": chosen.errors}
+        if world.runs:  # where programs take part, whose words its books understand
+            given["runs"] = chosen.increments
         if world.writer:
             given["writes"] = chosen.writes
         bounds = {what: number for what, number in given.items() if number is not None}
