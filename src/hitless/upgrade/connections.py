@@ -10,7 +10,6 @@ Each step may be repeated after a kill: what the board and the links say is what
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,11 +23,11 @@ from hitless.layout.model import ProgramSpec
 from hitless.upgrade.attached import BoardHook, open_attached, open_below, pin_of, remove
 from hitless.upgrade.attaching import attach
 from hitless.upgrade.model import HookPlan
+from hitless.upgrade.places import as_pin_name
 
 __all__ = ["install", "turn", "turn_back", "wait"]
 
 _LOOK = 0.1  # s between two looks at how many connections are left
-_PLAIN = re.compile(r"[^A-Za-z0-9_-]")
 
 
 def install(
@@ -36,7 +35,7 @@ def install(
 ) -> Switchboard:
     """Put a dispatcher on every hook that has none, with the old release behind it; new hooks let pass.
 
-    ``programs`` are those of the new release. Raises NodeError, UnsupportedError, KernelError.
+    ``programs`` are those of both releases, by name. Raises NodeError, UnsupportedError, KernelError.
     """
     board = Switchboard.create(links.parent / "board")
     before = set(board.hooks())
@@ -126,8 +125,7 @@ def _witness(board: Switchboard, hooks: Sequence[HookPlan], cgroup: Path, links:
     for kind in WITNESSES:
         if any(hook.attach_type == kind and hook.target == str(cgroup) and hook.action != "detach" for hook in hooks):
             continue
-        where = _PLAIN.sub(lambda found: f"~{ord(found[0]):02x}", str(cgroup))
-        pin = links.parent / "board" / "witnesses" / f"{kind}@{where}"
+        pin = links.parent / "board" / "witnesses" / f"{kind}@{as_pin_name(str(cgroup))}"
         if pin.exists():
             with Link.open(pin) as link:
                 if not link.info.is_dead:

@@ -28,7 +28,7 @@ from hitless.kernel.tracing import probe_offset, tracepoint_id
 from hitless.kernel.xdp import Xdp
 from hitless.layout.model import ProgramSpec
 
-__all__ = ["Occupant", "Place", "find_places", "place_id"]
+__all__ = ["Occupant", "Place", "as_pin_name", "find_places", "place_id"]
 
 _NAMED = Path("/run/netns")  # where `ip netns` puts namespaces
 _CPUS = Path("/sys/devices/system/cpu/online")
@@ -183,9 +183,14 @@ def _loaded(program_id: int) -> Program | None:
         return None
 
 
+def as_pin_name(text: str) -> str:
+    """``text`` with what is no letter, digit, ``_`` or ``-`` written as ``~`` and its code in hex."""
+    return _PLAIN.sub(lambda found: f"~{ord(found[0]):02x}", text)
+
+
 def _names(entry: Attach, namespace: Namespace, *interface: str) -> tuple[str, str | None]:
     """The link's name, and the one that it had if the entry has another than before."""
     path = Path(namespace.path)
     where = path.name if path.parent == _NAMED else namespace.path
-    parts = [_PLAIN.sub(lambda found: f"~{ord(found[0]):02x}", part) for part in (where, *interface) if part]
+    parts = [as_pin_name(part) for part in (where, *interface) if part]
     return "@".join((entry.link, *parts)), "@".join((entry.was, *parts)) if entry.was else None
