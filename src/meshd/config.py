@@ -1,4 +1,4 @@
-"""The services file: YAML text to frozen values, or an error that names each line and field that is wrong.
+"""The services file: YAML text to values of :mod:`meshd.model`, or an error that names each wrong line and field.
 
 Reading it has no effect and needs no kernel; only the ids of clients' cgroups are looked up in the file system.
 """
@@ -9,22 +9,19 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import msgspec
 import yaml
 
 from hitless.errors import HitlessError
+from meshd.model import Action, Address, Backend, Config, Policy, Service
 from meshd.releases import Release
 
 __all__ = [
     "SIZE_LIMIT",
-    "Backend",
-    "Config",
     "ConfigError",
-    "Policy",
     "Problem",
-    "Service",
     "cgroup_id",
     "parse",
     "read",
@@ -39,46 +36,7 @@ _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 T = TypeVar("T")
-
-
-class Backend(msgspec.Struct, frozen=True):
-    """Where connections to a service may go; ``weight`` is its share, 0 for none (it drains)."""
-
-    address: Address
-    port: int
-    weight: int = 1
-
-
-class Service(msgspec.Struct, frozen=True):
-    """An address and port that clients connect to, and the backends that answer; of one address family."""
-
-    name: str
-    address: Address
-    port: int
-    protocol: Literal["tcp"]
-    backends: tuple[Backend, ...]
-
-
-class Policy(msgspec.Struct, frozen=True):
-    """Whether clients in one cgroup (exactly that one, not those below it) may connect to a service.
-
-    ``cgroup`` None with ``source`` 0 means all clients that no policy of their own cgroup speaks of. ``source`` is
-    the kernel's cgroup id.
-    """
-
-    action: Literal["allow", "deny"]
-    service: str
-    cgroup: Path | None = None
-    source: int = 0
-
-
-class Config(msgspec.Struct, frozen=True):
-    """Everything that the services file asks for."""
-
-    services: tuple[Service, ...]
-    policies: tuple[Policy, ...] = ()
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -128,8 +86,10 @@ def read(path: Path) -> str:
         raise ConfigError(str(path), [Problem(line, "", "is not UTF-8 text")]) from error
 
 
-def parse(text: str, file: str, release: Release, cgroup: Path | None = None) -> Config:
+def parse(text: str, file: str, release: Release, cgroup: Path | None = None, alone: bool = True) -> Config:
     """Return what ``text`` asks for; ``file`` is the name to use in errors.
+
+    Unless the file is ``alone``, its policies may name services that are not in it.
 
     ``cgroup`` is the directory that the mesh is attached to: clients' cgroups are looked up under it. Without it they
     are not looked up, and every ``source`` is 0. Raises ConfigError with every problem found.
@@ -144,7 +104,7 @@ def parse(text: str, file: str, release: Release, cgroup: Path | None = None) ->
         raise ConfigError(file, [Problem(where, "", f"is not YAML: {what}")]) from error
     except yaml.YAMLError as error:
         raise ConfigError(file, [Problem(None, "", f"is not YAML: {error}")]) from error
-    reader = _Reader(release, cgroup)
+    reader = _Reader(release, cgroup, alone)
     config = reader.config(root)
     if reader.problems:
         raise ConfigError(file, sorted(reader.problems, key=lambda problem: problem.line or 0))
@@ -178,8 +138,9 @@ class _Wrong(Exception):  # noqa: N818
 class _Reader:
     """Walks the YAML nodes, which unlike plain values know their lines, and notes all problems on its way."""
 
-    def __init__(self, release: Release, cgroup: Path | None) -> None:
+    def __init__(self, release: Release, cgroup: Path | None, alone: bool) -> None:
         self.problems: list[Problem] = []
+        self._alone = alone
         self._release = release
         self._cgroup = cgroup
         self._names: set[str] = set()  # also of services with other problems: one mistake, one message
@@ -189,7 +150,8 @@ class _Reader:
             self.problems.append(Problem(1, "services", "is missing: the file is empty"))
             return Config(())
         try:
-            fields = self._fields(root, "", ("services",), ("policies",))
+            required, optional = (("services",), ("policies",)) if self._alone else ((), ("services", "policies"))
+            fields = self._fields(root, "", required, optional)
         except _Wrong:
             return Config(())
         services = self._each(fields.get("services"), "services", self._service, self._release.services)
@@ -200,7 +162,7 @@ class _Reader:
             policies, "service", lambda one: (one.source or one.cgroup, one.service), "the same source and service"
         )
         for node, field, policy in policies:
-            if policy.service not in self._names:
+            if self._alone and policy.service not in self._names:
                 self._note(node, f"{field}.service", f"no service has the name {policy.service!r}")
         return Config(tuple(one for _, _, one in services), tuple(one for _, _, one in policies))
 
@@ -266,7 +228,7 @@ class _Reader:
             raise self._wrong(node, field, what)
         return path, found
 
-    def _action(self, node: yaml.Node, field: str) -> Literal["allow", "deny"]:
+    def _action(self, node: yaml.Node, field: str) -> Action:
         text = self._text(node, field)
         if text == "allow":
             return "allow"

@@ -14,15 +14,16 @@ import msgspec
 
 import hitless
 from meshd.events import Events
-from meshd.follow import Follower
+from meshd.keeper import Keeper
 from meshd.releases import Release
+from meshd.sources.file import FileSource
 
 __all__ = ["Daemon", "ExitType", "Settings"]
 
 ExitType = Literal["restart", "normal"]
 
 _PROGRESS = 0.2  # s between two lines about the same step
-_LOOK = 0.05  # s between looks whether a signal came, and whether the follower is still there
+_LOOK = 0.05  # s between looks whether a signal came, and whether the keeper is still there
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -48,7 +49,8 @@ class Daemon:
         self._events = events
         self._node = hitless.Node(settings.root)
         self._stop = threading.Event()
-        self._follower = Follower(self._node, settings.release, settings.cgroup, settings.services, events, self._stop)
+        sources = [FileSource(settings.services, settings.release, settings.cgroup)]
+        self._keeper = Keeper(self._node, settings.release, sources, events, self._stop)
         self._told: tuple[str, float] = ("", 0.0)
 
     def run(self) -> None:
@@ -58,14 +60,14 @@ class Daemon:
         be started: what was live before is live still.
         """
         with _signals_noted() as noted:
-            self._follower.load()
+            self._keeper.load()
             try:
                 self._start()
-                while not noted and not self._follower.ended():
+                while not noted and not self._keeper.ended():
                     time.sleep(_LOOK)
             finally:
                 self._stop.set()
-                self._follower.finish()
+                self._keeper.finish()
             self._leave()
 
     def _start(self) -> None:
@@ -74,15 +76,15 @@ class Daemon:
         result = hitless.apply(
             self._node, bundle, allow_loss=settings.allow_loss, prepare=self._prepare, progress=self._tell_progress
         )
-        self._follower.upgraded()
+        self._keeper.upgraded()
         facts = msgspec.to_builtins(result)
         event = "upgraded" if facts["start_type"] == "update" else "ready"
         self._events.tell(event, start_type=facts["start_type"], version=settings.release.version, result=facts)
 
     def _prepare(self, node: hitless.Node) -> None:
         # The maps are right before any hook runs the new programs, and stay so however long the upgrade takes.
-        self._follower.reconcile()
-        self._follower.start()
+        self._keeper.reconcile()
+        self._keeper.start()
 
     def _tell_progress(self, progress: hitless.Progress) -> None:
         what = f"{progress.step} {progress.map}"
@@ -96,7 +98,7 @@ class Daemon:
     def _leave(self) -> None:
         settings = self._settings
         exit_type: ExitType = settings.exit_type or ("restart" if settings.services.exists() else "normal")
-        if self._follower.superseded:
+        if self._keeper.superseded:
             exit_type = "restart"  # what is live is another daemon's
         if exit_type == "normal":
             hitless.unload(self._node)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
-from meshd.config import Backend, Config, Service
+from meshd.model import Backend, Config, Policy, Service
+from meshd.registry import Frontend
 from meshd.releases import Release
 
-__all__ = ["Desired", "PolicyKey", "ServiceKey", "desired", "policy_key", "service_key"]
+__all__ = ["Desired", "PolicyKey", "ServiceKey", "desired", "entries", "policy_key", "service_key"]
 
 _TCP = 6
 _NO_BACKEND = Backend(ipaddress.IPv6Address(0), 0, 0)
@@ -58,10 +60,21 @@ class Desired(msgspec.Struct, frozen=True):
 
 def desired(config: Config, release: Release) -> Desired:
     """Return what ``config`` means in the maps of ``release``."""
-    keys = {service.name: _endpoint(service) for service in config.services}
+    frontends = {service.name: Frontend.of(service) for service in config.services}
+    return entries(config.services, [(one, frontends[one.service]) for one in config.policies], release)
+
+
+def entries(
+    services: Iterable[Service], policies: Iterable[tuple[Policy, Frontend | None]], release: Release
+) -> Desired:
+    """Return what services, and policies with the frontends that they are for, mean in the maps of ``release``."""
     return Desired(
-        services={keys[service.name]: _service(service, release) for service in config.services},
-        policies={PolicyKey(one.source, keys[one.service]): _ACTIONS[one.action] for one in config.policies},
+        services={_endpoint(service): _service(service, release) for service in services},
+        policies={
+            PolicyKey(one.source, _endpoint(frontend)): _ACTIONS[one.action]
+            for one, frontend in policies
+            if frontend is not None
+        },
         policy_new=release.policy_new,
     )
 
@@ -76,7 +89,7 @@ def policy_key(key: dict[str, Any]) -> PolicyKey:
     return PolicyKey(key["source"], service_key(key["service"]))
 
 
-def _endpoint(of: Service | Backend) -> ServiceKey:
+def _endpoint(of: Service | Backend | Frontend) -> ServiceKey:
     packed = of.address.packed
     if len(packed) == 4:
         packed = bytes(10) + b"\xff\xff" + packed

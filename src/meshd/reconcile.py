@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from meshd.desired import Desired, policy_key, service_key
+from meshd.desired import Desired, entries, policy_key, service_key
+from meshd.model import Policy, Service
+from meshd.registry import Frontend, News
+from meshd.releases import Release
 
 if TYPE_CHECKING:
     import hitless
 
-__all__ = ["Changes", "reconcile", "sweep_flows"]
+__all__ = ["Changes", "Writer", "reconcile", "sweep_flows"]
 
 _CLOSED = 3
 _CONNECTING = 1
@@ -33,6 +36,32 @@ class Changes(msgspec.Struct, frozen=True):
 
     def __bool__(self) -> bool:
         return bool(self.added or self.changed or self.removed)
+
+
+class Writer:
+    """Keeps the maps of ``node`` as the news say that it hears, in the layout of ``release``."""
+
+    def __init__(self, node: hitless.Node, release: Release) -> None:
+        self._node = node
+        self._release = release
+        self._services: dict[Frontend, Service] = {}
+        self._policies: tuple[tuple[Policy, Frontend | None], ...] = ()
+
+    def write(self, news: News) -> Changes:
+        """Bring the news into the maps and return what that took. After an error :meth:`resync` puts all right."""
+        for frontend, service in news.services.items():
+            if service is None:
+                self._services.pop(frontend, None)
+            else:
+                self._services[frontend] = service
+        if news.policies is not None:
+            self._policies = news.policies
+        return reconcile(self._node, entries(self._services.values(), self._policies, self._release))
+
+    def resync(self, everything: News) -> Changes:
+        """Read the maps, make them hold ``everything`` and nothing else, and return what that took."""
+        self._services.clear()
+        return self.write(everything)
 
 
 def reconcile(node: hitless.Node, wanted: Desired) -> Changes:

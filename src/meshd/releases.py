@@ -7,13 +7,16 @@ from typing import Any
 
 import msgspec
 
+from meshd.model import Protocol
+
 __all__ = ["RELEASES", "Release"]
 
 
 class Release(msgspec.Struct, frozen=True):
     """One release: its number, its version, and how much of the control plane's wishes it can hold.
 
-    ``services`` and ``policies`` are the sizes of its maps in entries, ``backends`` is per service. ``backend_unused``
+    ``services`` and ``policies`` are the sizes of its maps in entries, ``backends`` is per service; ``protocols`` are
+    those it serves. ``backend_unused``
     and ``policy_new`` are fields of its layout that the control plane has no opinion about, with the value that a
     new entry gets.
     """
@@ -23,6 +26,7 @@ class Release(msgspec.Struct, frozen=True):
     services: int
     policies: int
     backends: int
+    protocols: tuple[Protocol, ...] = ("tcp",)
     backend_unused: dict[str, Any] = {}
     policy_new: dict[str, Any] = {}
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshd import config
-from meshd.config import Backend, Config, ConfigError, Policy, Problem, Service
+from meshd.config import ConfigError, Problem
+from meshd.model import Backend, Config, Policy, Service
 from meshd.releases import RELEASES
 
 GOOD = """\

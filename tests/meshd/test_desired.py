@@ -6,8 +6,8 @@ from ipaddress import ip_address
 
 import pytest
 
-from meshd.config import Backend, Config, Policy, Service
 from meshd.desired import PolicyKey, ServiceKey, desired, policy_key, service_key
+from meshd.model import Backend, Config, Policy, Service
 from meshd.releases import RELEASES
 
 WEB = Service(

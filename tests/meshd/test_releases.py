@@ -11,8 +11,8 @@ import hitless
 from hitless.layout.codec import decode, encode
 from hitless.layout.diff import MapDiff, diff_maps
 from hitless.layout.model import Array, Record
-from meshd.config import Backend, Config, Policy, Service
 from meshd.desired import desired
+from meshd.model import Backend, Config, Policy, Service
 from meshd.releases import RELEASES, Release
 
 EACH = pytest.mark.parametrize("release", RELEASES.values(), ids=lambda release: release.version)

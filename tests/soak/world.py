@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 
-from meshd.config import Backend, Config, Policy, Service
 from meshd.demo.lab import BACKENDS4, BACKENDS6
 from meshd.demo.servers import ECHO_PORT
 from meshd.demo.traffic import Target
 from meshd.desired import Desired, ServiceKey, desired
+from meshd.model import Backend, Config, Policy, Service
 from meshd.releases import RELEASES
 
 __all__ = ["ECHO", "EMPTY", "FORBIDDEN", "SINK", "TARGETS", "fixed", "key_of"]

@@ -1,0 +1,214 @@
+"""Keeps the maps as the sources say: each source is heard in a thread of its own, one more thread writes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import hitless
+from hitless.errors import BusyError, HitlessError
+from meshd.config import ConfigError
+from meshd.events import Events
+from meshd.model import Config, Service
+from meshd.reconcile import Changes, Writer, sweep_flows
+from meshd.registry import Registry
+from meshd.releases import Release
+from meshd.sources import Source, SourceAwayError
+
+__all__ = ["Keeper"]
+
+_GLANCE = 1.0  # s between looks at the live release
+_RESYNC = 10.0  # s between looks at all the maps even if nothing seems to have changed
+_RETRY = 1.0  # s until what failed is tried again
+_SWEEP_FIRST = 0.5  # s after an upgrade, from when on nothing brings back what is over
+_SWEEP = 10.0  # s
+
+
+class Keeper:
+    """Keeps the maps of ``node`` as the ``sources`` say, of which the first wins where two claim the same.
+
+    What is wrong or away changes nothing, and an event says so. Stops by itself when another release than ``release``
+    turns out to be live, since its maps are not ours to write: then ``superseded`` is true.
+    """
+
+    def __init__(
+        self,
+        node: hitless.Node,
+        release: Release,
+        sources: Sequence[Source],
+        events: Events,
+        stop: threading.Event,
+    ) -> None:
+        self.superseded = False
+        self._node = node
+        self._release = release
+        self._sources = sources
+        self._events = events
+        self._stop = stop
+        self._registry = Registry([source.name for source in sources], release)
+        self._heard = threading.Condition()  # guards the registry and what follows
+        self._whole = True  # somebody told all it has: the maps are to be read, too
+        self._writer = Writer(node, release)
+        self._problems: list[str] = []
+        self._settled = False
+        self._sweep_at = float("inf")
+        self._pool = ThreadPoolExecutor(len(sources) + 1, "keeper")
+        self._threads: list[Future[None]] = []
+
+    def load(self) -> None:
+        """Ask every source for the first time. Raises what :meth:`Source.load` raises."""
+        for source in self._sources:
+            self._registry.replace(source.name, source.load())
+
+    def reconcile(self) -> None:
+        """Bring the maps to what the sources said. Raises HitlessError."""
+        with self._heard:
+            everything = self._registry.all()
+        self._tell_config(self._writer.resync(everything))
+
+    def start(self) -> None:
+        """Begin to follow the sources, until the stop event is set."""
+        self._threads = [self._pool.submit(self._keep)]
+        for source in self._sources:
+            self._threads.append(self._pool.submit(source.follow, _Ear(self, source), self._stop))
+
+    def upgraded(self) -> None:
+        """Say that the upgrade is done, so that what it leaves behind may be swept."""
+        self._sweep_at = time.monotonic() + _SWEEP_FIRST
+        self._settled = True
+
+    def ended(self) -> bool:
+        """Whether keeping, or hearing a source, ended before it was told to."""
+        return any(thread.done() for thread in self._threads)
+
+    def finish(self) -> None:
+        """Wait for the threads' end, after the stop event was set. Raises what ended one, if that was a mistake."""
+        with self._heard:
+            self._heard.notify()
+        self._pool.shutdown()
+        for thread in self._threads:
+            thread.result()
+
+    def hear(self, source: Source, config: Config) -> None:
+        """Take ``config`` for all that ``source`` says."""
+        with self._heard:
+            if not config.services and not source.may_be_empty and self._registry.services_of(source.name):
+                self._events.tell(
+                    "source-empty",
+                    source=source.name,
+                    message=f"{source.name} says that there is no service at all, which is taken for its own failure: "
+                    f"its {len(self._registry.services_of(source.name))} services stay until it names one",
+                )
+                return
+            self._registry.replace(source.name, config)
+            self._whole = True
+            self._heard.notify()
+
+    def hear_of(self, source: Source, services: Mapping[str, Service | None]) -> None:
+        """Take these services of ``source`` for changed."""
+        with self._heard:
+            self._registry.update(source.name, services)
+            self._heard.notify()
+
+    def hear_trouble(self, source: Source, error: HitlessError) -> None:
+        """Tell of it; nothing else changes."""
+        if isinstance(error, ConfigError):
+            self._events.tell("config-error", message=error.message, **error.facts)
+        elif isinstance(error, SourceAwayError):
+            self._events.tell("source-away", source=source.name, message=error.message)
+        else:
+            self._events.error(error)
+
+    def _keep(self) -> None:
+        resync_at = glance_at = 0.0
+        told = ""
+        while not self._stop.is_set():
+            now = time.monotonic()
+            try:
+                if now >= glance_at:
+                    glance_at = now + _GLANCE
+                    self._look_at_node()
+                    if self.superseded:
+                        return
+                if self._write(now >= resync_at):
+                    resync_at = now + _RESYNC
+                if now >= self._sweep_at:
+                    self._sweep_at = now + _SWEEP
+                    self._sweep()
+                told = ""
+            except HitlessError as error:
+                # What the maps hold is unsure now: everything is looked at, after a while.
+                if error.message != told:
+                    self._events.error(error)
+                told = error.message
+                resync_at = 0.0
+                self._stop.wait(_RETRY)
+            self._wait(min(glance_at, resync_at, self._sweep_at))
+
+    def _wait(self, until: float) -> None:
+        with self._heard:
+            if not (self._whole or self._registry.has_news or self._stop.is_set()):
+                self._heard.wait(max(until - time.monotonic(), 0))
+
+    def _write(self, due: bool) -> bool:
+        """Write what is new, or with ``due`` or after a whole word of a source everything; tells which of both."""
+        with self._heard:
+            whole, self._whole = due or self._whole, False
+            is_news = self._registry.has_news
+            news = self._registry.all() if whole else self._registry.take_news()
+            problems = self._registry.problems() if is_news else self._problems
+        changes = self._writer.resync(news) if whole else self._writer.write(news)
+        for problem in problems:
+            if problem not in self._problems:
+                self._events.tell("left-out", message=problem)
+        self._problems = problems
+        if is_news or changes:
+            self._tell_config(changes)
+        return whole
+
+    def _look_at_node(self) -> None:
+        if not self._settled:
+            return
+        version = None
+        if self._node.root.exists():
+            try:
+                with self._node.lock(0):
+                    version = self._node.observe().version
+            except BusyError:
+                return  # somebody upgrades it: what comes of that is seen next time
+            except FileNotFoundError:
+                pass  # unloaded in between
+        if version != self._release.version:
+            self.superseded = True
+            self._events.tell("superseded", version=version)
+
+    def _tell_config(self, changes: Changes) -> None:
+        with self._heard:
+            counts = self._registry.counts()
+        self._events.tell(
+            "config", **counts, added=changes.added, changed=changes.changed, removed=changes.removed
+        )
+
+    def _sweep(self) -> None:
+        count = sweep_flows(self._node)
+        if count:
+            self._events.tell("swept", flows=count)
+
+
+class _Ear:
+    """The keeper as one source knows it: see :class:`Sink`."""
+
+    def __init__(self, keeper: Keeper, source: Source) -> None:
+        self._keeper = keeper
+        self._source = source
+
+    def replace(self, config: Config) -> None:
+        self._keeper.hear(self._source, config)
+
+    def update(self, services: Mapping[str, Service | None]) -> None:
+        self._keeper.hear_of(self._source, services)
+
+    def trouble(self, error: HitlessError) -> None:
+        self._keeper.hear_trouble(self._source, error)

@@ -1,0 +1,191 @@
+"""What all sources say together: of two services that claim one address or one name, one has it. No effects."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+from meshd.model import Address, Config, Policy, Protocol, Service
+from meshd.releases import Release
+
+__all__ = ["Frontend", "News", "Registry"]
+
+Claim = tuple[int, str]  # the source's place in the order of sources, the service's name
+
+
+class Frontend(msgspec.Struct, frozen=True):
+    """What clients connect to, and a service's identity in the kernel."""
+
+    address: Address
+    port: int
+    protocol: Protocol
+
+    @classmethod
+    def of(cls, service: Service) -> Frontend:
+        """The frontend of a service."""
+        return cls(service.address, service.port, service.protocol)
+
+
+class News(msgspec.Struct, frozen=True):
+    """What changed: services by their frontends, None for gone; and all policies, None if they are as they were.
+
+    ``policies`` are with the frontend of the service that they name; one that names none that there is, is left out.
+    """
+
+    services: dict[Frontend, Service | None]
+    policies: tuple[tuple[Policy, Frontend | None], ...] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.services) or self.policies is not None
+
+
+class Registry:
+    """Services and policies by source; the first of ``sources`` wins over later ones, then the first by name.
+
+    A service that cannot be had (its frontend is another's already, or ``release`` has no room for it) is left out
+    and named by :meth:`problems` for as long as that is so.
+    """
+
+    def __init__(self, sources: Sequence[str], release: Release) -> None:
+        self._sources = list(sources)
+        self._release = release
+        self._services: dict[str, dict[str, Service]] = {name: {} for name in sources}
+        self._policies: dict[str, tuple[Policy, ...]] = dict.fromkeys(sources, ())
+        self._claims: dict[Frontend, list[Claim]] = defaultdict(list)
+        self._changed: set[Frontend] = set()
+        self._policies_changed = False
+        self._said = False
+        self._told: dict[Frontend, Service] = {}
+        self._named: dict[str, Frontend] = {}
+
+    def services_of(self, source: str) -> Mapping[str, Service]:
+        """What a source said, by the names of its services."""
+        return self._services[source]
+
+    @property
+    def has_news(self) -> bool:
+        """Whether anything was said since the last :meth:`take_news`."""
+        return self._said
+
+    def replace(self, source: str, config: Config) -> None:
+        """Take ``config`` for all that ``source`` says."""
+        new = {service.name: service for service in config.services}
+        gone = dict.fromkeys(self._services[source].keys() - new.keys())
+        self.update(source, {**gone, **new})
+        if config.policies != self._policies[source]:
+            self._policies[source] = config.policies
+            self._policies_changed = self._said = True
+
+    def update(self, source: str, services: Mapping[str, Service | None]) -> None:
+        """Take these services of ``source`` for changed, None for gone."""
+        mine = self._services[source]
+        at = self._sources.index(source)
+        for name, service in services.items():
+            before = mine.get(name)
+            if service == before:
+                continue
+            self._said = True
+            if before is not None:
+                frontend = Frontend.of(before)
+                self._claims[frontend].remove((at, name))
+                if not self._claims[frontend]:
+                    del self._claims[frontend]
+                self._changed.add(frontend)
+                del mine[name]
+            if service is not None:
+                frontend = Frontend.of(service)
+                self._claims[frontend].append((at, name))
+                self._claims[frontend].sort()
+                self._changed.add(frontend)
+                mine[name] = service
+
+    def take_news(self) -> News:
+        """What changed since the last call."""
+        services: dict[Frontend, Service | None] = {}
+        coming = []
+        for frontend in sorted(self._changed, key=_order):
+            winner, told = self._winner(frontend), self._told.get(frontend)
+            if winner is not None and told is None:
+                coming.append((frontend, winner))
+            elif winner != told:
+                services[frontend] = winner
+        for frontend, winner_or_none in services.items():
+            self._tell(frontend, winner_or_none)
+        room = max(self._release.services - len(self._told), 0)
+        for frontend, winner in coming[:room]:
+            services[frontend] = winner
+            self._tell(frontend, winner)
+        self._changed = {frontend for frontend, _ in coming[room:]}  # until others go
+        policies = tuple(self._resolved()) if self._policies_changed else None
+        self._policies_changed = self._said = False
+        return News(services, policies)
+
+    def _tell(self, frontend: Frontend, service: Service | None) -> None:
+        before = self._told.pop(frontend, None)
+        if before is not None and self._named.get(before.name) == frontend:
+            del self._named[before.name]
+        if service is not None:
+            self._told[frontend] = service
+            self._named.setdefault(service.name, frontend)
+        if (before and before.name) != (service and service.name):
+            self._policies_changed = True  # what they name is another frontend now
+
+    def all(self) -> News:
+        """Everything, as if all had changed."""
+        self.take_news()
+        return News(dict(self._told), tuple(self._resolved()))
+
+    def counts(self) -> dict[str, int]:
+        """How many services and policies are in force."""
+        return {"services": len(self._told), "policies": sum(1 for _ in self._resolved())}
+
+    def problems(self) -> list[str]:
+        """What was left out and why, one sentence each, in a stable order."""
+        found = []
+        for frontend, claims in self._claims.items():
+            services = [self._claimed(claim) for claim in claims]
+            fitting = [one for one in services if self._unfit(one) is None]
+            for claim, service in zip(claims, services, strict=True):
+                why = self._unfit(service)
+                if why is None and service is not fitting[0]:
+                    where = f"{frontend.address} port {frontend.port} ({frontend.protocol})"
+                    why = f"{where} is {fitting[0].name}'s already"
+                if why is None and frontend not in self._told:
+                    why = f"release {self._release.version} holds {self._release.services} services at most"
+                if why is not None:
+                    found.append(f"{self._sources[claim[0]]}: service {service.name} is left out: {why}")
+        return sorted(found)
+
+    def _winner(self, frontend: Frontend) -> Service | None:
+        services = (self._claimed(claim) for claim in self._claims.get(frontend, ()))
+        return next((service for service in services if self._unfit(service) is None), None)
+
+    def _claimed(self, claim: Claim) -> Service:
+        return self._services[self._sources[claim[0]]][claim[1]]
+
+    def _unfit(self, service: Service) -> str | None:
+        """Why the release cannot have the service."""
+        if len(service.backends) > self._release.backends:
+            release = self._release
+            return f"it has {len(service.backends)} backends, but release {release.version} holds {release.backends}"
+        if service.protocol not in self._release.protocols:
+            return f"release {self._release.version} does not serve {service.protocol}"
+        return None
+
+    def _resolved(self) -> Iterable[tuple[Policy, Frontend | None]]:
+        seen = set()
+        for source in self._sources:
+            for policy in self._policies[source]:
+                frontend = self._named.get(policy.service) if policy.service else None
+                if policy.service and frontend is None:
+                    continue
+                identity = (policy.source, frontend, policy.destination, policy.clients, policy.port, policy.protocol)
+                if identity not in seen:
+                    seen.add(identity)
+                    yield policy, frontend
+
+
+def _order(frontend: Frontend) -> tuple[int, bytes, int, str]:
+    return frontend.address.version, frontend.address.packed, frontend.port, frontend.protocol

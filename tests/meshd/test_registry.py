@@ -1,0 +1,93 @@
+"""What several sources say becomes one set of services: who wins, what is left out and why, what is news."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import msgspec
+
+from meshd.model import Backend, Config, Policy, Service
+from meshd.registry import Frontend, News, Registry
+from meshd.releases import RELEASES
+
+SMALL = msgspec.structs.replace(RELEASES[3], services=2)
+
+
+def service(name: str, address: str = "10.0.0.1", port: int = 80, backends: int = 1) -> Service:
+    there = tuple(Backend(ipaddress.ip_address("10.1.0.1"), 1 + number) for number in range(backends))
+    return Service(name, ipaddress.ip_address(address), port, "tcp", there)
+
+
+WEB, DB = service("web"), service("db", port=5432)
+
+
+def registry() -> Registry:
+    return Registry(["file", "cluster"], RELEASES[3])
+
+
+def test_news_are_told_once() -> None:
+    heard = registry()
+    heard.replace("file", Config((WEB, DB)))
+    assert heard.take_news().services == {Frontend.of(WEB): WEB, Frontend.of(DB): DB}
+    assert not heard.take_news()
+    heard.replace("file", Config((WEB, DB)))
+    assert not heard.has_news
+
+
+def test_what_a_source_no_longer_says_is_gone() -> None:
+    heard = registry()
+    heard.replace("file", Config((WEB, DB)))
+    heard.take_news()
+    heard.replace("file", Config((DB,)))
+    assert heard.take_news() == News({Frontend.of(WEB): None}, ())
+
+
+def test_the_first_source_has_an_address_that_two_claim_and_the_other_comes_after_it() -> None:
+    heard = registry()
+    theirs = service("shop.web.http", backends=2)
+    heard.replace("cluster", Config((theirs,)))
+    heard.replace("file", Config((WEB,)))
+    assert heard.take_news().services == {Frontend.of(WEB): WEB}
+    assert heard.problems() == [
+        "cluster: service shop.web.http is left out: 10.0.0.1 port 80 (tcp) is web's already"
+    ]
+    heard.update("file", {"web": None})
+    assert heard.take_news().services == {Frontend.of(WEB): theirs}
+    assert heard.problems() == []
+
+
+def test_what_the_release_cannot_have_is_left_out_by_name_and_the_rest_is_served() -> None:
+    heard = registry()
+    heard.replace("cluster", Config((service("big", backends=17), DB)))
+    assert list(heard.take_news().services.values()) == [DB]
+    assert heard.problems() == ["cluster: service big is left out: it has 17 backends, but release 3.0.0 holds 16"]
+
+
+def test_a_service_that_finds_no_room_comes_when_another_goes() -> None:
+    heard = Registry(["file"], SMALL)
+    many = [service(f"s{number}", port=1 + number) for number in range(3)]
+    heard.replace("file", Config(tuple(many)))
+    assert list(heard.take_news().services.values()) == many[:2]
+    assert heard.problems() == ["file: service s2 is left out: release 3.0.0 holds 2 services at most"]
+    heard.update("file", {"s0": None})
+    assert heard.take_news().services == {Frontend.of(many[0]): None, Frontend.of(many[2]): many[2]}
+
+
+def test_a_policy_follows_the_service_that_it_names_to_another_address_and_source() -> None:
+    heard = registry()
+    policy = Policy("deny", "web")
+    heard.replace("file", Config((), (policy,)))
+    assert heard.take_news().policies == ()
+    heard.replace("cluster", Config((WEB,)))
+    assert heard.take_news().policies == ((policy, Frontend.of(WEB)),)
+    moved = service("web", "10.0.0.2")
+    heard.update("cluster", {"web": moved})
+    assert heard.take_news().policies == ((policy, Frontend.of(moved)),)
+
+
+def test_a_change_of_backends_is_no_news_of_policies() -> None:
+    heard = registry()
+    heard.replace("file", Config((WEB,), (Policy("deny", "web"),)))
+    heard.take_news()
+    heard.update("file", {"web": service("web", backends=3)})
+    assert heard.take_news().policies is None
