@@ -8,20 +8,20 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
 
+from hitless.attach import ATTACH_KEYS, ATTACH_NEEDS, Attach, check_links, read_attach
 from hitless.errors import BundleError, LayoutError, UnsupportedError
-from hitless.hooks import EVENTS, FAMILIES, HOOKS, POINTS, REFUSED, NetfilterPoint
 from hitless.layout.contradictions import check_rules, differences
 from hitless.layout.elf import Binding, read_btf, read_object
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec, Type
 from hitless.layout.rules import FieldRule, MapRules
 
-__all__ = ["MANIFEST", "Attach", "Bundle", "BundleObject", "CutoverRule", "unite_maps"]
+__all__ = ["MANIFEST", "Bundle", "BundleObject", "CutoverRule", "unite_maps"]
 
 MANIFEST = "bundle.toml"
 
@@ -29,11 +29,6 @@ MANIFEST = "bundle.toml"
 _NOT_YET = {
     "object.program": "program types and skipped programs",
 }
-_OF_ONE_MAP = ("bpf_map_elem", "bpf_sk_storage_map", "sockmap")  # iterators
-_PRIORITIES = range(-(1 << 31) + 1, (1 << 31) - 1)  # the first and the last are the kernel's own
-_HOOKS = tuple(name for name in HOOKS if name != "xdp-netlink")
-_SOCKET_MAPS = ("sockmap", "sockhash")
-_MODES = ("native", "generic")
 _CONSISTENCY = ("hook", "connection")
 _LONGEST = 86400  # s that connections may stay with the old release
 _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
@@ -41,67 +36,18 @@ _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "cutover": {"consistency": str, "deadline": (int, float)},
     "bundle": {"name": str, "version": str},
     "object": {"file": str, "program": dict},
-    "attach": {
-        "program": str, "hook": str, "target": str, "link": str, "was": str, "netns": str, "mode": str, "by": str,
-        "family": str, "point": str, "priority": int, "handle": int, "adopt": bool,
-    },
+    "attach": ATTACH_KEYS,
     "map": {
         "was": str, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str, "on_collision": str,
         "on_loss": str, "group": str, "programs": str, "infer": bool, "field": dict, "slots": dict,
     },
     "field": {"was": str, "merge": str, "default": (int, float)},
 }  # fmt: skip
-_REQUIRED = {"bundle": ("name", "version"), "object": ("file",), "attach": ("program", "hook", "target", "link")}
-_PIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_REQUIRED = {"bundle": ("name", "version"), "object": ("file",), "attach": ATTACH_NEEDS}
 _FUNCTION = re.compile(r"([A-Za-z_][A-Za-z0-9_]*):([A-Za-z_][A-Za-z0-9_]*)")
 _FUNCTIONS = ("", "_key", "_back", "_key_back")  # what may follow a converter's name, see layout/structured.py
 _MODULE_BYTES = 1 << 18  # it travels in the record of an upgrade, which may have to be finished without the bundle
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-
-
-class Attach(msgspec.Struct, frozen=True):
-    """One ``[[attach]]``: ``program`` runs on ``hook`` of ``target``, its link pinned as ``links/<link>``.
-
-    ``target`` and ``netns``, the network namespace of an interface, may be patterns: then there are as many links as
-    things that match. ``mode`` is how XDP is to run, native or generic; None lets the kernel decide. ``point`` is where
-    a netfilter program runs. ``priority`` and ``handle`` are those of a tc filter; 0 is one that is free. ``adopt``
-    lets it take the place of a program that another tool attached.
-    """
-
-    program: str
-    hook: str
-    target: str
-    link: str
-    was: str | None = None
-    netns: str | None = None
-    mode: str | None = None
-    point: NetfilterPoint | None = None
-    priority: int = 0
-    handle: int = 0
-    adopt: bool = False
-
-    def attach_type(self, program: ProgramSpec) -> str:
-        """What the kernel says of a link for ``program`` here, as in LinkInfo."""
-        if self.point is not None:
-            return f"netfilter {self.point}"
-        match self.hook:
-            case "iter" | "tracepoint":
-                return f"{self.hook} {self.target.rpartition('/')[2]}"
-            case "iter-cgroup":
-                return "iter cgroup"
-            case "perf_event" | "uprobe" | "uretprobe":
-                return f"{self.hook} {self.target.rpartition(':')[0]}"
-            case "raw_tracepoint" | "tp_btf":
-                return f"raw_tracepoint {self.target}"
-        return HOOKS[self.hook].attach_type(program)
-
-    @property
-    def is_pattern(self) -> bool:
-        """Whether any number of interfaces, of network namespaces or of CPUs may match."""
-        if HOOKS[self.hook].on == "cpu":
-            return True
-        texts = (self.target, self.netns or "") if HOOKS[self.hook].on in ("interface", "netns") else ()
-        return any(sign in text for sign in "*?[" for text in texts)
 
 
 class CutoverRule(msgspec.Struct, frozen=True):
@@ -301,19 +247,19 @@ class _Reader:
             for index, entry in enumerate(manifest.get("object", []))
         ]
         if not objects:
-            self._fail((), "names no object: add [[object]] with file = \"NAME.bpf.o\"")
+            self.fail((), "names no object: add [[object]] with file = \"NAME.bpf.o\"")
         specs = [item.spec for item in objects]
         for index, spec in enumerate(specs):
             if spec.name in {other.name for other in specs[:index]}:
-                self._fail(("object", str(index)), f"two [[object]] are called {spec.name}")
+                self.fail(("object", str(index)), f"two [[object]] are called {spec.name}")
         maps = unite_maps(specs)
         programs = self._programs(specs)
         rules = {name: self._rules(entry, maps, name, objects) for name, entry in manifest.get("map", {}).items()}
-        attach = [
-            self._attach(entry, programs, maps, ("attach", str(index)))
-            for index, entry in enumerate(manifest.get("attach", []))
-        ]
-        self._unique(attach)
+        attach = []
+        for index, entry in enumerate(manifest.get("attach", [])):
+            self._check(entry, "attach", ("attach", str(index)))
+            attach.append(read_attach(entry, programs, maps, ("attach", str(index)), self))
+        check_links(attach, self)
         digest = hashlib.sha256(self._text.encode())
         for item in objects:
             digest.update(hashlib.sha256(item.data).digest())
@@ -337,9 +283,9 @@ class _Reader:
         rule = CutoverRule(**entry)
         if rule.consistency not in _CONSISTENCY:
             words = f"consistency is {' or '.join(_CONSISTENCY)}, not {rule.consistency!r}"
-            self._fail(("cutover", "consistency"), words)
+            self.fail(("cutover", "consistency"), words)
         if not 0 <= rule.deadline <= _LONGEST:
-            self._fail(("cutover", "deadline"), f"deadline is in seconds, from 0 to {_LONGEST}, not {rule.deadline}")
+            self.fail(("cutover", "deadline"), f"deadline is in seconds, from 0 to {_LONGEST}, not {rule.deadline}")
         return rule
 
     def _check_text(self, item: Any, path: tuple[str, ...]) -> None:
@@ -348,44 +294,44 @@ class _Reader:
         for key, value in items:
             for text in (key, value):
                 if isinstance(text, str) and not text.isprintable():
-                    self._fail((*path, str(key)), f"{text!r} has control characters")
+                    self.fail((*path, str(key)), f"{text!r} has control characters")
             self._check_text(value, (*path, str(key)))
 
     def _check(self, table: Any, kind: str, path: tuple[str, ...]) -> None:
         """Types and names of the keys of one table; ``kind`` is its row in _KEYS."""
         if not isinstance(table, dict):
-            self._fail(path, f"{'.'.join(path)} must be a table")
+            self.fail(path, f"{'.'.join(path)} must be a table")
         known = _KEYS[kind]
         for key, value in table.items():
             if f"{kind}.{key}" in _NOT_YET:
                 feature = _NOT_YET[f"{kind}.{key}"]
                 raise UnsupportedError(
-                    f"{self._where((*path, key))}: {key}: {feature} are not supported yet", feature=f"{kind}.{key}"
+                    f"{self.where((*path, key))}: {key}: {feature} are not supported yet", feature=f"{kind}.{key}"
                 )
             if key not in known:
-                self._fail((*path, key), f"unknown key {key!r}; known here: {', '.join(known)}")
+                self.fail((*path, key), f"unknown key {key!r}; known here: {', '.join(known)}")
             if kind == "map" and key == "was" and isinstance(value, list):
                 raise UnsupportedError(
-                    f"{self._where((*path, key))}: folding several maps into one is not supported yet",
+                    f"{self.where((*path, key))}: folding several maps into one is not supported yet",
                     feature="map.was list",
                 )
             if not isinstance(value, known[key]) or (isinstance(value, bool) and known[key] is not bool):
                 wanted = known[key]
                 names = wanted.__name__ if isinstance(wanted, type) else " or ".join(one.__name__ for one in wanted)
-                self._fail((*path, key), f"{key} must be of type {names}, not {type(value).__name__}")
+                self.fail((*path, key), f"{key} must be of type {names}, not {type(value).__name__}")
         for key in _REQUIRED.get(kind, ()):
             if key not in table:
-                self._fail(path, f"[{kind}] needs {key}")
+                self.fail(path, f"[{kind}] needs {key}")
 
     def _object(self, entry: Any, bindings: Mapping[str, Binding], path: tuple[str, ...]) -> BundleObject:
         self._check(entry, "object", path)
         file = self._file.parent / entry["file"]
         if file.resolve().parent != self._file.parent.resolve():
-            self._fail((*path, "file"), f"{entry['file']} is not a file beside the manifest")
+            self.fail((*path, "file"), f"{entry['file']} is not a file beside the manifest")
         try:
             data = self._files.read(entry["file"])
         except OSError as error:
-            self._fail((*path, "file"), f"{file} cannot be read: {error.strerror}; was the object compiled?")
+            self.fail((*path, "file"), f"{file} cannot be read: {error.strerror}; was the object compiled?")
         name = file.name.removesuffix(".o").removesuffix(".bpf")
         spec = read_object(data, name)
         bound = {item.name: bindings[item.name] for item in spec.maps if any(bindings.get(item.name, ()))}
@@ -398,7 +344,7 @@ class _Reader:
             for program in item.programs:
                 if program.name in programs:
                     both = f"{origin[program.name]} and {item.name}"
-                    self._fail(("object", str(index)), f"{both} both have a program called {program.name}: rename one")
+                    self.fail(("object", str(index)), f"{both} both have a program called {program.name}: rename one")
                 programs[program.name] = program
                 origin[program.name] = item.name
         return programs
@@ -409,22 +355,22 @@ class _Reader:
         path = ("map", name)
         # A map that the release no longer has may be named only to say that dropping it is fine.
         if name not in maps and set(entry) != {"on_loss"}:
-            self._fail(path, f"no object of this bundle has a map {name}; its maps: {', '.join(sorted(maps))}")
+            self.fail(path, f"no object of this bundle has a map {name}; its maps: {', '.join(sorted(maps))}")
         on_loss = entry.get("on_loss", "error")
         if on_loss not in ("error", "discard"):
-            self._fail((*path, "on_loss"), f'on_loss is "error" or "discard", not {on_loss!r}')
+            self.fail((*path, "on_loss"), f'on_loss is "error" or "discard", not {on_loss!r}')
         on_collision = entry.get("on_collision")
         if on_collision not in (None, "error", "first", "last", "merge"):
-            self._fail((*path, "on_collision"), f"on_collision is error, first, last or merge, not {on_collision!r}")
+            self.fail((*path, "on_collision"), f"on_collision is error, first, last or merge, not {on_collision!r}")
         programs = entry.get("programs")
         if programs not in (None, "read"):
-            self._fail((*path, "programs"), f'programs is "read" or left out, not {programs!r}')
+            self.fail((*path, "programs"), f'programs is "read" or left out, not {programs!r}')
         fields = {}
         for field, rule in entry.get("field", {}).items():
             self._check(rule, "field", (*path, "field", field))
             merge = rule.get("merge")
             if merge not in (None, "keep", "sum", "max", "min", "or"):
-                self._fail((*path, "field", field, "merge"), f"merge is keep, sum, max, min or or, not {merge!r}")
+                self.fail((*path, "field", field, "merge"), f"merge is keep, sum, max, min or or, not {merge!r}")
             fields[field] = FieldRule(was=rule.get("was"), merge=merge, default=rule.get("default"))
         rules = MapRules(
             was=entry.get("was"),
@@ -448,7 +394,7 @@ class _Reader:
                 check_rules(maps[name], rules)
             except LayoutError as error:
                 field = error.facts.get("field")
-                self._fail((*path, "field", str(field)) if field else path, error.message)
+                self.fail((*path, "field", str(field)) if field else path, error.message)
         return rules
 
     def _slots(
@@ -456,17 +402,17 @@ class _Reader:
     ) -> dict[int, str]:
         """The programs that the manifest puts into a program array."""
         if entry and (spec is None or spec.type != "prog_array"):
-            self._fail((*path, "slots"), f"slots hold programs, and this map is no program array: {path[-1]}")
+            self.fail((*path, "slots"), f"slots hold programs, and this map is no program array: {path[-1]}")
         programs = {program.name: program for item in objects for program in item.spec.programs}
         slots = {}
         for slot, name in entry.items():
             here = (*path, "slots", slot)
             if not slot.isdecimal() or spec is None or int(slot) >= spec.max_entries:
                 room = spec.max_entries if spec else 0
-                self._fail(here, f"{slot!r} is no slot of {path[-1]}, which has {room} of them")
+                self.fail(here, f"{slot!r} is no slot of {path[-1]}, which has {room} of them")
             if not isinstance(name, str) or name not in programs or not programs[name].autoload:
                 known = ", ".join(sorted(one for one, program in programs.items() if program.autoload))
-                self._fail(here, f"no object has a program {name!r} that is loaded; there are: {known}")
+                self.fail(here, f"no object has a program {name!r} that is loaded; there are: {known}")
             slots[int(slot)] = name
         return slots
 
@@ -479,7 +425,7 @@ class _Reader:
         found = (read_btf(item.data, item.spec.name).find(entry[key]) for item in objects)
         made = next((made for made in found if made is not None), None)
         if made is None:
-            self._fail(
+            self.fail(
                 (*path, key),
                 f"{key}: no object of this bundle has a type {entry[key]!r}; declare the old release's type in one, "
                 "and use it there (a pointer variable is enough), so that the compiler keeps it",
@@ -491,7 +437,7 @@ class _Reader:
         path = (*path, "convert")
         match = _FUNCTION.fullmatch(convert)
         if match is None:
-            self._fail(path, f'convert is "MODULE:FUNCTION", of a file MODULE.py beside the manifest, not {convert!r}')
+            self.fail(path, f'convert is "MODULE:FUNCTION", of a file MODULE.py beside the manifest, not {convert!r}')
         module, name = match.groups()
         if module not in self._converters:
             self._converters[module] = self._module(self._file.parent / f"{module}.py", path)
@@ -499,15 +445,15 @@ class _Reader:
             tree = ast.parse(self._converters[module])
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             line = getattr(error, "lineno", None)
-            self._fail(path, f"{module}.py{f':{line}' if line else ''} is not Python: {getattr(error, 'msg', error)}")
+            self.fail(path, f"{module}.py{f':{line}' if line else ''} is not Python: {getattr(error, 'msg', error)}")
         there = {item.name for item in tree.body if isinstance(item, ast.FunctionDef)}
         if name not in there:
-            self._fail(path, f"{module}.py has no function {name}; it has: {', '.join(sorted(there)) or 'none'}")
+            self.fail(path, f"{module}.py has no function {name}; it has: {', '.join(sorted(there)) or 'none'}")
         return tuple(name + suffix for suffix in _FUNCTIONS if name + suffix in there)
 
     def _module(self, file: Path, path: tuple[str, ...]) -> str:
         def bad(why: str) -> NoReturn:
-            self._fail(path, f"{file} {why}")
+            self.fail(path, f"{file} {why}")
 
         try:
             if not stat.S_ISREG(file.lstat().st_mode):
@@ -522,158 +468,27 @@ class _Reader:
         except UnicodeDecodeError as error:
             bad(f"is not UTF-8: {error}")
 
-    def _attach(
-        self, entry: Any, programs: Mapping[str, ProgramSpec], maps: Mapping[str, MapSpec], path: tuple[str, ...]
-    ) -> Attach:
-        self._check(entry, "attach", path)
-        if entry["program"] not in programs:
-            known = ", ".join(sorted(programs))
-            self._fail((*path, "program"), f"no object has a program {entry['program']}; there are: {known}")
-        hook = entry["hook"]
-        if hook in REFUSED:
-            raise UnsupportedError(
-                f"{self._where((*path, 'hook'))}: hook {hook} is not supported: {REFUSED[hook]}", feature=f"hook {hook}"
-            )
-        if hook not in _HOOKS:
-            self._fail((*path, "hook"), f"unknown hook {hook!r}; known: {', '.join(_HOOKS)}")
-        if "by" in entry:
-            if (hook, entry["by"]) != ("xdp", "netlink"):
-                self._fail((*path, "by"), f'by is "netlink", for xdp only, or left out, not {entry["by"]!r} for {hook}')
-            hook = "xdp-netlink"
-        program = programs[entry["program"]]
-        if not program.autoload:
-            why = f"{program.name} is in section {program.section}, which libbpf does not load"
-            self._fail((*path, "program"), why)
-        if HOOKS[hook].slot and program.may_sleep:
-            # The kernel takes it into the slot, and lets it sleep where the dispatcher must not.
-            raise UnsupportedError(
-                f"{self._where((*path, 'program'))}: {program.name} (section {program.section}) may sleep, and the "
-                f"dispatcher that {hook} is replaced by may not: only programs that do not sleep are supported there",
-                feature=f"sleepable programs on {hook}",
-            )
-        if not HOOKS[hook].fits(program):
-            typed = f"what a program of type {program.type} does" if program.type else "nothing that libbpf knows"
-            what = program.attach_type or typed
-            wanted = f"a {HOOKS[hook].on}" if hook == "cgroup" else hook
-            self._fail(
-                (*path, "program"), f"{program.name} (section {program.section}) attaches to {what}, not to {wanted}"
-            )
-        if HOOKS[hook].on == "map" and (entry["target"] not in maps or maps[entry["target"]].type not in _SOCKET_MAPS):
-            there = ", ".join(sorted(name for name, spec in maps.items() if spec.type in _SOCKET_MAPS)) or "none"
-            self._fail((*path, "target"), f"{hook} is on a sockmap or sockhash of this bundle, which has: {there}")
-        if "netns" in entry and HOOKS[hook].on != "interface":
-            self._fail((*path, "netns"), f"netns says where an interface is, and {hook} is on a {HOOKS[hook].on}")
-        if "mode" in entry and (not hook.startswith("xdp") or entry["mode"] not in _MODES):
-            self._fail((*path, "mode"), f"mode is {' or '.join(_MODES)}, and for xdp only, not {entry['mode']!r}")
-        self._check_section(entry, program, path)
-        self._numbers(entry, path)
-        if entry.get("adopt") and hook != "cgroup" and HOOKS[hook].linked:
-            self._fail(
-                (*path, "adopt"),
-                f"{hook} is attached by a link, which takes no other program's place: adopt is for cgroup, "
-                'tc-ingress, tc-egress, and xdp with by = "netlink"',
-            )
-        for key in ("link", "was"):
-            if key in entry and not _PIN_NAME.fullmatch(entry[key]):
-                self._fail((*path, key), f"{entry[key]!r} cannot be a pin name: letters, digits, _ and - only")
-        return Attach(
-            program=entry["program"],
-            hook=hook,
-            target=self._substitute(entry["target"], (*path, "target")),
-            link=entry["link"],
-            was=entry.get("was"),
-            netns=self._substitute(entry["netns"], (*path, "netns")) if "netns" in entry else None,
-            mode=entry.get("mode"),
-            point=self._point(entry, path),
-            priority=0 if hook == "netfilter" else entry.get("priority", 0),
-            handle=entry.get("handle", 0),
-            adopt=entry.get("adopt", False),
-        )
-
-    def _check_section(self, entry: Any, program: ProgramSpec, path: tuple[str, ...]) -> None:
-        """What a program's section says of tracepoints and iterators is what it attaches to."""
-        hook, (kind, _, own) = entry["hook"], program.section.partition("/")
-        if hook == "perf_event":
-            event, _, period = entry["target"].partition(":")
-            if event not in EVENTS or not re.fullmatch(r"[1-9][0-9]{0,17}", period):
-                self._fail(
-                    (*path, "target"),
-                    f"{entry['target']!r} is no event to sample: EVENT:PERIOD, where EVENT is {', '.join(EVENTS)}",
-                )
-        if HOOKS[hook].program == "kprobe":
-            if kind != hook:
-                self._fail((*path, "program"), f"{program.name} (section {program.section}) is no {hook}")
-            if not re.fullmatch(r".+:\w+", entry["target"]):
-                self._fail((*path, "target"), f"{entry['target']!r} is no function of a file: /PATH:FUNCTION")
-            return
-        if hook.startswith("iter") and own in _OF_ONE_MAP:
-            raise UnsupportedError(
-                f"{self._where(path)}: {program.name} iterates over {own}: iterators over one map are not supported",
-                feature=f"iter/{own}",
-            )
-        if hook == "iter-cgroup" or (hook == "iter" and own == "cgroup"):
-            if (hook, own) != ("iter-cgroup", "cgroup"):
-                self._fail((*path, "hook"), f"{hook} is not for {program.name} (section {program.section})")
-        elif HOOKS[hook].on == "kernel" and own not in ("", entry["target"]):
-            self._fail(
-                (*path, "target"), f"{program.name} is for {own} (section {program.section}), not for {entry['target']}"
-            )
-
-    def _point(self, entry: Any, path: tuple[str, ...]) -> NetfilterPoint | None:
-        if entry["hook"] != "netfilter":
-            for key in ("family", "point"):
-                if key in entry:
-                    self._fail((*path, key), f"{key} says where a netfilter program runs, not one of {entry['hook']}")
-            return None
-        known: dict[str, tuple[Container[object], str]] = {
-            "family": (FAMILIES, ", ".join(FAMILIES)),
-            "point": (POINTS, ", ".join(POINTS)),
-            "priority": (_PRIORITIES, f"{_PRIORITIES[0]} to {_PRIORITIES[-1]}"),
-        }
-        for key, (values, wanted) in known.items():
-            if key not in entry:
-                self._fail(path, f"netfilter needs {key}: {wanted}")
-            if entry[key] not in values:
-                self._fail((*path, key), f"{key} is {wanted}, not {entry[key]!r}")
-        return NetfilterPoint(*(entry[key] for key in known))
-
-    def _numbers(self, entry: Mapping[str, Any], path: tuple[str, ...]) -> None:
-        if entry["hook"] == "netfilter":
-            return  # whose priority is another thing
-        for key, most in (("priority", 0xFFFF), ("handle", 0xFFFFFFFF)):
-            if key in entry and not (entry["hook"].startswith("tc-") and 0 < entry[key] <= most):
-                self._fail((*path, key), f"{key} is a number from 1 to {most}, of a tc filter, not {entry[key]}")
-        if "handle" in entry and "priority" not in entry:
-            self._fail((*path, "handle"), "a handle tells filters of one priority apart: give the priority too")
-
-    def _substitute(self, text: str, path: tuple[str, ...]) -> str:
+    def substitute(self, text: str, path: tuple[str, ...]) -> str:
         if self._variables is None:
             return text
         variables = self._variables
 
         def value(match: re.Match[str]) -> str:
             if match[1] not in variables:
-                self._fail(path, f"${{{match[1]}}} has no value: give one with --set {match[1]}=VALUE")
+                self.fail(path, f"${{{match[1]}}} has no value: give one with --set {match[1]}=VALUE")
             return variables[match[1]]
 
         return _VARIABLE.sub(value, text)
 
-    def _unique(self, attach: Iterable[Attach]) -> None:
-        seen = set()
-        for index, entry in enumerate(attach):
-            if entry.link in seen:
-                self._fail(("attach", str(index), "link"), f"two [[attach]] have the link {entry.link}")
-            seen.add(entry.link)
-
-    def _where(self, path: tuple[str, ...]) -> str:
+    def where(self, path: tuple[str, ...]) -> str:
         """File and line of the key at ``path``, or of the nearest table around it."""
         for length in range(len(path), 0, -1):
             if path[:length] in self._lines:
                 return f"{self._file}:{self._lines[path[:length]]}"
         return str(self._file)
 
-    def _fail(self, path: tuple[str, ...], why: str) -> NoReturn:
-        where = self._where(path)
+    def fail(self, path: tuple[str, ...], why: str) -> NoReturn:
+        where = self.where(path)
         raise BundleError(f"{where}: {why}", file=str(self._file), line=where.rpartition(":")[2], key=".".join(path))
 
 

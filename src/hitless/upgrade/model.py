@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import msgspec
 
-from hitless.bundle import Attach, CutoverRule
+from hitless.attach import Attach
+from hitless.bundle import CutoverRule
 from hitless.hooks import NetfilterPoint
 from hitless.kernel.links import LinkInfo
 from hitless.kernel.maps import MapInfo

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from hitless.bundle import Attach
+from hitless.attach import Attach
 from hitless.errors import GoneError, KernelError
 from hitless.hooks import HOOKS
 from hitless.kernel.cgroups import CgroupPlace

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from hitless.bundle import Attach, Bundle, BundleObject
+from hitless.attach import Attach
+from hitless.bundle import Bundle, BundleObject
 from hitless.carry import is_global
 from hitless.layout.diff import diff_maps, resolve
 from hitless.layout.model import MapSpec
