@@ -121,6 +121,13 @@ def read_attach(
             f"dispatcher that {hook} is replaced by may not: only programs that do not sleep are supported there",
             feature=f"sleepable programs on {hook}",
         )
+    if hook == "struct_ops" and not HOOKS[hook].fits(program):
+        there = ", ".join(one.name for one in programs.values() if HOOKS[hook].fits(one)) or "none"
+        file.fail(
+            (*path, "program"),
+            f"{program.name} (section {program.section}) is no struct_ops map: name the variable in "
+            f".struct_ops.link that holds the programs; there are: {there}",
+        )
     if not HOOKS[hook].fits(program):
         typed = f"what a program of type {program.type} does" if program.type else "nothing that libbpf knows"
         what = program.attach_type or typed

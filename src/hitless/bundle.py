@@ -71,8 +71,8 @@ class Bundle(msgspec.Struct, frozen=True):
     """A release, read and checked. ``digest`` is a SHA-256 over the manifest, the objects and the converters, in hex.
 
     It is of what the files hold, so what ``variables`` fill in does not change it.
-    ``maps`` and ``programs`` are by name over all objects; ``attach`` is in the order of cutover. ``converters`` are
-    the sources of the modules that the rules name, by module; nothing of them was run.
+    ``maps`` and ``programs``, or what else hooks can run, are by name over all objects; ``attach`` is in the order of
+    cutover. ``converters`` are the sources of the modules that the rules name, by module; nothing of them was run.
     """
 
     path: Path
@@ -341,7 +341,7 @@ class _Reader:
         programs: dict[str, ProgramSpec] = {}
         origin: dict[str, str] = {}
         for index, item in enumerate(objects):
-            for program in item.programs:
+            for program in item.hookable:
                 if program.name in programs:
                     both = f"{origin[program.name]} and {item.name}"
                     self.fail(("object", str(index)), f"{both} both have a program called {program.name}: rename one")

@@ -67,6 +67,8 @@ class HookKind(msgspec.Struct, frozen=True):
         """How the program of a live hook is exchanged, in words."""
         if self.attach_types == ("trace_iter",):
             return "link in place; who is reading reads on by the old program"
+        if self.program == "struct_ops":
+            return "link in place; connections keep what they began with"
         if not self.linked:
             return "where it is, without a link"
         return "slot of its dispatcher" if self.slot else "link in place"
@@ -96,6 +98,7 @@ HOOKS = {
     "sk_lookup": HookKind("netns", "sk_lookup", ("sk_lookup",)),
     "sk_msg": HookKind("map", "sk_msg", ("sk_msg_verdict",), slot=True),
     "sk_skb": HookKind("map", "sk_skb", ("sk_skb_stream_parser", "sk_skb_stream_verdict", "sk_skb_verdict"), slot=True),
+    "struct_ops": HookKind("kernel", "struct_ops", ("struct_ops",)),
     "tc-egress": HookKind("interface", "sched_cls", ("", "tcx_egress"), "tc_egress", linked=False),
     "tc-ingress": HookKind("interface", "sched_cls", ("", "tcx_ingress"), "tc_ingress", linked=False),
     "tcx-egress": HookKind("interface", "sched_cls", ("", "tcx_egress"), "tcx_egress"),
@@ -117,6 +120,5 @@ REFUSED = {
     **dict.fromkeys(
         ("kprobe", "kretprobe"), "the kernels that hitless was tried on were built without kprobes (CONFIG_KPROBES)"
     ),
-    "struct_ops": "it holds a map and no program, and this version knows hooks by their programs alone",
 }
 """Hooks that this version does not replace, by name, and why."""

@@ -73,6 +73,7 @@ ffi.cdef(
             struct { __u32 ifindex; } xdp;
             struct { __u32 ifindex; __u32 attach_type; } tcx;
             struct { __u32 map_id; __u32 attach_type; } sockmap;
+            struct { __u32 map_id; } struct_ops;
             struct { __u32 pf; __u32 hooknum; int priority; __u32 flags; } netfilter;
             struct { __u64 name; __u32 name_len; } raw_tracepoint;
             struct { __u64 name; __u32 name_len; __u32 map_id; __u64 cgroup_id; __u32 order; } iter;
@@ -131,6 +132,8 @@ ffi.cdef(
     libbpf_print_fn_t libbpf_set_print(libbpf_print_fn_t fn);
     int libbpf_find_vmlinux_btf_id(const char *name, int attach_type);
     int libbpf_num_possible_cpus(void);
+    __u32 libbpf_major_version(void);
+    __u32 libbpf_minor_version(void);
     const char *libbpf_bpf_map_type_str(int type);
     const char *libbpf_bpf_prog_type_str(int type);
     const char *libbpf_bpf_attach_type_str(int type);
@@ -156,6 +159,12 @@ ffi.cdef(
     bool bpf_map__is_internal(const struct bpf_map *map);
     __u32 bpf_map__value_size(const struct bpf_map *map);
     int bpf_map__reuse_fd(struct bpf_map *map, int fd);
+    int bpf_map__type(const struct bpf_map *map);
+    int bpf_map__set_map_flags(struct bpf_map *map, __u32 flags);
+    struct bpf_link;
+    struct bpf_link *bpf_map__attach_struct_ops(const struct bpf_map *map);
+    void bpf_link__disconnect(struct bpf_link *link);
+    int bpf_link__destroy(struct bpf_link *link);
     int bpf_map__set_pin_path(struct bpf_map *map, const char *path);
     const char *bpf_program__name(const struct bpf_program *prog);
     int bpf_program__fd(const struct bpf_program *prog);

@@ -49,7 +49,8 @@ class LinkInfo(msgspec.Struct, frozen=True):
     its index, of a network namespace its inode, of a map its id; of a probe of user code the place in the file, in
     bytes; of a sampled event its CPU's number and one. 0 is none. ``attach_type`` is the kernel's name of the
     hook, and of those that are many things at once (netfilter, tracepoints, iterators) which one it is. Of what is
-    attached without a link ``id`` is 0, and a tc filter has its ``priority`` and ``handle``.
+    attached without a link ``id`` is 0, and a tc filter has its ``priority`` and ``handle``. Of a link of struct_ops
+    ``program_id`` is the id of the map.
     """
 
     id: int
@@ -62,8 +63,11 @@ class LinkInfo(msgspec.Struct, frozen=True):
 
     @property
     def is_dead(self) -> bool:
-        """Whether it runs nowhere: its target was removed, or somebody detached it. Told of types in TARGETS only."""
-        return self.type in TARGETS and self.target_id == 0
+        """Whether it runs nowhere: its target was removed, or somebody detached it.
+
+        Told of types in TARGETS and of struct_ops only.
+        """
+        return (self.type in TARGETS and self.target_id == 0) or (self.type == "struct_ops" and self.program_id == 0)
 
     @property
     def where(self) -> str:
@@ -82,6 +86,8 @@ class Link(Object):
         length = ffi.new("__u32 *", ffi.sizeof("struct bpf_link_info"))
         check(lib().bpf_obj_get_info_by_fd(self.fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", "link")
         kind = link_name(raw.type)
+        if kind == "struct_ops":
+            return LinkInfo(id=raw.id, type=kind, program_id=raw.struct_ops.map_id, attach_type=kind)
         if kind not in TARGETS:
             probed = kind == "perf_event" and raw.perf_event.type != _PERF_SAMPLED
             target = raw.iter.cgroup_id if kind == "iter" else raw.perf_event.offset if probed else 0
@@ -140,7 +146,8 @@ class Link(Object):
         """Attach ``program`` to ``target``, which errors call ``what``.
 
         That is an interface's index in the network namespace of this thread, or a descriptor of a network namespace, a
-        cgroup or a map. ``flags`` are those of the attach type (XDP_FLAGS_SKB_MODE). Raises KernelError.
+        cgroup or a map; of struct_ops, 0. ``flags`` are those of the attach type (XDP_FLAGS_SKB_MODE).
+        Raises KernelError.
         """
         opts = options("bpf_link_create_opts", flags=flags) if flags else ffi.NULL
         fd = lib().bpf_link_create(program.fd, target, attach_number(attach_type), opts)

@@ -15,7 +15,8 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.]")
 _LINKS = {10: "netfilter", 11: "tcx", 12: "uprobe_multi", 13: "netkit", 14: "sockmap"}
 _PROGRAMS = {32: "netfilter"}
 _ATTACH = {
-    45: "netfilter", 46: "tcx_ingress", 47: "tcx_egress", 48: "trace_uprobe_multi", 49: "cgroup_unix_connect",
+    44: "struct_ops", 45: "netfilter", 46: "tcx_ingress", 47: "tcx_egress", 48: "trace_uprobe_multi",
+    49: "cgroup_unix_connect",
     50: "cgroup_unix_sendmsg", 51: "cgroup_unix_recvmsg", 52: "cgroup_unix_getpeername", 53: "cgroup_unix_getsockname",
     54: "netkit_primary", 55: "netkit_peer",
 }  # fmt: skip

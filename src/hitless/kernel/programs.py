@@ -14,11 +14,15 @@ from hitless.errors import KernelError, NodeError, UnsupportedError
 from hitless.kernel.libbpf import Object, check, ffi, lib, messages, options, pinned_kind
 from hitless.kernel.maps import Map
 from hitless.kernel.names import attach_number, in_kernel, program_name, program_number
+from hitless.layout.elf import for_old_libbpf
 from hitless.layout.sections import program_type
 
 __all__ = ["Loaded", "Program", "ProgramInfo", "is_loaded", "load_code", "load_object"]
 
 _LOG_BYTES = 1 << 20
+_STRUCT_OPS = 26  # BPF_MAP_TYPE_STRUCT_OPS
+_F_LINK = 1 << 13  # BPF_F_LINK
+_LIBBPF = (1, 1)  # a later one attaches what is only to be filled
 
 
 class ProgramInfo(msgspec.Struct, frozen=True):
@@ -116,10 +120,12 @@ def load_object(data: bytes, name: str, reuse: Mapping[str, Map], sections: Mapp
     """Load the ELF object ``data`` called ``name``; maps named in ``reuse`` are used, the others created.
 
     ``sections`` are the maps of its global data in the order of the object: their names, as in ``reuse``, and sizes in
-    bytes. Nothing is pinned or attached. Raises KernelError whose message ends in the verifier's last words and whose
-    fact ``log`` is all that libbpf and the verifier printed, UnsupportedError for sections that only libbpf knows.
+    bytes. Nothing is pinned or attached; struct_ops maps are ready to be. Raises KernelError whose message ends in the
+    verifier's last words and whose fact ``log`` is all that libbpf and the verifier printed, UnsupportedError for
+    sections that only libbpf knows.
     """
     label = ffi.new("char[]", name.encode())
+    data = for_old_libbpf(data)
     with messages() as heard:
         buffer = ffi.from_buffer(data)
         handle = lib().bpf_object__open_mem(buffer, len(data), options("bpf_object_open_opts", object_name=label))
@@ -127,6 +133,7 @@ def load_object(data: bytes, name: str, reuse: Mapping[str, Map], sections: Mapp
             _fail(-ffi.errno, "opening", name, heard)
         try:
             maps = {}
+            ops = []
             data_maps = iter(sections.items())
             entry = lib().bpf_object__next_map(handle, ffi.NULL)
             while entry:
@@ -135,6 +142,9 @@ def load_object(data: bytes, name: str, reuse: Mapping[str, Map], sections: Mapp
                     title = _section(title, lib().bpf_map__value_size(entry), data_maps, name)
                 maps[title] = entry
                 check(lib().bpf_map__set_pin_path(entry, ffi.NULL), "bpf_map__set_pin_path", title)
+                if lib().bpf_map__type(entry) == _STRUCT_OPS:
+                    check(lib().bpf_map__set_map_flags(entry, _F_LINK), "bpf_map__set_map_flags", title)
+                    ops.append(entry)
                 if title in reuse:
                     check(lib().bpf_map__reuse_fd(entry, reuse[title].fd), "bpf_map__reuse_fd", title)
                 entry = lib().bpf_object__next_map(handle, entry)
@@ -146,6 +156,8 @@ def load_object(data: bytes, name: str, reuse: Mapping[str, Map], sections: Mapp
             result = lib().bpf_object__load(handle)
             if result < 0:
                 _fail(result, "loading", name, heard)
+            for entry in ops:
+                _make_ready(entry, name, heard)
             programs = {}
             program = lib().bpf_object__next_program(handle, ffi.NULL)
             while program:
@@ -157,6 +169,23 @@ def load_object(data: bytes, name: str, reuse: Mapping[str, Map], sections: Mapp
             return Loaded({title: Map(os.dup(lib().bpf_map__fd(entry))) for title, entry in maps.items()}, programs)
         finally:
             lib().bpf_object__close(handle)
+
+
+def _make_ready(entry: Any, name: str, heard: list[str]) -> None:
+    """Fill a struct_ops map with its programs, by which the kernel checks it."""
+    found = lib().libbpf_major_version(), lib().libbpf_minor_version()
+    if found != _LIBBPF:
+        raise UnsupportedError(
+            f"object {name}: struct_ops maps are supported with libbpf {'.'.join(map(str, _LIBBPF))}, and this is "
+            f"{'.'.join(map(str, found))}, which would attach them while the old release still runs",
+            feature="struct_ops with this libbpf",
+            object=name,
+        )
+    link = lib().bpf_map__attach_struct_ops(entry)
+    if not link:
+        _fail(-ffi.errno, f"filling struct_ops map {ffi.string(lib().bpf_map__name(entry)).decode()} of", name, heard)
+    lib().bpf_link__disconnect(link)  # else it would be emptied
+    lib().bpf_link__destroy(link)
 
 
 def _set_type(program: Any) -> None:

@@ -77,7 +77,7 @@ ANSWERS: Mapping[str, Answer] = {
     "stack": _carried("queue", _ORDER),
     "sk_storage": _carried("storage", _STORAGE),
     "devmap_hash": _carried("references", _REFERENCES),
-    "struct_ops": _filled_by_release("objects with struct_ops are refused when they are read"),
+    "struct_ops": _filled_by_release("it holds the release's own programs; connections keep the one they began with"),
     "ringbuf": _carried("ring", "its readers drain the old one, which stays beside the new one in previous/"),
     "inode_storage": _lost("the inodes that have a value in it cannot be listed"),
     "task_storage": _carried("storage", _STORAGE),

@@ -55,12 +55,12 @@ _KERNEL_VALUE = ("devmap", "devmap_hash", "cpumap")
 _NO_KEY_TYPE = (
     "array", "percpu_array", "prog_array", "perf_event_array", "stack_trace", "cgroup_array", "array_of_maps", "devmap",
     "sockmap", "cpumap", "xskmap", "reuseport_sockarray", "queue", "stack", "ringbuf", "user_ringbuf", "bloom_filter",
-    "arena", "insn_array",
+    "arena", "insn_array", "struct_ops",
 )  # fmt: skip
 _NO_VALUE_TYPE = (
     "prog_array", "perf_event_array", "stack_trace", "cgroup_array", "array_of_maps", "hash_of_maps", "sockmap",
     "sockhash", "xskmap", "reuseport_sockarray", "ringbuf", "user_ringbuf", "arena", "insn_array",
-    *_KERNEL_VALUE,
+    "struct_ops", *_KERNEL_VALUE,
 )  # fmt: skip
 
 
@@ -148,8 +148,9 @@ def diff_maps(
     taken = set(matched.values())
     for name, spec in before.items():
         if name not in taken:
-            loss = None if is_constant(spec) else "the map and its entries are dropped"
-            hint = None if is_constant(spec) else _became(spec, after, matched)
+            holds = not is_constant(spec) and spec.ops is None
+            loss = "the map and its entries are dropped" if holds else None
+            hint = _became(spec, after, matched) if holds else None
             out.append(MapDiff(name, None, "removed", (Change("", "removed", spec.type, None, loss, hint=hint),)))
     return (*out, *(item.diff for name, item in sections.items() if name not in after))
 

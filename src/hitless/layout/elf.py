@@ -14,14 +14,14 @@ from elftools.elf.relocation import RelocationSection
 from elftools.elf.sections import SymbolTableSection
 
 from hitless.errors import LayoutError, UnsupportedError
-from hitless.layout.btf import Btf, Section
+from hitless.layout.btf import Btf, Section, Variable
 from hitless.layout.dwarf import DAMAGE, Dwarf
 from hitless.layout.infer import fitting
 from hitless.layout.members import overlapping, repeated
-from hitless.layout.model import Array, Field, Int, MapSpec, ObjectSpec, Order, ProgramSpec, Record, Type
+from hitless.layout.model import Array, Field, Int, MapSpec, ObjectSpec, Ops, Order, ProgramSpec, Record, Type
 from hitless.layout.sections import program_type
 
-__all__ = ["MAP_TYPES", "Binding", "read_btf", "read_object"]
+__all__ = ["MAP_TYPES", "STRUCT_OPS", "Binding", "for_old_libbpf", "read_btf", "read_object"]
 
 #: Names of the kernel's map types; the index is the number in ``enum bpf_map_type``.
 MAP_TYPES = (
@@ -31,6 +31,12 @@ MAP_TYPES = (
     "sk_storage", "devmap_hash", "struct_ops", "ringbuf", "inode_storage", "task_storage", "bloom_filter",
     "user_ringbuf", "cgrp_storage", "arena", "insn_array",
 )  # fmt: skip
+
+STRUCT_OPS = (".struct_ops", ".struct_ops.link")
+"""Sections whose variables are struct_ops maps. hitless attaches those of either by a link."""
+
+_UPDATABLE = ("tcp_congestion_ops",)  # what the kernel can exchange in place
+_LINK = 1 << 13  # BPF_F_LINK
 
 _EM_BPF = 247
 _SHF_EXECINSTR = 4
@@ -102,8 +108,8 @@ def read_object(data: bytes, name: str, bindings: Mapping[str, Binding] | None =
     then in the debug information if the object has any.
 
     Raises :class:`LayoutError` if the bytes are no whole BPF object, have no ``.BTF`` or no ``.maps``, or define a
-    map that makes no sense; :class:`UnsupportedError` for legacy ``maps`` sections, struct_ops maps and compressed
-    sections. Objects of either byte order are read.
+    map that makes no sense; :class:`UnsupportedError` for legacy ``maps`` sections, struct_ops maps that cannot be
+    exchanged and compressed sections. Objects of either byte order are read.
     """
     elf = _read_elf(data, name)
     for part in elf.parts:
@@ -113,23 +119,22 @@ def read_object(data: bytes, name: str, bindings: Mapping[str, Binding] | None =
                 "dropped; define the maps in SEC(\".maps\")",
                 feature="legacy maps section", object=name,
             )  # fmt: skip
-        if part.name.startswith(".struct_ops") or part.name.startswith("struct_ops_link"):
-            raise UnsupportedError(f"{name}: struct_ops maps are not supported", feature="struct_ops", object=name)
     btf = _read_btf(elf, name)
     sections = btf.sections()
     maps_part = elf.part(".maps")
-    if maps_part is None or ".maps" not in sections:
+    ops = _ops_maps(elf, btf, sections, name)
+    if (maps_part is None or ".maps" not in sections) and not ops:
         raise LayoutError(f'{name}: no .maps section: the object defines no map with SEC(".maps")', object=name)
     bound = dict(bindings or {})
     types = _Types(btf, data, name)
     maps = [
         _bind(_map(btf, var.type_id, var.name, var.tags, name), bound.pop(var.name, Binding()), types, name)
-        for var in sections[".maps"].variables
+        for var in (sections[".maps"].variables if ".maps" in sections else ())
     ]
     if bound:
         raise LayoutError(f"{name}: no map {', '.join(sorted(bound))} to bind a type to", object=name)
     maps += _data_maps(elf, btf, sections, name)
-    maps = [_finished(spec, elf, btf, sections[".maps"], name) for spec in maps]
+    maps = [*(_finished(spec, elf, btf, sections.get(".maps"), name) for spec in maps), *ops]
     seen: set[str] = set()
     for spec in maps:
         if spec.name in seen:
@@ -140,6 +145,17 @@ def read_object(data: bytes, name: str, bindings: Mapping[str, Binding] | None =
     if not text.isprintable():
         raise LayoutError(f"{name}: the license {text!r} has control characters", object=name)
     return ObjectSpec(name, tuple(maps), tuple(_programs(elf, name)), text)
+
+
+def for_old_libbpf(data: bytes) -> bytes:
+    """The object with its section ``.struct_ops.link`` called ``.struct_ops``: the name that libbpf 1.1 knows."""
+    out = bytearray(data)
+    for section in ELFFile(io.BytesIO(data)).iter_sections():
+        if section["sh_type"] == "SHT_STRTAB" or section.name == ".BTF":
+            place = slice(section["sh_offset"], section["sh_offset"] + section["sh_size"])
+            # In place, since strings are found by where they begin, and `link` may be the tail of a name.
+            out[place] = data[place].replace(b".struct_ops.link\0", b".struct_ops\0link\0")
+    return bytes(out)
 
 
 def read_btf(data: bytes, name: str) -> Btf:
@@ -240,7 +256,7 @@ def _part(section: Any, name: str) -> _Part:
             f"{name}: section {section.name!r} is compressed", feature="compressed sections", object=name
         )
     # Only these are read further; anything else may be as large as it likes.
-    wanted = section.name in (".BTF", "license")
+    wanted = section.name in (".BTF", "license", *STRUCT_OPS)
     return _Part(section.name, kind, flags, size, bytes(section.data()) if wanted and stored else b"")
 
 
@@ -288,6 +304,47 @@ def _data_maps(elf: _Elf, btf: Btf, sections: dict[str, Section], name: str) -> 
     if ".kconfig" in sections:
         out.append(_kconfig(btf, sections[".kconfig"], name))
     return out
+
+
+def _ops_maps(elf: _Elf, btf: Btf, sections: Mapping[str, Section], where: str) -> list[MapSpec]:
+    found = [part for part in elf.parts if part.name.removeprefix("?") in STRUCT_OPS and part.size]
+    if len(found) > 1 or any(part.name.startswith("?") for part in found):
+        names = ", ".join(part.name for part in found)
+        raise UnsupportedError(
+            f"{where}: struct_ops maps are in {names}: put all of them into one section, .struct_ops.link",
+            feature="several struct_ops sections", object=where,
+        )  # fmt: skip
+    if not found:
+        return []
+    if found[0].name not in sections:
+        raise LayoutError(f"{where}: section {found[0].name} has no type in BTF", object=where)
+    return [_ops_map(elf, btf, found[0], var, where) for var in sections[found[0].name].variables]
+
+
+def _ops_map(elf: _Elf, btf: Btf, part: _Part, var: Variable, where: str) -> MapSpec:
+    made = btf.layout(var.type_id)
+    if not isinstance(made, Record) or made.name not in _UPDATABLE:
+        raise UnsupportedError(
+            f"{where}: {var.name} is a {made.name or 'type without a name'}, which the kernel cannot exchange in "
+            f"place: of struct_ops hitless supports {', '.join(_UPDATABLE)}; leave it out of the release",
+            feature=f"struct_ops {made.name}", object=where, map=var.name,
+        )  # fmt: skip
+    if not _is_identifier(var.name):
+        raise LayoutError(f"{where}: the struct_ops map {var.name!r} is no C identifier", object=where)
+    place = next((symbol.value for symbol in elf.symbols if symbol.name == var.name), None)
+    field = next((field for field in made.fields if field.name == "name"), None)
+    if place is None or field is None:
+        missing = "symbol" if place is None else "member `name`, under which the kernel offers it"
+        raise LayoutError(f"{where}: struct_ops map {var.name} has no {missing}", object=where, map=var.name)
+    start = place + field.offset // 8
+    name = part.data[start : start + field.type.size].split(b"\0")[0].decode("ascii", "replace")
+    if not name or not name.isprintable() or not name.isascii():
+        raise LayoutError(
+            f"{where}: struct_ops map {var.name}: the kernel offers it by its member `name`, and that is {name!r}",
+            object=where, map=var.name,
+        )  # fmt: skip
+    key, ops = Int("int", 4, True), Ops(made.name, name)
+    return MapSpec(var.name, "struct_ops", 4, 0, 1, _LINK, key, order=btf.order, ops=ops)
 
 
 def _kconfig(btf: Btf, section: Section, name: str) -> MapSpec:
@@ -412,11 +469,11 @@ def _map(btf: Btf, type_id: int, name: str, tags: tuple[str, ...], where: str, d
     )  # fmt: skip
 
 
-def _finished(spec: MapSpec, elf: _Elf, btf: Btf, section: Section, where: str) -> MapSpec:
+def _finished(spec: MapSpec, elf: _Elf, btf: Btf, section: Section | None, where: str) -> MapSpec:
     """The map with what its BTF alone does not tell: byte order, and what its slots hold from the start."""
     inner = msgspec.structs.replace(spec.inner, order=btf.order) if spec.inner else None
     spec = msgspec.structs.replace(spec, order=btf.order, inner=inner)
-    var = next((var for var in section.variables if var.name == spec.name), None)
+    var = next((var for var in section.variables if var.name == spec.name), None) if section else None
     place = next((s for s in elf.symbols if s.name == spec.name and s.kind == "STT_OBJECT"), None)
     start = btf.offset_of(var.type_id, "values") if var else None
     if start is None or place is None:

@@ -22,12 +22,16 @@ __all__ = [
     "MapSpec",
     "ObjectSpec",
     "Opaque",
+    "Ops",
     "Order",
     "Pointer",
     "ProgramSpec",
     "Record",
     "Type",
 ]
+
+
+_STRUCT_OPS = ("struct_ops", "struct_ops")  # types of program and attachment
 
 
 class Int(msgspec.Struct, frozen=True, tag="int"):
@@ -128,6 +132,13 @@ Order = Literal["little", "big"]
 Type = Int | Float | Enum | Pointer | Array | Record | Opaque
 
 
+class Ops(msgspec.Struct, frozen=True):
+    """What a struct_ops map is made of: a struct of the kernel of this ``type``, there under its own ``name``."""
+
+    type: str
+    name: str
+
+
 class MapSpec(msgspec.Struct, frozen=True):
     """One map as its object, snapshot or the live kernel defines it.
 
@@ -138,6 +149,7 @@ class MapSpec(msgspec.Struct, frozen=True):
     ``slots`` are (index, name) of the programs, or inner maps, that libbpf puts into it when it is loaded.
     ``inferred`` are (side, type name) of types that were guessed by size and name: where the user accepted that, the
     side has the type, else the guess is a proposal and the side has none.
+    ``ops`` is for a struct_ops map, whose values the kernel lays out: ``value_size`` is 0.
     """
 
     name: str
@@ -155,6 +167,7 @@ class MapSpec(msgspec.Struct, frozen=True):
     order: Order = "little"
     slots: tuple[tuple[int, str], ...] = ()
     inferred: tuple[tuple[str, str], ...] = ()
+    ops: Ops | None = None
 
     def inferred_type(self, side: str) -> str | None:
         """The name of the type that was guessed for ``key`` or ``value``, or None."""
@@ -188,3 +201,9 @@ class ObjectSpec(msgspec.Struct, frozen=True):
     maps: tuple[MapSpec, ...]
     programs: tuple[ProgramSpec, ...]
     license: str = ""
+
+    @property
+    def hookable(self) -> tuple[ProgramSpec, ...]:
+        """What hooks can run: the programs, and each struct_ops map as if it were one."""
+        ops = [(spec.name, spec.ops.type) for spec in self.maps if spec.ops is not None]
+        return (*self.programs, *(ProgramSpec(name, f".struct_ops/{kind}", *_STRUCT_OPS) for name, kind in ops))

@@ -74,7 +74,7 @@ def _check_text(where: str, *texts: str) -> None:
 
 
 def _check_map(spec: MapSpec, where: str, depth: int = 0) -> None:
-    _check_text(where, spec.name, spec.type, *spec.tags)
+    _check_text(where, spec.name, spec.type, *spec.tags, *((spec.ops.type, spec.ops.name) if spec.ops else ()))
     numbers = (spec.key_size, spec.value_size, spec.max_entries, spec.flags, spec.extra)
     if not all(0 <= number < 1 << 64 for number in numbers):
         raise LayoutError(f"{where}: its sizes, entries, flags and extra are impossible: {numbers}")

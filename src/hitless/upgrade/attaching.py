@@ -53,6 +53,8 @@ def attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
             link = _attach_interface(hook, program)
         case "kernel" if hook.hook == "iter":
             link = Link.iterate(program, hook.target)
+        case "kernel" if hook.hook == "struct_ops":
+            link = Link.attach(program, 0, hook.attach_type, f"{hook.target} {hook.program}")
         case "netns" | "kernel" | "cpu" if HOOKS[hook.hook].slot:
             _put_dispatcher(hook, program, links)
             return

@@ -13,13 +13,22 @@ from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
 from hitless.kernel.queues import count_elements
 from hitless.kernel.sockets import list_sockets
+from hitless.kernel.struct_ops import congestion_controls
 from hitless.upgrade.attached import open_attached, pin_of
 from hitless.upgrade.drift import replaced_pins
 from hitless.upgrade.model import Generation, HookPlan, NodeState, Plan
 from hitless.upgrade.node import Node
 from hitless.upgrade.record import map_pin
 
-__all__ = ["refuse_exclusive", "refuse_loss", "refuse_overfull", "refuse_replaced_pins", "verify_hooks", "verify_pins"]
+__all__ = [
+    "refuse_exclusive",
+    "refuse_loss",
+    "refuse_overfull",
+    "refuse_replaced_pins",
+    "refuse_taken_names",
+    "verify_hooks",
+    "verify_pins",
+]
 
 
 def refuse_replaced_pins(directory: Path, generation: Generation) -> None:
@@ -81,6 +90,20 @@ def refuse_exclusive(decided: Plan) -> None:
                 link=hook.link,
                 cgroup=str(cgroup),
                 programs=programs,
+            )
+
+
+def refuse_taken_names(bundle: Bundle, decided: Plan) -> None:
+    """Raise NodeError if a struct_ops is to be attached under a name that the kernel has already (EEXIST)."""
+    for hook in decided.hooks:
+        ops = bundle.maps[hook.program].ops if hook.action == "attach" and hook.hook == "struct_ops" else None
+        if ops is not None and ops.name in congestion_controls():
+            raise NodeError(
+                f"link {hook.link}: the kernel has a {ops.type} called {ops.name} already, by another link or tool; "
+                "nothing was changed: let who registered it take it off (bpftool struct_ops list), name its link as "
+                f"`was` if it is this bundle's, or give {hook.program} another name",
+                link=hook.link,
+                name=ops.name,
             )
 
 

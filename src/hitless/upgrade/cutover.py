@@ -13,12 +13,20 @@ from hitless.errors import GoneError, KernelError
 from hitless.hooks import HOOKS
 from hitless.kernel.bpffs import make_directory
 from hitless.kernel.programs import Program
+from hitless.kernel.struct_ops import StructOps
 from hitless.kernel.xdp import quick
 from hitless.upgrade.attached import Attached, BoardHook, open_attached, pin_of, remove
 from hitless.upgrade.attaching import adopt, attach
 from hitless.upgrade.model import HookPlan
+from hitless.upgrade.record import map_pin
 
-__all__ = ["detach_hooks", "hold_adopted", "switch_back", "switch_hooks"]
+__all__ = ["detach_hooks", "hold_adopted", "switch_back", "switch_hooks", "with_ops"]
+
+
+def with_ops(hooks: Sequence[HookPlan], programs: Mapping[str, Program], generation: Path) -> dict[str, Program]:
+    """What the hooks can run: the generation's ``programs``, and its struct_ops maps, opened. Raises KernelError."""
+    ops = (hook.program for hook in hooks if hook.hook == "struct_ops" and hook.action != "detach")
+    return {**programs, **{name: StructOps.open(map_pin(generation, name)) for name in ops}}
 
 
 def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path, maps: Path) -> float:
@@ -73,8 +81,9 @@ def hold_adopted(hooks: Sequence[HookPlan], directory: Path) -> None:
 
 def _expected(hook: HookPlan) -> Program:
     assert hook.expected is not None  # of what is updated
+    kind = StructOps if hook.hook == "struct_ops" else Program
     try:
-        return Program.by_id(hook.expected)
+        return kind.by_id(hook.expected)
     except KernelError as error:
         if error.facts["errno"] != errno.ENOENT:
             raise

@@ -121,7 +121,12 @@ def strangers(directory: Path, record: Record) -> Iterator[Path]:
 
 
 def expected_program(hook: Hook, record: Record, pinned: Mapping[str, int]) -> int | None:
-    """Id of the program that should run on ``hook``: what the record says, else what is ``pinned`` (ids by name)."""
+    """Id of the program that should run on ``hook``: what the record says, else what is ``pinned`` (ids by name).
+
+    Of struct_ops it is the map's.
+    """
+    if hook.hook == "struct_ops":
+        return record.pinned_maps[hook.program].id
     noted = record.pinned_programs.get(hook.program)
     return pinned.get(hook.program) if noted is None else noted.id
 

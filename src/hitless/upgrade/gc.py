@@ -300,5 +300,5 @@ def _running(node: Node, going: Collection[Path]) -> dict[int, int]:
             dead.add(link.info.id)
     found: dict[int, int] = {}
     with suppress(KernelError):  # which takes CAP_SYS_ADMIN; the memory is only told
-        found = {link.program_id: link.id for link in all_links() if link.id not in dead}
+        found = {link.program_id: link.id for link in all_links() if link.id not in dead and link.type != "struct_ops"}
     return found

@@ -276,8 +276,8 @@ class Record(msgspec.Struct, frozen=True):
 
     @property
     def programs(self) -> dict[str, ProgramSpec]:
-        """The release's programs, by name."""
-        return {program.name: program for item in self.objects for program in item.programs}
+        """What hooks of the release can run, by name."""
+        return {program.name: program for item in self.objects for program in item.hookable}
 
 
 class LiveMap(msgspec.Struct, frozen=True):
@@ -294,11 +294,12 @@ class LiveMap(msgspec.Struct, frozen=True):
 
 
 class Generation(msgspec.Struct, frozen=True):
-    """One generation as it is pinned."""
+    """One generation as it is pinned. ``of_ops`` are the ids of maps that programs of its struct_ops maps use."""
 
     record: Record
     maps: dict[str, LiveMap]
     programs: dict[str, ProgramInfo]
+    of_ops: frozenset[int] = frozenset()
 
 
 class LeftRing(msgspec.Struct, frozen=True):

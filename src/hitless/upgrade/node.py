@@ -153,7 +153,7 @@ class Node:
             )
         record = read_record(self.previous / "record")
         pins = [map_pin(self.previous, name) for name in record.maps]
-        pins += [self.previous / "progs" / hook.program for hook in record.hooks]
+        pins += [self.previous / "progs" / hook.program for hook in record.hooks if hook.hook != "struct_ops"]
         for path in pins:
             if not path.exists():
                 raise NodeError(
@@ -294,23 +294,28 @@ def read_generation(directory: Path) -> Generation:
         if path not in pins:
             raise NodeError(f"{path} is not in the record: another program pinned it; remove it", path=str(path))
     programs = {}
+    of_ops: frozenset[int] = frozenset()
     for path in _children(directory / "progs"):
         with Program.open(path) as program:
             programs[path.name] = program.info
+            if program.info.type == "struct_ops":
+                of_ops |= program.map_ids
     for hook in record.hooks:
-        if hook.program not in programs:
+        if hook.program not in programs and hook.hook != "struct_ops":
             path = directory / "progs" / hook.program
             raise NodeError(
                 f"{path} is missing: the record of generation {record.generation} has it on hook {hook.link}, so the "
                 "pin was removed by hand; pin the program there again (bpftool prog pin), or unload and start anew",
                 path=str(path),
             )
-    return Generation(record, maps, programs)
+    return Generation(record, maps, programs, of_ops)
 
 
 def _live(pinned: Map, name: str, declared: MapSpec) -> LiveMap:
     """The kernel's word first; the record's for what the kernel does not tell (inner maps, tags, lost BTF)."""
     seen = pinned.spec(name)
+    if declared.ops is not None and seen.type == declared.type:  # the kernel tells nothing of what it laid out itself
+        return LiveMap(pinned.info, declared, "record")
     typed = seen.value is not None and (seen.key is not None or is_global(name))  # whose key has no type
     if (seen.type, seen.key_size, seen.value_size) != (declared.type, declared.key_size, declared.value_size):
         return LiveMap(pinned.info, seen, "kernel" if typed else "none")

@@ -37,7 +37,7 @@ from hitless.layout.variables import SectionDiff, diff_sections
 from hitless.upgrade.model import Generation, Hook, HookPlan, LeftRing, MapPlan, NodeState, Plan, Record
 from hitless.upgrade.places import Occupant, Place
 
-__all__ = ["hooks_of", "late_hooks", "make_plan"]
+__all__ = ["awaited", "hooks_of", "late_hooks", "make_plan"]
 
 
 
@@ -86,6 +86,8 @@ def make_plan(
         hooks = _plan_hooks(state, current, bundle, places, restart=False)
         _check_cgroup_storage(maps, hooks, bundle)
         _check_socket_hooks(maps, hooks)
+        _check_ops(maps, hooks, current, bundle)
+        maps = _with_waits(maps, current, bundle.cutover)
     if bundle.cutover.consistency == "connection":
         _check_dispatchers(hooks)
     return Plan(
@@ -156,6 +158,57 @@ def _check_socket_hooks(maps: tuple[MapPlan, ...], hooks: tuple[HookPlan, ...]) 
                 feature="socket hook on a changed map",
                 link=hook.link,
                 map=hook.target,
+            )
+
+
+def awaited(maps: Sequence[MapPlan], current: Generation) -> tuple[str, ...]:
+    """The maps that are converted and that programs of the running release's struct_ops may write."""
+    out = []
+    for entry in maps:
+        live = current.maps.get(entry.was or entry.name)
+        written = live is not None and live.info.id in current.of_ops and live.spec.name not in current.record.unwritten
+        if entry.action == "convert" and written:
+            out.append(entry.name)
+    return tuple(out)
+
+
+def _with_waits(maps: tuple[MapPlan, ...], current: Generation, rule: CutoverRule) -> tuple[MapPlan, ...]:
+    late = awaited(maps, current)
+    note = (
+        f"the last merge waits for sockets that have the struct_ops of {current.record.version} or before it, at most "
+        f"{rule.deadline:g} s; if any is left then, the upgrade is taken back"
+    )
+    return tuple(
+        msgspec.structs.replace(entry, notes=(*entry.notes, note)) if entry.name in late else entry for entry in maps
+    )
+
+
+def _check_ops(
+    maps: tuple[MapPlan, ...], hooks: tuple[HookPlan, ...], current: Generation, bundle: Bundle
+) -> None:
+    """What the kernel exchanges has the same name; and what is taken off runs on for connections that have it."""
+    known = {hook.link: hook for hook in current.record.hooks}
+    for hook in hooks:
+        if hook.hook != "struct_ops" or hook.action not in ("update", "detach"):
+            continue
+        old = known.get(hook.was or hook.link)
+        was = current.record.maps[old.program].ops if old is not None and old.hook == "struct_ops" else None
+        if hook.action == "detach" and (late := awaited(maps, current)):
+            raise UnsupportedError(
+                f"release {bundle.version} has no hook {hook.link} and changes {', '.join(late)}, which connections "
+                "that have its struct_ops go on writing until they end: leave those maps as they are in the release "
+                "that takes the hook off",
+                feature="struct_ops taken off a changed map",
+                link=hook.link,
+                maps=list(late),
+            )
+        now = bundle.maps[hook.program].ops if hook.action == "update" else None
+        if was is not None and now is not None and was.name != now.name:
+            raise UnsupportedError(
+                f"link {hook.link} is the {was.type} {was.name}, and {hook.program} is called {now.name}: the kernel "
+                "exchanges only what has the same name; keep the name, or give the new one a link name of its own",
+                feature="struct_ops of another name",
+                link=hook.link,
             )
 
 
@@ -370,7 +423,8 @@ def _plan_map(
     if diff.verdict == "added":
         return planned("create", "from the release's object" if is_global(diff.name) else "empty")
     if diff.verdict == "removed":
-        return planned("drop", "none", loss=("all entries: the release has no such map",))
+        gone = () if old[diff.name].ops else ("all entries: the release has no such map",)
+        return planned("drop", "none", loss=gone)
     if diff.verdict == "identical" and answer(bundle.maps[diff.name].type).anew:
         # libbpf fills the slots that the object names when it loads: in a kept array that would go live at once.
         return planned("discard", "from the release's object")
@@ -581,7 +635,8 @@ def _plan_hooks(
                 feature="filter to another priority",
                 link=name,
             )
-        running = current.programs.get(entry.program)
+        of_map = entry.hook == "struct_ops" and entry.program in current.maps
+        running = current.maps[entry.program].info if of_map else current.programs.get(entry.program)
         same = restart and running is not None and running.id == link.program_id
         was = name if name != place.link else None
         planned = _hook(place, bundle.programs, "keep" if same else "update", was, link.program_id)

@@ -53,7 +53,7 @@ def last_release(previous: Generation, current: Generation, path: Path) -> Bundl
         digest=record.digest,
         objects=tuple(BundleObject(spec, b"") for spec in record.objects),
         maps=maps,
-        programs={program.name: program for item in record.objects for program in item.programs},
+        programs=record.programs,
         attach=_attach(record, current.record),
         rules={name: rule for name, rule in rules.items() if rule != MapRules()},
         converters=current.record.converters,
@@ -157,5 +157,4 @@ def _attach(record: Record, current: Record) -> tuple[Attach, ...]:
 
 
 def _place(entry: Attach, record: Record) -> tuple[str, str, str | None, str]:
-    programs = {program.name: program for item in record.objects for program in item.programs}
-    return entry.hook, entry.target, entry.netns, entry.attach_type(programs[entry.program])
+    return entry.hook, entry.target, entry.netns, entry.attach_type(record.programs[entry.program])

@@ -109,7 +109,7 @@ def _links_by_program(own: Collection[int]) -> Mapping[int, tuple[int, ...]]:
     """Links that run somewhere, other than those with the ids ``own``, by the program that they run."""
     found: dict[int, tuple[int, ...]] = {}
     for link in all_links():
-        if link.id not in own and not link.is_dead:
+        if link.id not in own and not link.is_dead and link.type != "struct_ops":  # which has a map's id
             found[link.program_id] = (*found.get(link.program_id, ()), link.id)
     return found
 

@@ -193,7 +193,7 @@ def _refuse_foreign_storage(
     infos = [held.info for held in (*maps.values(), *live)]
     storage = {info.id for info in infos if info.type in CGROUP_STORAGE}
     for hook in hooks if storage else ():
-        if hook.action == "update" and hook.expected is not None:
+        if hook.action == "update" and hook.hook != "struct_ops" and hook.expected is not None:
             with Program.by_id(hook.expected) as old:
                 foreign = programs[hook.program].map_ids & storage - old.map_ids
             if foreign:

@@ -118,8 +118,11 @@ def status(node: Node) -> Status:
     hooks = []
     for hook in record.hooks:
         link = state.links.get(hook.link)
+        expected = expected_program(hook, record, pinned)
         runs = names.get(link.program_id) if link else None
-        problem = hook_problem(hook, link, expected_program(hook, record, pinned), node.links)
+        if hook.hook == "struct_ops":
+            runs = hook.program if link and link.program_id == expected else None
+        problem = hook_problem(hook, link, expected, node.links)
         if problem is not None and settled:
             problems.append(problem)
         hooks.append(

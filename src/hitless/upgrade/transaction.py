@@ -40,11 +40,12 @@ from hitless.upgrade.checks import (
     refuse_loss,
     refuse_overfull,
     refuse_replaced_pins,
+    refuse_taken_names,
     verify_hooks,
     verify_pins,
 )
 from hitless.upgrade.connections import install, turn, turn_back, wait
-from hitless.upgrade.cutover import detach_hooks, hold_adopted, switch_back, switch_hooks
+from hitless.upgrade.cutover import detach_hooks, hold_adopted, switch_back, switch_hooks, with_ops
 from hitless.upgrade.drift import interrupted, recovering
 from hitless.upgrade.fingerprint import Asked, fingerprint, require_meant, require_same, require_unchanged
 from hitless.upgrade.handle import Staged
@@ -61,10 +62,11 @@ from hitless.upgrade.model import (
     Result,
 )
 from hitless.upgrade.node import Node, read_generation
+from hitless.upgrade.ops import connections_of, wait_for_last
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.passages import Sides, make_carriers
 from hitless.upgrade.places import Place, find_places
-from hitless.upgrade.plan import hooks_of, late_hooks, make_plan
+from hitless.upgrade.plan import awaited, hooks_of, late_hooks, make_plan
 from hitless.upgrade.record import map_pin, pin_name, read_record, write_record
 from hitless.upgrade.release import last_release
 from hitless.upgrade.ring import drain
@@ -134,6 +136,7 @@ def _plan(
         require_same(planned, decided)
     refuse_overfull(node, state, bundle, decided)
     refuse_exclusive(decided)
+    refuse_taken_names(bundle, decided)
     return msgspec.structs.replace(decided, fingerprint=fingerprint(state, targets, asked.answers, *machine))
 
 
@@ -162,6 +165,7 @@ def _plan_back(node: Node, state: NodeState, allow_loss: Collection[str]) -> tup
     )
     refuse_overfull(node, state, release, decided)
     refuse_exclusive(decided)
+    refuse_taken_names(release, decided)
     return decided, release
 
 
@@ -399,7 +403,7 @@ class _Upgrade:
 
     def restart(self, prepare: Callable[[Node], None] | None) -> Result:
         """The same release runs already: use all of it, attach or correct what hangs loose."""
-        self._programs = open_programs(self._node.current)
+        self._programs = with_ops(self._plan.hooks, open_programs(self._node.current), self._node.current)
         with self._step("prepare"):
             if prepare is not None:
                 prepare(self._node)
@@ -418,7 +422,8 @@ class _Upgrade:
         try:
             with self._step("stage"):
                 built = stage()
-                self._record, self._maps, self._programs = built.record, built.maps, built.programs
+                self._record, self._maps = built.record, built.maps
+                self._programs = with_ops(self._plan.hooks, built.programs, node.next)
             with self._step("copy"):
                 copying = self._phase("copying")
                 write_record(node.next / "record", copying)
@@ -448,7 +453,7 @@ class _Upgrade:
         self._record = record
         for name in record.maps:
             self._maps[name] = Map.open(map_pin(self._node.next, name))
-        self._programs = open_programs(self._node.next)
+        self._programs = with_ops(self._plan.hooks, open_programs(self._node.next), self._node.next)
         self._carry(fresh=False)
 
     @in_step("cutover")
@@ -467,6 +472,7 @@ class _Upgrade:
                 gap = self._switch()
                 self._switch_late()
             moved = self._wait_for_connections()
+            self._wait_for_ops()
             with self._step("catch-up"):
                 # A first merge at once keeps short the time in which new programs miss what old ones wrote last.
                 self._merge()
@@ -532,6 +538,22 @@ class _Upgrade:
 
         with self._step("connections"):
             return wait(self._board, self._plan.cutover.deadline, told, merge)
+
+    def _wait_for_ops(self) -> None:
+        """Until no connection goes on with the old release's struct_ops, if that writes maps that are converted."""
+        late = awaited(self._plan.maps, self._current) if self._current else ()
+        if not late or self._current is None:
+            return
+
+        def told(left: int) -> None:
+            self._tell(Progress("connections", done=left))
+
+        def merge() -> None:
+            for carrier in self._carried.values():
+                carrier.catch_up()
+
+        with self._step("connections"):
+            wait_for_last(self._current, late, self._plan.cutover.deadline, told, merge)
 
     def _carry(self, fresh: bool) -> None:
         """Prepare the maps to be converted; ``fresh`` is false if another process had filled what they keep."""
@@ -616,6 +638,11 @@ class _Upgrade:
             turn_back(Switchboard(node.root / "board"), self._plan.hooks, self._programs, node.links)
         switch_back(self._plan.hooks, self._programs, node.links)
         wait_for_running_programs(self._record is not None and self._record.may_sleep)
+        if self._current is not None and awaited(self._plan.maps, self._current):
+            left = connections_of(held.info.id for held in self._maps.values())
+            if left:
+                what = f"what {left} sockets write that have a struct_ops of {self._plan.to_version}"
+                self.left_behind.append(f"{what} stays behind: they keep it until they end")
         with node.access.alone(self._wait):
             backs = self._ways_back(node.next / "back", filled)
             if not filled:
@@ -765,7 +792,7 @@ def _let_go(node: Node, record: Record) -> None:
     wait_for_running_programs(old.record.may_sleep)
     used: set[int] = set()
     for hook in old.record.hooks:
-        if hook.link in gone:
+        if hook.link in gone and hook.hook != "struct_ops":  # the maps that those write are kept
             with Program.open(node.next / "progs" / hook.program) as program:
                 used |= program.map_ids
     written = {name for name, live in old.maps.items() if live.info.id in used and name not in old.record.unwritten}
