@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 
 import hitless
-from hitless.kernel.programs import is_loaded
+from hitless.kernel.maps import is_alive
 from hitless.kernel.struct_ops import StructOps, congestion_controls
-from hitless.upgrade.cutover import switch_hooks
+from hitless.upgrade.attached import open_attached
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.releases import write_release
@@ -57,14 +56,15 @@ SEC("SECTION") struct tcp_congestion_ops counting = {
 };
 char _license[] SEC("license") = "GPL";
 """
-PLAIN = """struct tally { __u32 begun TAG("merge=sum"); __u32 ended TAG("merge=sum"); __u32 grown TAG("merge=sum"); };"""
+PLAIN = """struct tally { __u32 begun TAG("merge=sum"); __u32 ended TAG("merge=sum");
+                          __u32 grown TAG("merge=sum"); };"""
 WIDER = """struct tally { __u64 since; __u64 ended TAG("merge=sum"); __u64 begun TAG("merge=sum");
                           __u64 grown TAG("merge=sum"); };"""
 ATTACH = """
 [[attach]]
 program = "counting"
 hook = "struct_ops"
-target = "tcp_congestion_ops"
+target = "NAME"
 link = "cc"
 """
 
@@ -112,6 +112,7 @@ class World:
     ) -> hitless.Bundle:  # fmt: skip
         source = SOURCE.replace("RELEASE", str(number)).replace("TALLY", tally).replace("SECTION", section)
         source = change(source.replace("NAME", name or self.name))
+        manifest = manifest.replace("NAME", name or self.name)
         path = write_release(self.directory / f"{number}-{time.monotonic_ns()}", f"{number}.0", source, manifest)
         return hitless.Bundle.load(path, {})
 
@@ -166,8 +167,8 @@ def test_each_connection_is_counted_by_one_of_two_releases_that_took_turns_a_tho
     ops = [StructOps.open(generation / "maps" / "counting") for generation in (node.current, node.previous)]
     for turn in range(REPLACEMENTS):
         there, comes = ops[turn % 2], ops[(turn + 1) % 2]
-        change = msgspec.structs.replace(update, expected=there.info.id)
-        switch_hooks([change], {"counting": comes}, node.links, node.current / "maps")
+        with open_attached(node.links, "cc") as link:
+            link.update(comes, there)
     hitless.rollback(node)
     done = int(client.communicate("\n", timeout=20)[0])
     assert client.returncode == 0
@@ -175,3 +176,246 @@ def test_each_connection_is_counted_by_one_of_two_releases_that_took_turns_a_tho
     assert min(one["begun"] for one in world.counted().values()) > 100
     assert status(node).problems == ()
     assert hitless.verify(node).problems == ()
+
+
+@pytest.mark.parametrize("section", [".struct_ops", ".struct_ops.link"])
+def test_what_an_object_calls_its_section_makes_no_difference(world: World, section: str) -> None:
+    hitless.apply(world.node, world.bundle(1, section=section))
+    assert world.name in congestion_controls()
+    for one in connected(world.name):
+        one.close()
+    assert world.sums() == (1, 1)
+    hitless.unload(world.node)
+    assert world.name not in congestion_controls()
+
+
+def test_a_connection_keeps_what_it_began_with_and_a_kept_map_counts_it_all_the_same(world: World) -> None:
+    hitless.apply(world.node, world.bundle(1))
+    ends = connected(world.name)
+    result = hitless.apply(world.node, world.bundle(2))
+    assert {entry.name: entry.action for entry in result.maps} == {"seen": "keep", "counting": "discard"}
+    with StructOps.open(world.node.previous / "maps" / "counting") as old:
+        assert old.users == 1
+    ends[0].sendall(b"x")
+    for one in ends:
+        one.close()
+    assert world.sums() == (1, 1)
+    assert list(world.counted()) == [1]
+    with StructOps.open(world.node.previous / "maps" / "counting") as old:
+        assert old.users == 0
+
+
+def test_a_namespace_whose_default_it_is_follows(world: World) -> None:
+    def free(text: str) -> str:
+        return text.replace("char name[16]", "__u32 flags; char name[16]").replace(".name =", ".flags = 1, .name =")
+
+    default = "/proc/sys/net/ipv4/tcp_congestion_control"
+    make = "import socket; a = socket.create_server(('127.0.0.1', 0)); socket.create_connection(a.getsockname())"
+    hitless.apply(world.node, world.bundle(1, change=free))
+    world.lab.run(["sh", "-c", f"echo {world.name} > {default}"])
+    hitless.apply(world.node, world.bundle(2, change=free))
+    with StructOps.open(world.node.previous / "maps" / "counting") as old:
+        assert old.users == 0
+    world.lab.run([sys.executable, "-c", make])
+    assert list(world.counted()) == [2]
+    world.lab.run(["sh", "-c", f"echo reno > {default}"])
+
+
+def test_a_converted_map_is_merged_when_the_last_connection_of_the_old_release_has_ended(world: World) -> None:
+    hitless.apply(world.node, world.bundle(1))
+    bundle = world.bundle(2, tally=WIDER)
+    (note,) = next(entry.notes for entry in hitless.plan(world.node, bundle).maps if entry.name == "seen")
+    assert "waits for sockets that have the struct_ops of 1.0" in note
+    ends = connected(world.name)
+    waited: list[int] = []
+
+    def told(progress: hitless.Progress) -> None:
+        if progress.step == "connections" and progress.done:
+            waited.append(progress.done)
+            if len(waited) == 3:
+                for one in ends:
+                    one.close()
+
+    hitless.apply(world.node, bundle, progress=told)
+    assert waited[:3] == [1, 1, 1]
+    assert world.counted()[1]["begun"] == world.counted()[1]["ended"] == 1
+    for one in connected(world.name):
+        one.close()
+    assert world.sums() == (2, 2)
+
+
+def test_converting_and_back_under_traffic_loses_no_connection(world: World) -> None:
+    hitless.apply(world.node, world.bundle(1))
+    client = world.client(2)
+    second = world.bundle(2, tally=WIDER)
+    for _ in range(5):
+        hitless.apply(world.node, second)
+        hitless.rollback(world.node, allow_loss=["seen"])
+    done = int(client.communicate("\n", timeout=20)[0])
+    assert client.returncode == 0
+    assert world.sums() == (done, done)
+    assert status(world.node).problems == ()
+
+
+def test_an_upgrade_whose_map_old_connections_go_on_writing_is_taken_back_after_its_deadline(world: World) -> None:
+    hitless.apply(world.node, world.bundle(1))
+    ends = connected(world.name)
+    manifest = f"{ATTACH}\n[cutover]\ndeadline = 0.2\n"
+    with pytest.raises(hitless.NodeError, match=r"1 sockets still have the struct_ops .* write seen, which"):
+        hitless.apply(world.node, world.bundle(2, tally=WIDER, manifest=manifest))
+    assert hitless.verify(world.node).version == "1.0"
+    for one in ends:
+        one.close()
+    assert world.sums() == (1, 1)
+    hitless.apply(world.node, world.bundle(2, tally=WIDER, manifest=manifest))
+
+
+def test_connections_of_two_releases_before_are_waited_for_as_well(world: World) -> None:
+    hitless.apply(world.node, world.bundle(1))
+    ends = connected(world.name)
+    hitless.apply(world.node, world.bundle(2))
+    hitless.gc(world.node)
+    manifest = f"{ATTACH}\n[cutover]\ndeadline = 0.2\n"
+    with pytest.raises(hitless.NodeError, match="1 sockets still have the struct_ops"):
+        hitless.apply(world.node, world.bundle(1, tally=WIDER, manifest=manifest))
+    for one in ends:
+        one.close()
+    hitless.apply(world.node, world.bundle(1, tally=WIDER, manifest=manifest))
+    assert world.sums() == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("step", "back"),
+    [
+        ("copy", False), ("catch-up", False), ("catch-up", True), ("commit", False), ("commit", True),
+        ("clean-up", False),
+    ],
+)  # fmt: skip
+def test_a_killed_upgrade_is_finished_or_taken_back(world: World, step: str, back: bool) -> None:
+    hitless.apply(world.node, world.bundle(1))
+    bundle = world.bundle(2, tally=WIDER)
+    client = world.client()
+    child = os.fork()
+    if not child:
+        try:
+            hitless.apply(world.node, bundle, progress=lambda told: killed(step, told))
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert hitless.recover(world.node, back=back) is not None
+    assert hitless.verify(world.node).problems == ()
+    assert hitless.verify(world.node).version == ("1.0" if back or step == "copy" else "2.0")
+    done = int(client.communicate("\n", timeout=20)[0])
+    assert client.returncode == 0
+    assert world.sums() == (done, done)
+
+
+def test_who_is_killed_while_waiting_for_connections_waits_again(world: World) -> None:
+    hitless.apply(world.node, world.bundle(1))
+    bundle = world.bundle(2, tally=WIDER)
+    ends = connected(world.name)
+    child = os.fork()
+    if not child:
+        try:
+            hitless.apply(world.node, bundle, progress=lambda told: killed("connections", told))
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    seen: list[int] = []
+
+    def told(progress: hitless.Progress) -> None:
+        if progress.step == "connections" and progress.done:
+            seen.append(progress.done)
+            for one in ends:
+                one.close()
+
+    assert hitless.recover(world.node, progress=told) == "finished the interrupted upgrade to 2.0"
+    assert seen
+    assert world.sums() == (1, 1)
+
+
+def killed(step: str, told: hitless.Progress) -> None:
+    if told.step == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_is_taken_off_is_gone_from_the_kernel_and_a_restart_puts_back_what_somebody_detached(world: World) -> None:
+    first = world.bundle(1)
+    hitless.apply(world.node, first)
+    (world.node.links / "cc").unlink()
+    until = time.monotonic() + 5  # the kernel lets go of a pin a little later
+    while world.name in congestion_controls() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert any("cc is gone" in problem for problem in status(world.node).problems)
+    hitless.apply(world.node, first)
+    assert world.name in congestion_controls()
+    subprocess.run(["bpftool", "link", "detach", "pinned", world.node.links / "cc"], check=True)
+    assert any("cc" in problem for problem in status(world.node).problems)
+    hitless.apply(world.node, first)
+    assert status(world.node).problems == ()
+    (hook,) = status(world.node).hooks
+    assert (hook.program, hook.attach_type, hook.target) == ("counting", "struct_ops", world.name)
+    hitless.apply(world.node, world.bundle(2, manifest=""))
+    assert world.name not in congestion_controls()
+
+
+def test_the_last_release_goes_and_leaves_nothing(world: World) -> None:
+    hitless.apply(world.node, world.bundle(1))
+    hitless.apply(world.node, world.bundle(2))
+    with StructOps.open(world.node.previous / "maps" / "counting") as old:
+        number = old.info.id
+    garbage = hitless.gc(world.node)
+    assert number in {item.id for item in garbage.items}
+    until = time.monotonic() + 5  # the kernel frees it when no task can be in its trampolines
+    while status(world.node).remnants and time.monotonic() < until:
+        time.sleep(0.02)
+    assert status(world.node).remnants == ()
+    assert not is_alive(number)
+
+
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("no object has a program missing; there are: .*counting", {"manifest": ATTACH.replace("counting", "missing")}),
+        ("grow .* is no struct_ops map: .* there are: counting", {"manifest": ATTACH.replace("counting", "grow")}),
+        ("counting is for hl_.* not for cubic", {"manifest": ATTACH.replace("NAME", "cubic")}),
+        ("counting .* attaches to struct_ops, not to sk_lookup",
+         {"manifest": ATTACH.replace("struct_ops", "sk_lookup", 1)}),
+        ("counting is a bpf_dummy_ops, which the kernel cannot exchange in place",
+         {"change": lambda text: text.replace("tcp_congestion_ops", "bpf_dummy_ops")}),
+        ("struct_ops map counting: .* its member `name`, and that is ''",
+         {"change": lambda text: re.sub(r'.name = "\w+"', '.name = ""', text)}),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_told_by_the_manifest(world: World, what: str, changes: dict[str, object]) -> None:
+    with pytest.raises((hitless.BundleError, hitless.UnsupportedError, hitless.LayoutError), match=what):
+        world.bundle(1, **changes)  # type: ignore[arg-type]
+
+
+def test_a_name_that_another_tool_registered_is_refused_before_anything_is_made(world: World) -> None:
+    with pytest.raises(hitless.NodeError, match="the kernel has a congestion control reno already"):
+        hitless.apply(world.node, world.bundle(1, name="reno"))
+    assert not world.node.root.exists()
+
+
+def test_another_name_is_refused_in_place_and_taken_under_a_link_of_its_own(world: World) -> None:
+    hitless.apply(world.node, world.bundle(1))
+    other = f"{world.name[:-1]}x"
+    with pytest.raises(hitless.UnsupportedError, match="exchanges only what has the same name"):
+        hitless.apply(world.node, world.bundle(2, name=other))
+    hitless.apply(world.node, world.bundle(2, name=other, manifest=ATTACH.replace('"cc"', '"other"')))
+    assert other in congestion_controls()
+    assert world.name not in congestion_controls()
+
+
+def without_half(text: str) -> str:
+    return re.sub(r'SEC."struct_ops/half".*', "", text).replace(".ssthresh = (void *)half, ", "")
+
+
+def test_what_the_kernel_refuses_leaves_the_old_release_as_it_was(world: World) -> None:
+    hitless.apply(world.node, world.bundle(1))
+    with pytest.raises(hitless.KernelError, match="filling struct_ops map counting"):
+        hitless.apply(world.node, world.bundle(2, change=without_half))
+    assert hitless.verify(world.node).problems == ()
+    assert hitless.verify(world.node).version == "1.0"
+    assert world.name in congestion_controls()

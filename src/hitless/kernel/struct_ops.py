@@ -6,14 +6,17 @@ import os
 import sys
 from pathlib import Path
 
-from hitless.errors import NodeError
-from hitless.kernel.libbpf import Object
+from hitless.errors import GoneError, NodeError
+from hitless.kernel.libbpf import Object, system_call
 from hitless.kernel.maps import Map
+from hitless.kernel.namespaces import entered, namespaces
 from hitless.kernel.programs import Program, ProgramInfo
 
-__all__ = ["StructOps", "congestion_controls"]
+__all__ = ["StructOps", "congestion_controls", "renew_defaults"]
 
 _CONGESTION = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
+_DEFAULT = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+_NAMED = "/run/netns/*"  # where `ip netns` and container runtimes put namespaces
 
 
 class StructOps(Program):
@@ -30,7 +33,7 @@ class StructOps(Program):
 
     @property
     def users(self) -> int:
-        """How many links and sockets of the kernel have it: a connection keeps what it began with until it ends."""
+        """How many have it: a link, sockets until they end, and network namespaces whose default it is."""
         with Map(os.dup(self.fd)) as held:
             value = held.lookup(bytes(held.info.key_size)) or b""
         return int.from_bytes(value[:4], sys.byteorder)  # struct bpf_struct_ops_common_value
@@ -51,3 +54,18 @@ class StructOps(Program):
 def congestion_controls() -> list[str]:
     """The names of all that the kernel offers, whoever registered them."""
     return _CONGESTION.read_text().split()
+
+
+def renew_defaults(name: str) -> None:
+    """Give what is called ``name`` now to the network namespaces whose default has this name.
+
+    A link update does not do that: they keep what had the name when it became their default, for sockets to come as
+    well. Looks at our own and at those in /run/netns. Raises KernelError.
+    """
+    for namespace in (*namespaces(""), *namespaces(_NAMED)):
+        try:
+            with entered(namespace), system_call("write", _DEFAULT):
+                if _DEFAULT.read_text().strip() == name:
+                    _DEFAULT.write_text(name)
+        except GoneError:
+            continue

@@ -205,5 +205,5 @@ class ObjectSpec(msgspec.Struct, frozen=True):
     @property
     def hookable(self) -> tuple[ProgramSpec, ...]:
         """What hooks can run: the programs, and each struct_ops map as if it were one."""
-        ops = [(spec.name, spec.ops.type) for spec in self.maps if spec.ops is not None]
-        return (*self.programs, *(ProgramSpec(name, f".struct_ops/{kind}", *_STRUCT_OPS) for name, kind in ops))
+        ops = [(spec.name, spec.ops.name) for spec in self.maps if spec.ops is not None]
+        return (*self.programs, *(ProgramSpec(name, f".struct_ops/{own}", *_STRUCT_OPS) for name, own in ops))

@@ -54,7 +54,7 @@ def attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
         case "kernel" if hook.hook == "iter":
             link = Link.iterate(program, hook.target)
         case "kernel" if hook.hook == "struct_ops":
-            link = Link.attach(program, 0, hook.attach_type, f"{hook.target} {hook.program}")
+            link = Link.attach(program, 0, hook.attach_type, hook.target)
         case "netns" | "kernel" | "cpu" if HOOKS[hook.hook].slot:
             _put_dispatcher(hook, program, links)
             return

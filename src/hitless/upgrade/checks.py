@@ -93,17 +93,16 @@ def refuse_exclusive(decided: Plan) -> None:
             )
 
 
-def refuse_taken_names(bundle: Bundle, decided: Plan) -> None:
+def refuse_taken_names(decided: Plan) -> None:
     """Raise NodeError if a struct_ops is to be attached under a name that the kernel has already (EEXIST)."""
     for hook in decided.hooks:
-        ops = bundle.maps[hook.program].ops if hook.action == "attach" and hook.hook == "struct_ops" else None
-        if ops is not None and ops.name in congestion_controls():
+        if hook.action == "attach" and hook.hook == "struct_ops" and hook.target in congestion_controls():
             raise NodeError(
-                f"link {hook.link}: the kernel has a {ops.type} called {ops.name} already, by another link or tool; "
-                "nothing was changed: let who registered it take it off (bpftool struct_ops list), name its link as "
-                f"`was` if it is this bundle's, or give {hook.program} another name",
+                f"link {hook.link}: the kernel has a congestion control {hook.target} already, by another link or "
+                "tool; nothing was changed: let who registered it take it off (bpftool struct_ops list), name its "
+                f"link as `was` if it is this bundle's, or give {hook.program} another name",
                 link=hook.link,
-                name=ops.name,
+                name=hook.target,
             )
 
 

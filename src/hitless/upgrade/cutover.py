@@ -13,7 +13,7 @@ from hitless.errors import GoneError, KernelError
 from hitless.hooks import HOOKS
 from hitless.kernel.bpffs import make_directory
 from hitless.kernel.programs import Program
-from hitless.kernel.struct_ops import StructOps
+from hitless.kernel.struct_ops import StructOps, renew_defaults
 from hitless.kernel.xdp import quick
 from hitless.upgrade.attached import Attached, BoardHook, open_attached, pin_of, remove
 from hitless.upgrade.attaching import adopt, attach
@@ -63,7 +63,16 @@ def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], lin
         for hook, change in changes:
             with _may_go(hook):
                 change()
-        return (time.perf_counter() - started) * 1e6
+        gap = (time.perf_counter() - started) * 1e6
+    _renew(hooks)
+    return gap
+
+
+def _renew(hooks: Sequence[HookPlan]) -> None:
+    """Behind the links, whether changed now or before a kill: what is the default somewhere is exchanged there too."""
+    for hook in hooks:
+        if hook.hook == "struct_ops" and hook.action == "update":
+            renew_defaults(hook.target)
 
 
 def hold_adopted(hooks: Sequence[HookPlan], directory: Path) -> None:
@@ -151,6 +160,7 @@ def switch_back(hooks: Sequence[HookPlan], programs: Mapping[str, Program], link
                     there.update(old, program)
         if hook.action == "adopt" or (hook.action == "attach" and (ours or not HOOKS[hook.hook].linked)):
             remove(links, name)
+    _renew(hooks)
 
 
 def detach_hooks(names: Sequence[str], links: Path) -> None:

@@ -9,53 +9,54 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from hitless.errors import KernelError, NodeError
 from hitless.kernel.maps import Map
 from hitless.kernel.struct_ops import StructOps
-from hitless.upgrade.model import Generation
 
-__all__ = ["connections_of", "wait_for_last"]
+__all__ = ["still_used", "wait_for_last"]
 
 _LOOK = 0.1  # s between two looks at how many are left
 
 
-def connections_of(ids: Iterable[int]) -> int:
-    """How many sockets have one of the struct_ops maps with these ids, which are on no link; others do not count."""
-    total = 0
-    for number in ids:
-        try:
-            with Map.by_id(number) as held:
-                if held.info.type != "struct_ops":
-                    continue
-            with StructOps.by_id(number) as ops:
-                total += ops.users
-        except KernelError as error:
-            if error.facts["errno"] != errno.ENOENT:
-                raise
-    return total
-
-
 def wait_for_last(
-    old: Generation, maps: Sequence[str], deadline: float, tell: Callable[[int], None], meanwhile: Callable[[], None]
-) -> None:
-    """Return when no socket has a struct_ops of ``old`` or of a generation before it.
+    ids: Collection[int], seconds: float, tell: Callable[[int], None], meanwhile: Callable[[], None]
+) -> int:
+    """Wait until no socket has one of the struct_ops maps with these ids, which are on no link; others do not count.
 
-    ``tell`` is told how many are left, and ``meanwhile`` called, over and over. Raises NodeError after ``deadline``
-    seconds: what those sockets write into ``maps`` would be missed.
+    ``tell`` is told how many are left, and ``meanwhile`` called, over and over. Returns how many are left after
+    ``seconds``. Raises KernelError.
     """
-    ids = [live.info.id for live in old.maps.values()] + [entry.id for entry in old.record.replaced]
-    until = time.monotonic() + deadline
-    while left := connections_of(ids):
+    until = time.monotonic() + seconds
+    while left := sum(map(_users, ids)):
         tell(left)
         if time.monotonic() > until:
-            raise NodeError(
-                f"{left} sockets still have the struct_ops that they began with after {deadline:g} s, and its programs "
-                f"write {', '.join(maps)}, which this release changes: give them longer (deadline in [cutover]), let "
-                "them end (ss -ti shows them), or leave those maps as they are",
-                sockets=left,
-                maps=list(maps),
-            )
+            return left
         meanwhile()
         time.sleep(_LOOK)
+    return 0
+
+
+def still_used(left: int, maps: Sequence[str], seconds: float) -> NodeError:
+    """The error for ``left`` sockets that go on writing ``maps`` of the old release."""
+    return NodeError(
+        f"{left} sockets still have the struct_ops that they began with after {seconds:g} s, and its programs write "
+        f"{', '.join(maps)}, which this release changes: give them longer (deadline in [cutover]), let them end (ss "
+        "-ti shows them; a network namespace whose default it is counts as well), or leave those maps as they are",
+        sockets=left,
+        maps=list(maps),
+    )
+
+
+def _users(map_id: int) -> int:
+    try:
+        with Map.by_id(map_id) as held:
+            if held.info.type != "struct_ops":
+                return 0
+        with StructOps.by_id(map_id) as ops:
+            return int(ops.users)
+    except KernelError as error:
+        if error.facts["errno"] != errno.ENOENT:
+            raise
+        return 0

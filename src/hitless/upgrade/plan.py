@@ -192,7 +192,6 @@ def _check_ops(
         if hook.hook != "struct_ops" or hook.action not in ("update", "detach"):
             continue
         old = known.get(hook.was or hook.link)
-        was = current.record.maps[old.program].ops if old is not None and old.hook == "struct_ops" else None
         if hook.action == "detach" and (late := awaited(maps, current)):
             raise UnsupportedError(
                 f"release {bundle.version} has no hook {hook.link} and changes {', '.join(late)}, which connections "
@@ -202,11 +201,10 @@ def _check_ops(
                 link=hook.link,
                 maps=list(late),
             )
-        now = bundle.maps[hook.program].ops if hook.action == "update" else None
-        if was is not None and now is not None and was.name != now.name:
+        if hook.action == "update" and old is not None and old.target != hook.target:
             raise UnsupportedError(
-                f"link {hook.link} is the {was.type} {was.name}, and {hook.program} is called {now.name}: the kernel "
-                "exchanges only what has the same name; keep the name, or give the new one a link name of its own",
+                f"link {hook.link} is {old.target}, and {hook.program} is called {hook.target}: the kernel exchanges "
+                "only what has the same name; keep the name, or give the new one a link name of its own",
                 feature="struct_ops of another name",
                 link=hook.link,
             )

@@ -62,7 +62,7 @@ from hitless.upgrade.model import (
     Result,
 )
 from hitless.upgrade.node import Node, read_generation
-from hitless.upgrade.ops import connections_of, wait_for_last
+from hitless.upgrade.ops import still_used, wait_for_last
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.passages import Sides, make_carriers
 from hitless.upgrade.places import Place, find_places
@@ -76,6 +76,9 @@ from hitless.upgrade.verify import check_generation
 
 # Seconds that the barrier takes at most: 8 to 16 ms were measured.
 _BARRIER = 0.02
+
+# Seconds for which an upgrade that is taken back waits for sockets that got its struct_ops meanwhile.
+_LAST_SOCKETS = 1.0
 
 _LEFT = "the rest is done by the next apply or recover (hitless recover)"
 
@@ -136,7 +139,7 @@ def _plan(
         require_same(planned, decided)
     refuse_overfull(node, state, bundle, decided)
     refuse_exclusive(decided)
-    refuse_taken_names(bundle, decided)
+    refuse_taken_names(decided)
     return msgspec.structs.replace(decided, fingerprint=fingerprint(state, targets, asked.answers, *machine))
 
 
@@ -165,7 +168,7 @@ def _plan_back(node: Node, state: NodeState, allow_loss: Collection[str]) -> tup
     )
     refuse_overfull(node, state, release, decided)
     refuse_exclusive(decided)
-    refuse_taken_names(release, decided)
+    refuse_taken_names(decided)
     return decided, release
 
 
@@ -552,8 +555,14 @@ class _Upgrade:
             for carrier in self._carried.values():
                 carrier.catch_up()
 
+        # Those of earlier generations as well, but for what a rollback has put on the link again.
+        ids = {live.info.id for live in self._current.maps.values()}
+        ids |= {entry.id for entry in self._current.record.replaced}
+        ids -= {held.info.id for held in self._maps.values()}
         with self._step("connections"):
-            wait_for_last(self._current, late, self._plan.cutover.deadline, told, merge)
+            left = wait_for_last(ids, self._plan.cutover.deadline, told, merge)
+        if left:
+            raise still_used(left, late, self._plan.cutover.deadline)
 
     def _carry(self, fresh: bool) -> None:
         """Prepare the maps to be converted; ``fresh`` is false if another process had filled what they keep."""
@@ -639,7 +648,8 @@ class _Upgrade:
         switch_back(self._plan.hooks, self._programs, node.links)
         wait_for_running_programs(self._record is not None and self._record.may_sleep)
         if self._current is not None and awaited(self._plan.maps, self._current):
-            left = connections_of(held.info.id for held in self._maps.values())
+            new = {held.info.id for held in self._maps.values()}
+            left = wait_for_last(new, _LAST_SOCKETS, lambda _: None, lambda: None)
             if left:
                 what = f"what {left} sockets write that have a struct_ops of {self._plan.to_version}"
                 self.left_behind.append(f"{what} stays behind: they keep it until they end")
