@@ -10,8 +10,8 @@ import pytest
 
 from hitless.errors import HitlessError, LayoutError, UnsupportedError
 from hitless.layout.btf import Btf
-from hitless.layout.elf import Binding, read_btf, read_object
-from hitless.layout.model import Array, Field, Int, MapSpec, ObjectSpec, Pointer, ProgramSpec, Record
+from hitless.layout.elf import Binding, for_old_libbpf, read_btf, read_object
+from hitless.layout.model import Array, Field, Int, MapSpec, ObjectSpec, Ops, Pointer, ProgramSpec, Record
 from hitless.layout.sections import SECTIONS, program_type
 from tests.layout.by_hand import blob, item
 
@@ -326,3 +326,49 @@ def test_the_running_kernels_own_types_are_read() -> None:
     made = btf.find("struct task_struct")
     assert isinstance(made, Record)
     assert any(field.name == "pid" for field in made.fields)
+
+
+STRUCT_OPS = """
+struct KIND { __u32 (*ssthresh)(void *sk); __u32 flags; char name[16]; };
+SEC("struct_ops/half") __u32 half(__u64 *ctx) { return 10; }
+SEC("SECTION") struct KIND link = { .ssthresh = (void *)half, .name = "gentle" };
+"""
+
+
+def ops_source(section: str = ".struct_ops.link", kind: str = "tcp_congestion_ops") -> str:
+    return STRUCT_OPS.replace("SECTION", section).replace("KIND", kind)
+
+
+@pytest.mark.parametrize("section", [".struct_ops", ".struct_ops.link"])
+def test_a_struct_ops_map_is_read_with_its_own_name_and_needs_no_other_map(read: Read, section: str) -> None:
+    spec = read(ops_source(section))
+    assert [(one.name, one.type, one.ops) for one in spec.maps] == [
+        ("link", "struct_ops", Ops("tcp_congestion_ops", "gentle"))
+    ]
+    assert [one.name for one in spec.hookable] == ["half", "link"]
+
+
+def test_a_struct_ops_section_is_called_as_old_libbpf_calls_it_and_nothing_else_changes(compile_bpf: Compile) -> None:
+    # The variable's name is the tail of the section's, where a linker may have put it.
+    new = compile_bpf(ops_source() + 'const char text[] SEC(".rodata") = ".struct_ops.link";')
+    old = for_old_libbpf(new)
+    assert len(old) == len(new)
+    assert read_object(old, "o") == read_object(new, "o")
+    assert old.count(b".struct_ops.link") == 1
+    assert for_old_libbpf(old) == old
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (ops_source(kind="bpf_dummy_ops"), "link is a bpf_dummy_ops, which the kernel cannot exchange in place"),
+        (ops_source() + 'SEC(".struct_ops") struct tcp_congestion_ops other = { .name = "o" };', "into one section"),
+        (ops_source(section="?.struct_ops.link"), "into one section"),
+        (ops_source().replace('"gentle"', '""'), "its member `name`, and that is ''"),
+        (ops_source().replace('"gentle"', '"a\\nb"'), "its member `name`"),
+        (ops_source().replace("name", "other"), "has no member `name`"),
+    ],
+)
+def test_struct_ops_that_cannot_be_exchanged_are_refused(read: Read, source: str, words: str) -> None:
+    with pytest.raises((UnsupportedError, LayoutError), match=words):
+        read(source)

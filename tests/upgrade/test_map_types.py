@@ -713,17 +713,6 @@ def test_slots_that_cannot_be_filled_so_are_refused_with_their_line(tmp_path: Pa
     assert caught.value.facts["line"] == "15"
 
 
-STRUCT_OPS = """
-struct tcp_congestion_ops { char name[16]; };
-SEC(".struct_ops") struct tcp_congestion_ops held = { .name = "held" };
-"""
-
-
-def test_an_object_with_struct_ops_is_refused_by_name(make: Make) -> None:
-    with pytest.raises(hitless.UnsupportedError, match="struct_ops"):
-        make("1.0", STRUCT_OPS)
-
-
 # Values that hold objects of the kernel
 
 OBJECTS = {

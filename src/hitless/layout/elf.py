@@ -149,6 +149,8 @@ def read_object(data: bytes, name: str, bindings: Mapping[str, Binding] | None =
 
 def for_old_libbpf(data: bytes) -> bytes:
     """The object with its section ``.struct_ops.link`` called ``.struct_ops``: the name that libbpf 1.1 knows."""
+    if b".struct_ops.link\0" not in data:
+        return data
     out = bytearray(data)
     for section in ELFFile(io.BytesIO(data)).iter_sections():
         if section["sh_type"] == "SHT_STRTAB" or section.name == ".BTF":
