@@ -334,6 +334,26 @@ def test_who_is_killed_while_waiting_for_connections_waits_again(world: World) -
     assert world.sums() == (1, 1)
 
 
+@pytest.mark.parametrize("step", ["copy", "catch-up", "commit"])
+def test_a_killed_rollback_is_finished_or_undone(world: World, step: str) -> None:
+    hitless.apply(world.node, world.bundle(1))
+    hitless.apply(world.node, world.bundle(2, tally=WIDER))
+    client = world.client()
+    child = os.fork()
+    if not child:
+        try:
+            hitless.rollback(world.node, allow_loss=["seen"], progress=lambda told: killed(step, told))
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert hitless.recover(world.node) is not None
+    assert hitless.verify(world.node).problems == ()
+    assert hitless.verify(world.node).version == ("2.0" if step == "copy" else "1.0")
+    done = int(client.communicate("\n", timeout=20)[0])
+    assert client.returncode == 0
+    assert world.sums() == (done, done)
+
+
 def killed(step: str, told: hitless.Progress) -> None:
     if told.step == step:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -357,6 +377,40 @@ def test_what_is_taken_off_is_gone_from_the_kernel_and_a_restart_puts_back_what_
     assert (hook.program, hook.attach_type, hook.target) == ("counting", "struct_ops", world.name)
     hitless.apply(world.node, world.bundle(2, manifest=""))
     assert world.name not in congestion_controls()
+
+
+def without_ops(text: str) -> str:
+    return text[: text.index("static __always_inline")] + 'char _license[] SEC("license") = "GPL";\n'
+
+
+def test_a_release_without_it_takes_it_off_and_loses_nothing(world: World) -> None:
+    hitless.apply(world.node, world.bundle(1))
+    ends = connected(world.name)
+    hitless.apply(world.node, world.bundle(2, manifest="", change=without_ops))
+    assert world.name not in congestion_controls()
+    for one in ends:
+        one.close()
+    assert world.sums() == (1, 1)
+    hitless.rollback(world.node)
+    assert world.name in congestion_controls()
+
+
+def test_a_release_without_it_cannot_convert_what_connections_go_on_writing(world: World) -> None:
+    hitless.apply(world.node, world.bundle(1))
+    with pytest.raises(hitless.UnsupportedError, match="has no hook cc and changes seen, which connections"):
+        hitless.apply(world.node, world.bundle(2, tally=WIDER, manifest="", change=without_ops))
+
+
+def test_the_variable_may_have_another_name(world: World) -> None:
+    hitless.apply(world.node, world.bundle(1))
+    manifest = ATTACH.replace("counting", "paced")
+    renamed = world.bundle(2, manifest=manifest, change=lambda text: text.replace("counting", "paced"))
+    result = hitless.apply(world.node, renamed)
+    assert [(hook.action, hook.program) for hook in result.hooks] == [("update", "paced")]
+    hitless.rollback(world.node)
+    assert hitless.verify(world.node).problems == ()
+    (hook,) = status(world.node).hooks
+    assert hook.program == "counting"
 
 
 def test_the_last_release_goes_and_leaves_nothing(world: World) -> None:

@@ -38,7 +38,8 @@ class GarbageItem(msgspec.Struct, frozen=True):
     """A pin, or a directory that had none: ``kind`` is ``map``, ``program``, ``link`` or ``directory``.
 
     ``memory`` are the bytes that the kernel holds for it, which come back unless ``kept_by`` says what else refers to
-    it, as far as that can be seen: a pin elsewhere, mapped memory or an attachment without a link cannot.
+    it, as far as that can be seen: a pin elsewhere, mapped memory, an attachment without a link, or a connection that
+    has a struct_ops cannot.
     """
 
     path: str
