@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import signal
@@ -98,12 +99,15 @@ print(sum(told), flush=True)
 
 
 class World:
-    """A pin root of the test's own, and releases whose congestion control has a name that is the test's own too."""
+    """A pin root of the test's own, and releases whose congestion control has this process' own name.
+
+    ``directory`` keeps them, since many tests take the same.
+    """
 
     def __init__(self, lab: Lab, directory: Path) -> None:
         self.lab = lab
         self.directory = directory
-        self.name = f"hl_{os.getpid() % 100000}_{time.monotonic_ns() % 100000}"[:15]
+        self.name = f"hl_{os.getpid()}"
         self.node = hitless.Node(lab.bpffs / "store")
 
     def bundle(
@@ -113,7 +117,9 @@ class World:
         source = SOURCE.replace("RELEASE", str(number)).replace("TALLY", tally).replace("SECTION", section)
         source = change(source.replace("NAME", name or self.name))
         manifest = manifest.replace("NAME", name or self.name)
-        path = write_release(self.directory / f"{number}-{time.monotonic_ns()}", f"{number}.0", source, manifest)
+        path = self.directory / hashlib.sha256(f"{number} {source} {manifest}".encode()).hexdigest()
+        if not path.exists():
+            write_release(path, f"{number}.0", source, manifest)
         return hitless.Bundle.load(path, {})
 
     def client(self, threads: int = 1) -> subprocess.Popen[str]:
@@ -138,9 +144,14 @@ class World:
             time.sleep(0.01)
 
 
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("releases")
+
+
 @pytest.fixture
-def world(lab: Lab, tmp_path: Path) -> Iterator[World]:
-    made = World(lab, tmp_path)
+def world(lab: Lab, releases: Path) -> Iterator[World]:
+    made = World(lab, releases)
     yield made
     if made.node.root.exists():
         hitless.recover(made.node)
@@ -203,6 +214,17 @@ def test_a_connection_keeps_what_it_began_with_and_a_kept_map_counts_it_all_the_
     assert list(world.counted()) == [1]
     with StructOps.open(world.node.previous / "maps" / "counting") as old:
         assert old.users == 0
+
+
+def test_a_listening_socket_passes_on_what_it_has_until_it_asks_again(world: World) -> None:
+    hitless.apply(world.node, world.bundle(1))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for asked in (1, 2):
+            server.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, world.name.encode())
+            if asked == 1:
+                hitless.apply(world.node, world.bundle(2))
+            with socket.create_connection(server.getsockname()), server.accept()[0]:
+                assert world.counted()[asked]["begun"] == 1
 
 
 def test_a_namespace_whose_default_it_is_follows(world: World) -> None:
