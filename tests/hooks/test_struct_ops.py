@@ -417,6 +417,20 @@ def test_a_release_without_it_takes_it_off_and_loses_nothing(world: World) -> No
     assert world.name in congestion_controls()
 
 
+def test_connections_are_waited_for_also_when_a_release_before_took_it_off(world: World) -> None:
+    hitless.apply(world.node, world.bundle(1))
+    ends = connected(world.name)
+    hitless.apply(world.node, world.bundle(2, manifest="", change=without_ops))
+    hitless.gc(world.node)
+    wider = world.bundle(3, tally=WIDER, manifest="[cutover]\ndeadline = 0.2\n", change=without_ops)
+    with pytest.raises(hitless.NodeError, match="1 sockets still have the struct_ops"):
+        hitless.apply(world.node, wider)
+    for one in ends:
+        one.close()
+    hitless.apply(world.node, wider)
+    assert world.sums() == (1, 1)
+
+
 def test_a_release_without_it_cannot_convert_what_connections_go_on_writing(world: World) -> None:
     hitless.apply(world.node, world.bundle(1))
     with pytest.raises(hitless.UnsupportedError, match="has no hook cc and changes seen, which connections"):

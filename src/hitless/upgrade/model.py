@@ -294,7 +294,9 @@ class LiveMap(msgspec.Struct, frozen=True):
 
 
 class Generation(msgspec.Struct, frozen=True):
-    """One generation as it is pinned. ``of_ops`` are the ids of maps that programs of its struct_ops maps use."""
+    """One generation as it is pinned. ``of_ops`` are the ids of maps that programs of struct_ops use, its own
+    and those of earlier generations that the kernel still has.
+    """
 
     record: Record
     maps: dict[str, LiveMap]

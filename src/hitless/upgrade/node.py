@@ -20,7 +20,7 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
@@ -29,7 +29,7 @@ from typing import TypeVar
 import msgspec
 
 from hitless.carry import is_global
-from hitless.errors import BusyError, HitlessError, NodeError
+from hitless.errors import BusyError, HitlessError, KernelError, NodeError
 from hitless.kernel.bpffs import make_private, require_bpffs, require_own, require_private, require_writable
 from hitless.kernel.libbpf import system_call
 from hitless.kernel.maps import Map
@@ -294,12 +294,9 @@ def read_generation(directory: Path) -> Generation:
         if path not in pins:
             raise NodeError(f"{path} is not in the record: another program pinned it; remove it", path=str(path))
     programs = {}
-    of_ops: frozenset[int] = frozenset()
     for path in _children(directory / "progs"):
         with Program.open(path) as program:
             programs[path.name] = program.info
-            if program.info.type == "struct_ops":
-                of_ops |= program.map_ids
     for hook in record.hooks:
         if hook.program not in programs and hook.hook != "struct_ops":
             path = directory / "progs" / hook.program
@@ -308,7 +305,21 @@ def read_generation(directory: Path) -> Generation:
                 "pin was removed by hand; pin the program there again (bpftool prog pin), or unload and start anew",
                 path=str(path),
             )
-    return Generation(record, maps, programs, of_ops)
+    earlier = {entry.id for entry in record.replaced_programs}
+    return Generation(record, maps, programs, _of_ops(earlier | {info.id for info in programs.values()}))
+
+
+def _of_ops(programs: Iterable[int]) -> frozenset[int]:
+    """The maps that struct_ops among ``programs`` use, as far as these are still there: connections may have them."""
+    used: frozenset[int] = frozenset()
+    for number in programs:
+        try:
+            with Program.by_id(number) as program:
+                used |= program.map_ids if program.info.type == "struct_ops" else frozenset()
+        except KernelError as error:
+            if error.facts["errno"] not in (errno.ENOENT, errno.EPERM):  # who may not look cannot upgrade either
+                raise
+    return used
 
 
 def _live(pinned: Map, name: str, declared: MapSpec) -> LiveMap:

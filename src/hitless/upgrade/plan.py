@@ -162,7 +162,7 @@ def _check_socket_hooks(maps: tuple[MapPlan, ...], hooks: tuple[HookPlan, ...]) 
 
 
 def awaited(maps: Sequence[MapPlan], current: Generation) -> tuple[str, ...]:
-    """The maps that are converted and that programs of the running release's struct_ops may write."""
+    """The maps that are converted and that connections may write by a struct_ops of this or an earlier release."""
     out = []
     for entry in maps:
         live = current.maps.get(entry.was or entry.name)
