@@ -292,6 +292,25 @@ def test_an_upgrade_whose_map_old_connections_go_on_writing_is_taken_back_after_
     hitless.apply(world.node, world.bundle(2, tally=WIDER, manifest=manifest))
 
 
+def test_an_upgrade_that_is_taken_back_tells_of_connections_that_go_on_with_it(world: World) -> None:
+    hitless.apply(world.node, world.bundle(1))
+    ends: list[socket.socket] = []
+
+    def told(progress: hitless.Progress) -> None:
+        if progress.step == "catch-up":
+            ends.extend(connected(world.name))
+        elif progress.step == "commit":
+            raise ConnectionError("stop here")
+
+    with pytest.raises(ConnectionError) as caught:
+        hitless.apply(world.node, world.bundle(2, tally=WIDER), progress=told)
+    assert any("what 1 sockets write that have a struct_ops of 2.0" in note for note in caught.value.__notes__)
+    for one in ends:
+        one.close()
+    assert hitless.verify(world.node).version == "1.0"
+    assert world.counted()[2]["begun"] == 1  # what they had written until then is there
+
+
 def test_connections_of_two_releases_before_are_waited_for_as_well(world: World) -> None:
     hitless.apply(world.node, world.bundle(1))
     ends = connected(world.name)
