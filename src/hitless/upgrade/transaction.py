@@ -33,7 +33,7 @@ from hitless.kernel.processes import who
 from hitless.kernel.programs import Program
 from hitless.kernel.switchboard import Left, Switchboard
 from hitless.layout.model import ProgramSpec
-from hitless.upgrade.attached import open_attached, remove, rename
+from hitless.upgrade.attached import open_attached
 from hitless.upgrade.carrier import Carrier, Tally
 from hitless.upgrade.checks import (
     refuse_exclusive,
@@ -47,11 +47,11 @@ from hitless.upgrade.connections import install, turn, turn_back, wait
 from hitless.upgrade.cutover import detach_hooks, hold_adopted, switch_back, switch_hooks
 from hitless.upgrade.drift import interrupted, recovering
 from hitless.upgrade.fingerprint import Asked, fingerprint, require_meant, require_same, require_unchanged
+from hitless.upgrade.finish import finish
 from hitless.upgrade.handle import Staged
 from hitless.upgrade.model import (
     Cutover,
     Generation,
-    Hook,
     MapPlan,
     MapResult,
     NodeState,
@@ -60,7 +60,7 @@ from hitless.upgrade.model import (
     Record,
     Result,
 )
-from hitless.upgrade.node import Node, read_generation
+from hitless.upgrade.node import Node
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.passages import Sides, make_carriers
 from hitless.upgrade.places import Place, find_places
@@ -322,7 +322,7 @@ def _recover(node: Node, tell: Callable[[Progress], None], wait: float, back: bo
                     "(hitless rollback)",
                     path=str(node.root),
                 )
-            _finish(node)
+            finish(node)
             return f"finished the clean-up after the upgrade to {state.version}"
         case "remove":
             give_up(node)
@@ -491,11 +491,11 @@ class _Upgrade:
                 node.access.staged = None
             error.add_note(f"{self._plan.to_version} is live all the same: this came behind the commit")
             with _undoing(error):
-                _finish(node)
+                finish(node)
             raise
         with self._step("clean-up"):
             try:
-                _finish(node)
+                finish(node)
             except KernelError:
                 self._finish_again()  # nobody should have to come back because of an error that passed
         self._drain()
@@ -655,7 +655,7 @@ class _Upgrade:
 
     def _finish_again(self) -> None:
         try:
-            _finish(self._node)
+            finish(self._node)
         except HitlessError as error:
             error.add_note(f"{self._plan.to_version} is live and complete; {_LEFT}")
             raise
@@ -713,68 +713,6 @@ class _Upgrade:
             cutover=cutover,
             steps=self._steps,
         )
-
-
-@in_step("clean-up")
-def _finish(node: Node) -> None:
-    """Everything that follows a commit; may be repeated."""
-    record = read_record(node.current / "record")
-    if node.next.exists():
-        _let_go(node, record)
-        remove_tree(node.previous)
-        move(node.next, node.previous)
-    for generation in (node.current, node.previous):
-        remove_tree(generation / "base")
-        remove_tree(generation / "adopted")
-    for hook in record.plan.hooks if record.plan else ():
-        if hook.was:
-            rename(node.links, hook.was, hook.link)
-    hooks = _without_gone(node, record.hooks)
-    committed = msgspec.structs.replace(record, phase="committed", plan=None, former=None, hooks=hooks)
-    write_record(node.current / "record", committed)
-
-
-def _without_gone(node: Node, hooks: Sequence[Hook]) -> tuple[Hook, ...]:
-    """Those hooks that are there, of which patterns led to some; pins of the others go."""
-    there = []
-    for hook in hooks:
-        pin = node.links / hook.link
-        if hook.matched:
-            if not pin.exists():
-                continue
-            with open_attached(node.links, hook.link) as link:
-                dead = link.info.is_dead
-            if dead:
-                remove(node.links, hook.link)
-                continue
-        there.append(hook)
-    return tuple(there)
-
-
-def _let_go(node: Node, record: Record) -> None:
-    """Take the old release off the hooks that the new one has not, and bring along what it wrote there until now.
-
-    Not before the commit, since an upgrade that is taken back wants them as they were, without a gap. The maps that
-    those programs cannot write stay out: others may have written the new ones meanwhile.
-    """
-    gone = {hook.link for hook in record.plan.hooks if hook.action == "detach"} if record.plan else set()
-    if not gone:
-        return
-    detach_hooks(sorted(gone), node.links)
-    old = read_generation(node.next)
-    wait_for_running_programs(old.record.may_sleep)
-    used: set[int] = set()
-    for hook in old.record.hooks:
-        if hook.link in gone:
-            with Program.open(node.next / "progs" / hook.program) as program:
-                used |= program.map_ids
-    written = {name for name, live in old.maps.items() if live.info.id in used and name not in old.record.unwritten}
-    maps = {name: Map.open(map_pin(node.current, name)) for name in record.maps}
-    sides = Sides(node.next, node.current, node.access.writing)
-    carried = make_carriers(sides, record, maps, old, Pace(), fresh=False)
-    for entry in record.plan.maps if record.plan else ():
-        if entry.action == "convert" and (entry.kind == "variables" or (entry.was or entry.name) in written):
-            carried[entry.name].catch_up(last=True)
 
 
 @contextmanager
