@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import hitless
+from hitless.kernel.links import Link
+from hitless.kernel.maps import Map
+from hitless.kernel.sockets import list_sockets
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.kernel.connections import CONNECTIONS, SERVER, clients
 from tests.releases import write_release
 
 UPGRADES = 100
+RESHAPED = int(os.environ.get("HITLESS_UPGRADES", "100"))
 
 # Every connection is noted by its ports, both ends; what one end sends goes straight to the other end's queue.
 SOURCE = """
@@ -23,14 +33,20 @@ MAP(by_release, ARRAY, 3, __u32, __u64);
 MAP(counted, HASH, 64, __u32, struct calls);
 SEC("sockops") int note(struct bpf_sock_ops *ops)
 {
-    struct ports key = { .local = ops->local_port, .remote = bpf_ntohl(ops->remote_port) };
+    struct ports key;
+    __builtin_memset(&key, 0, sizeof(key));
+    key.local = ops->local_port;
+    key.remote = bpf_ntohl(ops->remote_port);
     if (ops->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB || ops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
         bpf_sock_hash_update(ops, &peers, &key, BPF_ANY);
     return 1;
 }
 SEC("sk_msg") int redirect(struct sk_msg_md *msg)
 {
-    struct ports key = { .local = bpf_ntohl(msg->remote_port), .remote = msg->local_port };
+    struct ports key;
+    __builtin_memset(&key, 0, sizeof(key));
+    key.local = bpf_ntohl(msg->remote_port);
+    key.remote = msg->local_port;
     __u32 release = RELEASE, port = PORT;
     __u64 *mine = bpf_map_lookup_elem(&by_release, &release);
     struct calls *found = bpf_map_lookup_elem(&counted, &port), none = {};
@@ -50,6 +66,11 @@ CALLS = {
     1: 'struct calls { __u32 calls TAG("merge=sum"); };',
     2: 'struct calls { __u64 since; __u64 calls TAG("merge=sum"); };',
 }
+PORTS = "struct ports { __u32 local, remote; };"
+TURNED = "struct ports { __u32 remote, local; } __attribute__((aligned(16)));"  # another order, and longer
+IF_THERE = SOURCE.replace("return bpf_msg_redirect_hash", "bpf_msg_redirect_hash").replace(
+    "BPF_F_INGRESS);", "BPF_F_INGRESS);\n    return SK_PASS;"
+)
 BY_CONNECTION = """
 [cutover]
 consistency = "connection"
@@ -146,14 +167,204 @@ def test_an_upgrade_that_fails_after_the_cutover_gives_all_connections_back(lab:
         assert node.map("by_release").get(1) == calls + 4 * CONNECTIONS - before
 
 
-def test_a_sockhash_with_a_hook_that_becomes_another_map_is_refused_by_name(lab: Lab, tmp_path: Path) -> None:
-    node = hitless.Node(lab.bpffs / "store")
-    hitless.apply(node, bundle(lab, tmp_path, 1))
-    larger = bundle(lab, tmp_path, 2, source=SOURCE.replace("SOCKHASH, 4096", "SOCKHASH, 8192"))
-    with pytest.raises(hitless.UnsupportedError, match="map peers has hook redirect"):
-        hitless.plan(node, larger)
-
-
 def test_a_hook_of_sockets_needs_a_map_of_sockets(lab: Lab, tmp_path: Path) -> None:
     with pytest.raises(hitless.BundleError, match="is on a sockmap or sockhash of this bundle, which has: peers"):
         bundle(lab, tmp_path, 1, REDIRECT.replace('target = "peers"', 'target = "counted"'))
+
+
+def reshaped(lab: Lab, tmp_path: Path, source: str = SOURCE) -> tuple[hitless.Bundle, hitless.Bundle]:
+    """Two releases whose sockhash has keys of two shapes."""
+    assert PORTS in source
+    return bundle(lab, tmp_path, 1, source=source), bundle(lab, tmp_path, 2, source=source.replace(PORTS, TURNED))
+
+
+LOSS = ("counted", "peers")
+
+
+def test_five_hundred_connections_stay_through_a_hundred_upgrades_that_change_the_shape_of_their_map(
+    lab: Lab, tmp_path: Path
+) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    first, second = reshaped(lab, tmp_path)
+    hitless.apply(node, first)
+    with clients(lab, answers=True) as held:
+        held.say(f"connect {CONNECTIONS}")
+        held.say("run 0")
+        for _ in range(RESHAPED // 2):
+            for release in (second, first):
+                result = hitless.apply(node, release, allow_loss=LOSS)
+        assert {entry.name: entry.action for entry in result.maps}["peers"] == "convert"
+        messages = held.say("stop")
+        calls = 2 * messages
+        assert node.map("counted").get(SERVER)["calls"] == calls
+        assert sum(node.map("by_release").get(number) for number in (1, 2)) == calls
+        before = node.map("by_release").get(2)
+        held.say("rounds 3")
+        assert node.map("by_release").get(2) == before
+        assert node.map("counted").get(SERVER)["calls"] == calls + 6 * CONNECTIONS
+    assert status(node).problems == ()
+    assert hitless.verify(node).problems == ()
+
+
+def test_connections_that_come_and_go_while_the_map_changes_its_shape_are_served_by_the_release_that_runs(
+    lab: Lab, tmp_path: Path
+) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    first, second = reshaped(lab, tmp_path, IF_THERE)
+    hitless.apply(node, first)
+    with clients(lab, answers=True) as held:
+        held.say("connect 50")
+        held.say("run 2 5")
+        for _ in range(10):
+            for release in (second, first):
+                hitless.apply(node, release, allow_loss=LOSS)
+        held.say("stop")
+        before = node.map("by_release").get(1)
+        with Map.open(node.root / "maps" / "peers") as peers:
+            ends = len(list_sockets(peers))
+        said = held.say("rounds 1")
+        assert node.map("by_release").get(1) - before == ends
+        assert held.say("rounds 1") - said == ends // 2 > 100
+    assert hitless.verify(node).problems == ()
+
+
+def test_a_rollback_of_a_map_of_another_shape_gives_all_connections_back(lab: Lab, tmp_path: Path) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    first, second = reshaped(lab, tmp_path)
+    hitless.apply(node, first)
+    with clients(lab, answers=True) as held:
+        held.say("connect 100")
+        hitless.apply(node, second, allow_loss=LOSS)
+        held.say("connect 100")
+        held.say("run 0")
+        for _ in range(4):
+            hitless.rollback(node, allow_loss=LOSS)
+        hitless.rollback(node, allow_loss=LOSS)
+        calls = 2 * held.say("stop")
+        before = node.map("by_release").get(2)
+        held.say("rounds 1")
+        assert node.map("by_release").get(2) == before
+        assert node.map("counted").get(SERVER)["calls"] == calls + 400
+    assert hitless.verify(node).problems == ()
+
+
+def test_a_failure_after_the_cutover_gives_old_and_new_connections_the_map_of_the_old_shape(
+    lab: Lab, tmp_path: Path
+) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    first, second = reshaped(lab, tmp_path)
+    hitless.apply(node, first)
+
+    def fail(event: hitless.Progress) -> None:
+        if event.step == "merge":
+            held.say("connect 100")  # which the new release adds to its map
+        if event.step == "commit":
+            held.say("run 0")
+            raise ZeroDivisionError
+
+    with clients(lab, answers=True) as held:
+        held.say("connect 100")
+        with pytest.raises(ZeroDivisionError):
+            hitless.apply(node, second, LOSS, progress=fail)
+        calls = 2 * held.say("stop")
+        before = node.map("by_release").get(2)
+        held.say("rounds 1")
+        assert node.map("by_release").get(2) == before
+        assert node.map("counted").get(SERVER)["calls"] == calls + 400
+        hitless.apply(node, second, LOSS)
+        held.say("rounds 1")
+        assert node.map("by_release").get(2) == before + 400
+    assert hitless.verify(node).problems == ()
+    assert status(node).problems == ()
+
+
+KILLED = """
+import json, os, signal, sys
+import hitless
+from hitless.kernel.dispatcher import Dispatcher
+from hitless.upgrade import finish, moving, transaction
+root, bundle, variables, step, fails = json.loads(sys.argv[1])
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+if step == "moved":
+    transaction.settle = die
+elif step == "aside":
+    Dispatcher.attach_again = die
+elif step == "finished":
+    finish.come_along = die
+elif step == "back":
+    transaction._Upgrade._move_sockets_back = die
+def progress(event):
+    if event.step == "cutover" and step == "aside":
+        lead = Dispatcher.beside
+        def beside(*parts):
+            made = lead(*parts)
+            with made.aside(*parts[1:]):
+                pass
+        Dispatcher.beside = beside
+    if event.step == step:
+        die()
+    if fails and event.step == "commit":
+        raise ZeroDivisionError
+hitless.apply(hitless.Node(root), hitless.Bundle.load(bundle, variables), ("counted", "peers"), progress=progress)
+"""
+
+
+@pytest.mark.parametrize("step", ["verify", "moved", "aside", "merge", "commit", "finished", "back"])
+def test_connections_outlive_whoever_changes_the_shape_of_their_map_and_is_killed(
+    lab: Lab, tmp_path: Path, step: str
+) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    first, second = reshaped(lab, tmp_path)
+    hitless.apply(node, first)
+    with clients(lab, answers=True) as held:
+        held.say("connect 50")
+        held.say("run 0")
+        task = [str(node.root), str(second.path), {"cgroup": str(lab.cgroup)}, step, step == "back"]
+        killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(task)], timeout=30, check=False)
+        assert killed.returncode == -signal.SIGKILL
+        held.say("connect 50")
+        held.say("run 0")
+        hitless.recover(node)
+        calls = 2 * held.say("stop")
+        before = {number: node.map("by_release").get(number) for number in (1, 2)}
+        held.say("rounds 1")
+        runs = 1 if step in ("verify", "back") else 2
+        assert node.observe().version == f"{runs}.0"
+        assert node.map("by_release").get(runs) == before[runs] + 200
+        assert node.map("counted").get(SERVER)["calls"] == calls + 200
+        assert status(node).problems == ()
+        assert hitless.verify(node).problems == ()
+        hitless.apply(node, first if runs == 2 else second, LOSS)
+        held.say("rounds 1")
+        assert node.map("by_release").get(3 - runs) == before[3 - runs] + 200
+
+
+def test_nothing_is_left_of_maps_of_other_shapes_when_their_sockets_are_closed(lab: Lab, tmp_path: Path) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    first, second = reshaped(lab, tmp_path)
+    hitless.apply(node, first)
+    with Map.open(node.root / "slots" / "redirect") as slots:
+        number = slots.info.id
+    with clients(lab, answers=True) as held:
+        for _ in range(5):
+            for release in (second, first):
+                held.say("connect 5")
+                hitless.apply(node, release, LOSS)
+        held.say("rounds 1")
+        assert len(using(number)) > 5
+    hitless.gc(node, allow_loss=LOSS)
+    until = time.monotonic() + 5
+    while len(using(number)) > 1 and time.monotonic() < until:
+        time.sleep(0.02)
+    with Link.open(node.links / "redirect") as link:
+        assert using(number) == [link.info.program_id]
+    assert [path.name for path in (node.root / "slots").iterdir()] == ["redirect"]
+    assert status(node).remnants == ()
+    hitless.unload(node)
+    assert not node.root.exists()
+
+
+def using(map_id: int) -> list[int]:
+    """The programs that use a map."""
+    return [program for program in program_ids() if map_id in maps_of(program)]

@@ -108,6 +108,14 @@ def take(end, size=16):
         got += part
     return got
 rounds = 0
+def pass_by():
+    add()
+    client, server = pairs.pop()
+    for one, other in ((client, server), (server, client)):
+        one.sendall(b"%015d\\n" % rounds)
+        assert take(other) == b"%015d\\n" % rounds
+    client.close()
+    server.close()
 def turn():
     global rounds
     for index, (client, server) in enumerate(pairs):
@@ -120,11 +128,13 @@ def turn():
     rounds += 1
 waiting = select.poll()
 waiting.register(sys.stdin, select.POLLIN)
-running, more, sent = False, 0, 0
+running, more, passing, sent = False, 0, 0, 0
 while True:
     if running and not waiting.poll(0):
         for _ in range(more):
             add()
+        for _ in range(passing):
+            pass_by()
         turn()
         sent += len(pairs)
         continue
@@ -136,9 +146,9 @@ while True:
             add()
     elif word[0] == "run":
         running = True
-        more = int(word[1])
+        more, passing = int(word[1]), int((word + [0])[2])
     elif word[0] == "stop":
-        running, more = False, 0
+        running, more, passing = False, 0, 0
         for client, server in pairs:
             for end in (client, server):
                 end.setblocking(False)

@@ -13,6 +13,7 @@ from hitless.kernel.programs import Program
 from hitless.upgrade.attached import open_attached, remove, rename
 from hitless.upgrade.cutover import detach_hooks
 from hitless.upgrade.model import Hook, Record
+from hitless.upgrade.moving import come_along
 from hitless.upgrade.node import Node, read_generation
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.passages import Sides, make_carriers
@@ -33,9 +34,11 @@ def finish(node: Node) -> None:
     for generation in (node.current, node.previous):
         remove_tree(generation / "base")
         remove_tree(generation / "adopted")
-    for hook in record.plan.hooks if record.plan else ():
+    planned = record.plan.hooks if record.plan else ()
+    for hook in planned:
         if hook.was:
             rename(node.links, hook.was, hook.link)
+    come_along([hook for hook in planned if hook.moved], node.links, node.current / "links")
     hooks = _without_gone(node, record.hooks)
     committed = msgspec.structs.replace(record, phase="committed", plan=None, former=None, hooks=hooks)
     write_record(node.current / "record", committed)

@@ -53,7 +53,7 @@ PUBLIC = ("maps", "progs")
 
 _LOOK_SECONDS = 5.0
 _PINS = ("maps", "data", "progs")
-_SUBDIRECTORIES = (*_PINS, "base", "back", "adopted")
+_SUBDIRECTORIES = (*_PINS, "base", "back", "adopted", "links")
 
 
 class Node:

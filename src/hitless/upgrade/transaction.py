@@ -60,6 +60,7 @@ from hitless.upgrade.model import (
     Record,
     Result,
 )
+from hitless.upgrade.moving import read_types, settle
 from hitless.upgrade.node import Node
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.passages import Sides, make_carriers
@@ -395,6 +396,7 @@ class _Upgrade:
         self._carried: dict[str, Carrier] = {}
         self._steps: dict[str, float] = {}
         self._board: Switchboard | None = None  # where connections keep to their release
+        self._moved = [hook for hook in decided.hooks if hook.moved]
         self.left_behind: list[str] = []  # by the way back, in words
 
     def restart(self, prepare: Callable[[Node], None] | None) -> Result:
@@ -425,6 +427,8 @@ class _Upgrade:
                 self._carry(fresh=True)
                 with node.access.writing:
                     node.access.staged = Staged(self._maps, copying.maps, self._carried)
+                for hook in self._moved:
+                    read_types(hook, self._maps[hook.target])
                 for carrier in self._carried.values():
                     self._copy(carrier)
             with self._step("prepare"):
@@ -468,6 +472,7 @@ class _Upgrade:
                 self._switch_late()
             moved = self._wait_for_connections()
             with self._step("catch-up"):
+                self._move_sockets()
                 # A first merge at once keeps short the time in which new programs miss what old ones wrote last.
                 self._merge()
                 wait_for_running_programs(self._current is not None and self._current.record.may_sleep)
@@ -511,7 +516,16 @@ class _Upgrade:
             self._board = install(hooks, self._specs(), node.links, node.next / "maps")
             turn(self._board, hooks, self._programs, node.links)
             return 0.0
+        for hook in self._moved:  # so that few come to the old map behind it
+            self._carried[hook.target].catch_up()
         return switch_hooks(hooks, self._programs, node.links, node.next / "maps")
+
+    def _move_sockets(self) -> None:
+        """Bring to the new maps who came to the old ones meanwhile; from here on all sockets run the new programs."""
+        for hook in self._moved:
+            self._carried[hook.target].catch_up()
+            new = self._maps[hook.target]
+            settle(hook, self._programs[hook.program], self._node.links, self._node.next / "links", new)
 
     def _specs(self) -> dict[str, ProgramSpec]:
         """The programs of both releases; the new one's count where a name is in both."""
@@ -614,7 +628,7 @@ class _Upgrade:
             self._merge_before_going_back()
         if self._plan.cutover.consistency == "connection" and (node.root / "board").exists():
             turn_back(Switchboard(node.root / "board"), self._plan.hooks, self._programs, node.links)
-        switch_back(self._plan.hooks, self._programs, node.links)
+        switch_back(self._plan.hooks, self._programs, node.links, node.current / "maps")
         wait_for_running_programs(self._record is not None and self._record.may_sleep)
         with node.access.alone(self._wait):
             backs = self._ways_back(node.next / "back", filled)
@@ -625,8 +639,15 @@ class _Upgrade:
                 if back.tally.left_behind is not None:
                     what = f"what the new release wrote in map {back.name} after the cutover stays behind"
                     self.left_behind.append(f"{what}: {back.tally.left_behind}")
+            self._move_sockets_back()
             write_record(record, self._phase("undone"))
         self._drop()
+
+    def _move_sockets_back(self) -> None:
+        for hook in self._moved:
+            assert hook.moved is not None and hook.expected is not None
+            with Program.by_id(hook.expected) as old, Map.open(map_pin(self._node.current, hook.moved)) as held:
+                settle(hook, old, self._node.links, self._node.links, held)
 
     def _merge_before_going_back(self) -> None:
         """Let the bases know what old programs wrote last, if all hooks run new ones: so no old program is about.
