@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import hitless
+from hitless.kernel.dispatcher import Dispatcher
 from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
+from hitless.kernel.programs import Program
 from hitless.kernel.sockets import list_sockets
+from hitless.upgrade import finish, transaction
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
+from tests.bpf import ids
 from tests.kernel.connections import CONNECTIONS, SERVER, clients
 from tests.releases import write_release
 
@@ -278,36 +280,43 @@ def test_a_failure_after_the_cutover_gives_old_and_new_connections_the_map_of_th
     assert status(node).problems == ()
 
 
-KILLED = """
-import json, os, signal, sys
-import hitless
-from hitless.kernel.dispatcher import Dispatcher
-from hitless.upgrade import finish, moving, transaction
-root, bundle, variables, step, fails = json.loads(sys.argv[1])
-def die(*_):
+def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-if step == "moved":
-    transaction.settle = die
-elif step == "aside":
-    Dispatcher.attach_again = die
-elif step == "finished":
-    finish.come_along = die
-elif step == "back":
-    transaction._Upgrade._move_sockets_back = die
-def progress(event):
-    if event.step == "cutover" and step == "aside":
-        lead = Dispatcher.beside
-        def beside(*parts):
-            made = lead(*parts)
-            with made.aside(*parts[1:]):
-                pass
-        Dispatcher.beside = beside
-    if event.step == step:
-        die()
-    if fails and event.step == "commit":
-        raise ZeroDivisionError
-hitless.apply(hitless.Node(root), hitless.Bundle.load(bundle, variables), ("counted", "peers"), progress=progress)
-"""
+
+
+def die_amid(node: hitless.Node, release: hitless.Bundle, step: str) -> None:
+    """An apply in a process of its own, which is killed at ``step``."""
+    pid = os.fork()
+    if not pid:
+        with pytest.MonkeyPatch.context() as patch:
+            beside = Dispatcher.beside
+
+            def and_aside(before: Dispatcher, held: Map, hook: str, pin: Path) -> None:
+                with beside(before, held, hook, pin).aside(held, hook, pin):
+                    die()
+
+            if step == "aside":
+                patch.setattr(Dispatcher, "beside", and_aside)
+            for name, owner, called in (
+                ("moved", transaction, "settle"),
+                ("finished", finish, "come_along"),
+                ("back", transaction._Upgrade, "_move_sockets_back"),
+            ):
+                if step == name:
+                    patch.setattr(owner, called, die)
+
+            def progress(event: hitless.Progress) -> None:
+                if event.step == step:
+                    die()
+                if step == "back" and event.step == "commit":
+                    raise ZeroDivisionError
+
+            try:
+                hitless.apply(node, release, LOSS, progress=progress)
+            finally:
+                os._exit(1)
+    _, ended = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(ended)
 
 
 @pytest.mark.parametrize("step", ["verify", "moved", "aside", "merge", "commit", "finished", "back"])
@@ -320,9 +329,7 @@ def test_connections_outlive_whoever_changes_the_shape_of_their_map_and_is_kille
     with clients(lab, answers=True) as held:
         held.say("connect 50")
         held.say("run 0")
-        task = [str(node.root), str(second.path), {"cgroup": str(lab.cgroup)}, step, step == "back"]
-        killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(task)], timeout=30, check=False)
-        assert killed.returncode == -signal.SIGKILL
+        die_amid(node, second, step)
         held.say("connect 50")
         held.say("run 0")
         hitless.recover(node)
@@ -367,4 +374,9 @@ def test_nothing_is_left_of_maps_of_other_shapes_when_their_sockets_are_closed(l
 
 def using(map_id: int) -> list[int]:
     """The programs that use a map."""
-    return [program for program in program_ids() if map_id in maps_of(program)]
+    found = []
+    for number in ids("program"):
+        with suppress(hitless.KernelError), Program.by_id(number) as program:
+            if map_id in program.map_ids:
+                found.append(number)
+    return found
