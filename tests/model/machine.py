@@ -68,7 +68,7 @@ WHERE = {
     "committed": "finish: write_record(committed)",
     "undoing": "_Upgrade.take_back: write_record(undoing)",
     "unhook": "switch_back: one link",
-    "turn": "_Upgrade._ways_back: the bases of the way back",
+    "turn": "_Upgrade._turned: the bases of the way back",
     "merging-back": "_Upgrade.take_back: write_record(merging-back)",
     "read-back": "merge_round on the way back: new value and base are read",
     "merge-back": "Merger.merge on the way back: one run, old map and base together",

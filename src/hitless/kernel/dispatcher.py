@@ -18,6 +18,7 @@ rest both slots hold the same program: whatever map a socket was ever added to, 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from hitless.kernel.maps import Map, create
 from hitless.kernel.names import attach_number, program_number
 from hitless.kernel.programs import Program, load_code
 
-__all__ = ["JUMPS", "SOCKET_HOOKS", "Dispatcher", "Jump", "attached_program", "jump_for"]
+__all__ = ["JUMPS", "SOCKET_HOOKS", "Dispatcher", "Jump", "attached_program", "is_dispatcher", "jump_for"]
 
 _TAIL_CALL = 12  # bpf_tail_call
 _PROG_ARRAY = 3  # BPF_MAP_TYPE_PROG_ARRAY
@@ -286,6 +287,17 @@ def attached_program(held: Map, attach_type: str) -> int:
     result = lib().bpf_prog_query(held.fd, attach_number(attach_type), 0, ffi.NULL, ids, count)
     check(result, "BPF_PROG_QUERY", f"{attach_type} of map {held.info.label}")
     return int(ids[0])
+
+
+def is_dispatcher(program_id: int) -> bool:
+    """Whether a program is a dispatcher, by its name; false if it is gone. Raises KernelError."""
+    try:
+        with Program.by_id(program_id) as program:
+            return program.info.name in _NAMES
+    except KernelError as error:
+        if error.facts["errno"] != errno.ENOENT:
+            raise
+        return False
 
 
 def _socket_jump(attach_type: str, expected: str | None = None) -> Jump:

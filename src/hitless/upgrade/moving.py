@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from hitless.errors import VerifyError
 from hitless.kernel.bpffs import make_directory, move, remove_tree
 from hitless.kernel.dispatcher import Dispatcher
 from hitless.kernel.maps import Map
@@ -29,7 +30,7 @@ from hitless.upgrade.attached import pin_of, slot_of
 from hitless.upgrade.attaching import give_all
 from hitless.upgrade.model import HookPlan
 
-__all__ = ["aside", "come_along", "lead", "read_types", "reattach", "settle"]
+__all__ = ["aside", "come_along", "lead", "read_types", "reattach", "require_moved", "settle"]
 
 
 def read_types(hook: HookPlan, held: Map) -> None:
@@ -77,13 +78,29 @@ def aside(hooks: Sequence[HookPlan], links: Path, room: Path, held: Map) -> Iter
 
 
 def settle(hook: HookPlan, program: Program, links: Path, room: Path, held: Map) -> None:
-    """Let all sockets run ``program``, as those of ``held`` do, the map whose link is pinned in ``room``.
+    """Let all sockets run ``program``, if those of ``held`` do, the map whose link is pinned in ``room``.
 
-    Raises NodeError if those run something else, KernelError.
+    If they run something else it is another's, which is left alone and found by who verifies. Raises KernelError.
     """
     with _open(hook, links, room) as there:
-        give_all(held, hook, there)
-        there.update(program, program)
+        if there.info.program_id == program.info.id:
+            there.update(program, program)
+            give_all(held, hook, there)
+
+
+def require_moved(hook: HookPlan, program: Program, links: Path, room: Path) -> None:
+    """Raise VerifyError unless ``hook`` is on the new map, whose link is pinned in ``room``, and runs ``program``."""
+    with _open(hook, links, room) as there:
+        found = there.info
+    if found.is_dead or found.program_id != program.info.id:
+        raise VerifyError(
+            f"hook {hook.link} is {'not on' if found.is_dead else f'running program {found.program_id} on'} the new map "
+            f"{hook.target}, just after it was put there: someone else changes this pin root's links; find out who, "
+            "then apply again",
+            link=hook.link,
+            program=found.program_id,
+            expected=program.info.id,
+        )
 
 
 def come_along(hooks: Sequence[HookPlan], links: Path, room: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import msgspec
 
@@ -40,6 +39,7 @@ from hitless.upgrade.checks import (
     refuse_loss,
     refuse_overfull,
     refuse_replaced_pins,
+    refuse_sockets,
     verify_hooks,
     verify_pins,
 )
@@ -60,7 +60,7 @@ from hitless.upgrade.model import (
     Record,
     Result,
 )
-from hitless.upgrade.moving import read_types, settle
+from hitless.upgrade.moving import read_types, require_moved, settle
 from hitless.upgrade.node import Node
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.passages import Sides, make_carriers
@@ -135,6 +135,7 @@ def _plan(
         require_same(planned, decided)
     refuse_overfull(node, state, bundle, decided)
     refuse_exclusive(decided)
+    refuse_sockets(node, state, decided)
     return msgspec.structs.replace(decided, fingerprint=fingerprint(state, targets, asked.answers, *machine))
 
 
@@ -163,6 +164,7 @@ def _plan_back(node: Node, state: NodeState, allow_loss: Collection[str]) -> tup
     )
     refuse_overfull(node, state, release, decided)
     refuse_exclusive(decided)
+    refuse_sockets(node, state, decided)
     return decided, release
 
 
@@ -516,14 +518,15 @@ class _Upgrade:
             self._board = install(hooks, self._specs(), node.links, node.next / "maps")
             turn(self._board, hooks, self._programs, node.links)
             return 0.0
-        for hook in self._moved:  # so that few come to the old map behind it
-            self._carried[hook.target].catch_up()
+        for name in dict.fromkeys(hook.target for hook in self._moved):
+            self._carried[name].catch_up()  # so that few come to the old map behind it
         return switch_hooks(hooks, self._programs, node.links, node.next / "maps")
 
     def _move_sockets(self) -> None:
         """Bring to the new maps who came to the old ones meanwhile; from here on all sockets run the new programs."""
+        for name in dict.fromkeys(hook.target for hook in self._moved):
+            self._carried[name].catch_up()
         for hook in self._moved:
-            self._carried[hook.target].catch_up()
             new = self._maps[hook.target]
             settle(hook, self._programs[hook.program], self._node.links, self._node.next / "links", new)
 
@@ -596,6 +599,8 @@ class _Upgrade:
 
     def _verify_hooks(self) -> None:
         verify_hooks(self._plan.hooks, self._programs, self._node.links)
+        for hook in self._moved:
+            require_moved(hook, self._programs[hook.program], self._node.links, self._node.next / "links")
 
     def _commit(self) -> None:
         node = self._node
@@ -629,9 +634,13 @@ class _Upgrade:
         if self._plan.cutover.consistency == "connection" and (node.root / "board").exists():
             turn_back(Switchboard(node.root / "board"), self._plan.hooks, self._programs, node.links)
         switch_back(self._plan.hooks, self._programs, node.links, node.current / "maps")
+        if not filled:
+            remove_tree(node.next / "back")
+            make_directory(node.next / "back")
+        sockets = self._move_sockets_back(filled)
         wait_for_running_programs(self._record is not None and self._record.may_sleep)
         with node.access.alone(self._wait):
-            backs = self._ways_back(node.next / "back", filled)
+            backs = [*sockets.values(), *(self._turned(name, filled) for name in self._carried if name not in sockets)]
             if not filled:
                 write_record(record, self._phase("merging-back"))
             for back in backs:
@@ -639,15 +648,19 @@ class _Upgrade:
                 if back.tally.left_behind is not None:
                     what = f"what the new release wrote in map {back.name} after the cutover stays behind"
                     self.left_behind.append(f"{what}: {back.tally.left_behind}")
-            self._move_sockets_back()
             write_record(record, self._phase("undone"))
         self._drop()
 
-    def _move_sockets_back(self) -> None:
+    def _move_sockets_back(self, filled: bool) -> dict[str, Carrier]:
+        """As :meth:`_move_sockets`; returns the carriers of their maps, by name."""
+        backs = {hook.target: self._turned(hook.target, filled) for hook in self._moved}
+        for back in backs.values():
+            back.catch_up()
         for hook in self._moved:
             assert hook.moved is not None and hook.expected is not None
             with Program.by_id(hook.expected) as old, Map.open(map_pin(self._node.current, hook.moved)) as held:
                 settle(hook, old, self._node.links, self._node.links, held)
+        return backs
 
     def _merge_before_going_back(self) -> None:
         """Let the bases know what old programs wrote last, if all hooks run new ones: so no old program is about.
@@ -667,12 +680,9 @@ class _Upgrade:
             what = "what the old release inserted last could not be told from what the new one did"
             self.left_behind.append(f"{what}, and may come back where the old one deletes it: {error.message}")
 
-    def _ways_back(self, directory: Path, filled: bool) -> list[Carrier]:
-        """The carriers with the sides changed; what they keep is made new, or opened if it is ``filled``."""
-        if not filled:
-            remove_tree(directory)
-            make_directory(directory)
-        return [carrier.turned(directory / pin_name(name), not filled) for name, carrier in self._carried.items()]
+    def _turned(self, name: str, filled: bool) -> Carrier:
+        """The carrier with the sides changed; what it keeps is made new, or opened if it is ``filled``."""
+        return self._carried[name].turned(self._node.next / "back" / pin_name(name), not filled)
 
     def _finish_again(self) -> None:
         try:
