@@ -20,7 +20,7 @@ from hitless.upgrade import finish, transaction
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.bpf import ids
-from tests.kernel.connections import CONNECTIONS, SERVER, clients
+from tests.kernel.connections import CONNECTIONS, SERVER, attach_the_old_way, clients
 from tests.releases import write_release
 
 UPGRADES = 100
@@ -370,6 +370,70 @@ def test_nothing_is_left_of_maps_of_other_shapes_when_their_sockets_are_closed(l
     assert status(node).remnants == ()
     hitless.unload(node)
     assert not node.root.exists()
+
+
+def test_a_map_of_sockets_that_starts_empty_cannot_take_its_hook_along(lab: Lab, tmp_path: Path) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    hitless.apply(node, bundle(lab, tmp_path, 1))
+    source = SOURCE.replace(PORTS, "struct ports { __u16 remote; __u32 local; };")
+    with pytest.raises(hitless.UnsupportedError, match=r"hook redirect .*its sockets do not come along"):
+        hitless.plan(node, bundle(lab, tmp_path, 2, source=source), LOSS)
+
+
+def test_a_hook_does_not_go_to_another_map_of_sockets(lab: Lab, tmp_path: Path) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    source = SOURCE.replace("MAP(by_release", "MAP(others, SOCKHASH, 16, struct ports, __u64);\nMAP(by_release")
+    hitless.apply(node, bundle(lab, tmp_path, 1, source=source))
+    other = bundle(lab, tmp_path, 2, NOTE + REDIRECT.replace('"peers"', '"others"'), source)
+    with pytest.raises(hitless.UnsupportedError, match=r"which would go to map others .*the sockets of peers would go"):
+        hitless.plan(node, other, LOSS)
+
+
+def test_a_map_of_another_shape_and_connections_that_keep_to_their_release_do_not_go_together(
+    lab: Lab, tmp_path: Path
+) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    hitless.apply(node, bundle(lab, tmp_path, 1))
+    shape = SOURCE.replace(PORTS, TURNED)
+    with pytest.raises(hitless.UnsupportedError, match='leave out consistency = "connection" in this upgrade'):
+        hitless.plan(node, bundle(lab, tmp_path, 2, BY_CONNECTION + NOTE + REDIRECT, shape), LOSS)
+    hitless.apply(node, bundle(lab, tmp_path, 2, BY_CONNECTION + NOTE + REDIRECT), LOSS)
+    with pytest.raises(hitless.UnsupportedError, match="has dispatchers that keep each connection with its release"):
+        hitless.plan(node, bundle(lab, tmp_path, 1, source=shape), LOSS)
+
+
+def test_a_hook_is_refused_where_sockets_run_the_program_of_somebody_else(lab: Lab, tmp_path: Path) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    hitless.apply(node, bundle(lab, tmp_path, 1, NOTE))
+    with Program.open(node.root / "progs" / "redirect") as program, Map.open(node.root / "maps" / "peers") as peers:
+        number = program.info.id
+        attach_the_old_way(program, peers, "sk_msg_verdict")
+    hooked = bundle(lab, tmp_path, 2)
+    with clients(lab, answers=True) as held:
+        held.say("connect 5")
+        with pytest.raises(hitless.NodeError, match=f"program {number} \\(10 sockets run it\\), which hitless did not"):
+            hitless.plan(node, hooked, LOSS)
+        held.say("rounds 1")
+    with pytest.raises(hitless.NodeError, match=f"program {number} \\(0 sockets run it\\), which hitless did not"):
+        hitless.apply(node, hooked, LOSS)
+    assert hitless.verify(node).problems == ()
+
+
+def test_a_hook_under_another_name_is_told_what_its_link_is_called(lab: Lab, tmp_path: Path) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    hitless.apply(node, bundle(lab, tmp_path, 1))
+    renamed = REDIRECT.replace('link = "redirect"', 'link = "peers"')
+    with pytest.raises(hitless.NodeError, match="of link redirect of this bundle, and takes one only: name that link"):
+        hitless.plan(node, bundle(lab, tmp_path, 2, NOTE + renamed), LOSS)
+    was = renamed + 'was = "redirect"\n'
+    with clients(lab, answers=True) as held:
+        held.say("connect 5")
+        shape = bundle(lab, tmp_path, 2, NOTE + was, SOURCE.replace(PORTS, TURNED))
+        hitless.apply(node, shape, LOSS)
+        held.say("rounds 1")
+        assert node.map("by_release").get(2) == 10
+    assert [path.name for path in (node.root / "slots").iterdir()] == ["peers"]
+    assert hitless.verify(node).problems == ()
 
 
 def using(map_id: int) -> list[int]:

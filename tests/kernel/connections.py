@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -15,11 +16,12 @@ import numpy as np
 from hitless.kernel.dispatcher import Dispatcher
 from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
+from hitless.kernel.names import attach_number
 from hitless.kernel.programs import Program, load_object
 from meshd.demo.lab import Lab
 from tests.releases import compile_object
 
-__all__ = ["CONNECTIONS", "Bench", "Clients", "Release", "clients"]
+__all__ = ["CONNECTIONS", "Bench", "Clients", "Release", "attach_the_old_way", "clients"]
 
 CONNECTIONS = 500
 
@@ -162,6 +164,12 @@ while True:
             sent += len(pairs)
     print(json.dumps(sent), flush=True)
 """
+
+
+def attach_the_old_way(program: Program, held: Map, hook: str) -> None:
+    """Without a link, as other tools do."""
+    libbpf = ctypes.CDLL("libbpf.so.1")
+    assert libbpf.bpf_prog_attach(program.fd, held.fd, attach_number(hook), 0) == 0
 
 
 class Clients:

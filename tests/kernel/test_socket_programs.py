@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import time
 from collections import Counter
@@ -13,19 +12,13 @@ import pytest
 from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.dispatcher import Dispatcher, attached_program
 from hitless.kernel.maps import ANY, Map
-from hitless.kernel.names import attach_number
 from hitless.kernel.programs import Program
 from hitless.kernel.socket_programs import give, programs_of_sockets
 from hitless.kernel.sockets import Adder, Sockets, create_base, list_sockets
 from meshd.demo.lab import Lab
-from tests.kernel.connections import Bench, clients
+from tests.kernel.connections import Bench, attach_the_old_way, clients
 
 HOOKS = [("sk_msg_verdict", "to_peer"), ("sk_skb_stream_verdict", "echo")]
-
-
-def attach_the_old_way(program: Program, held: Map, hook: str) -> None:
-    libbpf = ctypes.CDLL("libbpf.so.1")
-    assert libbpf.bpf_prog_attach(program.fd, held.fd, attach_number(hook), 0) == 0
 
 
 def counted(held: Map, hook: str) -> Counter[int]:
