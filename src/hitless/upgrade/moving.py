@@ -95,8 +95,8 @@ def require_moved(hook: HookPlan, program: Program, links: Path, room: Path) -> 
     if found.is_dead or found.program_id != program.info.id:
         what = "is off" if found.is_dead else f"runs program {found.program_id} on"
         raise VerifyError(
-            f"hook {hook.link} {what} the new map {hook.target}, just after it was put there: someone else changes this "
-            "pin root's links; find out who, then apply again",
+            f"hook {hook.link} {what} the new map {hook.target}, just after it was put there: someone else changes "
+            "this pin root's links; find out who, then apply again",
             link=hook.link,
             program=found.program_id,
             expected=program.info.id,
