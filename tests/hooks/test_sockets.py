@@ -315,6 +315,15 @@ def test_a_failure_after_the_cutover_gives_old_and_new_connections_the_map_of_th
         hitless.apply(node, second, LOSS)
         held.say("rounds 1")
         assert node.map("by_release").get(2) == before + 400
+        with pytest.raises(ZeroDivisionError):
+            hitless.rollback(node, LOSS, progress=fail)
+        held.say("stop")
+        before = node.map("by_release").get(2)
+        held.say("rounds 1")
+        assert node.map("by_release").get(2) == before + 600
+        hitless.rollback(node, LOSS)
+        held.say("rounds 1")
+        assert node.map("by_release").get(2) == before + 600
     assert hitless.verify(node).problems == ()
     assert status(node).problems == ()
 
@@ -340,6 +349,7 @@ def die_amid(node: hitless.Node, release: hitless.Bundle, step: str) -> None:
                 ("moved", transaction, "settle"),
                 ("finished", finish, "come_along"),
                 ("back", transaction._Upgrade, "_move_sockets_back"),
+                ("dropped", transaction._Upgrade, "_drop"),
             ):
                 if step == name:
                     patch.setattr(owner, called, die)
@@ -347,7 +357,7 @@ def die_amid(node: hitless.Node, release: hitless.Bundle, step: str) -> None:
             def progress(event: hitless.Progress) -> None:
                 if event.step == step:
                     die()
-                if step == "back" and event.step == "commit":
+                if step in ("back", "dropped") and event.step == "commit":
                     raise ZeroDivisionError
 
             try:
@@ -358,7 +368,7 @@ def die_amid(node: hitless.Node, release: hitless.Bundle, step: str) -> None:
     assert os.WIFSIGNALED(ended)
 
 
-@pytest.mark.parametrize("step", ["verify", "moved", "aside", "merge", "commit", "finished", "back"])
+@pytest.mark.parametrize("step", ["verify", "moved", "aside", "merge", "commit", "finished", "back", "dropped"])
 def test_connections_outlive_whoever_changes_the_shape_of_their_map_and_is_killed(
     lab: Lab, tmp_path: Path, step: str
 ) -> None:
@@ -371,11 +381,15 @@ def test_connections_outlive_whoever_changes_the_shape_of_their_map_and_is_kille
         die_amid(node, second, step)
         held.say("connect 50")
         held.say("run 0")
-        hitless.recover(node)
+        if step == "dropped":
+            assert {item.kind for item in hitless.gc(node, dry_run=True).items} >= {"link", "map", "program"}
+            hitless.gc(node)
+        else:
+            hitless.recover(node)
         calls = 2 * held.say("stop")
         before = {number: node.map("by_release").get(number) for number in (1, 2)}
         held.say("rounds 1")
-        runs = 1 if step in ("verify", "back") else 2
+        runs = 1 if step in ("verify", "back", "dropped") else 2
         assert node.observe().version == f"{runs}.0"
         assert node.map("by_release").get(runs) == before[runs] + 200
         assert node.map("counted").get(SERVER)["calls"] == calls + 200
@@ -384,6 +398,25 @@ def test_connections_outlive_whoever_changes_the_shape_of_their_map_and_is_kille
         hitless.apply(node, first if runs == 2 else second, LOSS)
         held.say("rounds 1")
         assert node.map("by_release").get(3 - runs) == before[3 - runs] + 200
+
+
+def test_an_upgrade_that_was_killed_behind_its_cutover_is_taken_back_with_its_new_connections(
+    lab: Lab, tmp_path: Path
+) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    first, second = reshaped(lab, tmp_path)
+    hitless.apply(node, first)
+    with clients(lab, answers=True) as held:
+        held.say("connect 50")
+        die_amid(node, second, "merge")
+        held.say("connect 50")
+        held.say("rounds 1")
+        assert node.map("by_release").get(1) == 0  # as it is in the map of the release that is not committed
+        hitless.recover(node, back=True)
+        before = node.map("by_release").get(1)
+        held.say("rounds 1")
+        assert node.map("by_release").get(1) == before + 200
+    assert hitless.verify(node).problems == ()
 
 
 def test_nothing_is_left_of_maps_of_other_shapes_when_their_sockets_are_closed(lab: Lab, tmp_path: Path) -> None:
