@@ -159,6 +159,12 @@ class Dispatcher:
         be added to it: see :meth:`aside`. Raises UnsupportedError, KernelError as :meth:`attach`.
         """
         slots, own, what = Map.by_id(other._slots.info.id), 1 - other._own, f"{attach_type} of map {held.info.label}"
+        if slots.info.max_entries < len(_NAMES):
+            raise UnsupportedError(
+                f"the dispatcher of {what} was made by a hitless that knew of one slot: take the hook out of one "
+                "release and into the next again, or keep the definition of the map",
+                feature="socket hook on a changed map",
+            )
         with _load(_socket_jump(attach_type), slots, own, what) as program:
             link = Link.attach(program, held.fd, attach_type, f"map {held.info.label}")
         link.pin(link_pin)

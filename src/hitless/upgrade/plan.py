@@ -39,6 +39,7 @@ from hitless.upgrade.places import Occupant, Place
 
 __all__ = ["hooks_of", "late_hooks", "make_plan"]
 
+_MOVED = "exact; its sockets keep their hooks, and for a moment of the cutover some may not find each other"
 
 
 def make_plan(
@@ -159,9 +160,10 @@ def _check_socket_hooks(
         was = targets.get(hook.was or hook.link)
         why = _not_moved(hook, entry, was, cutover)
         if why is not None:
+            same = was == (entry.was or entry.name)
+            goes = f"which becomes another one ({entry.verdict})" if same else f"and would go to map {hook.target}"
             raise UnsupportedError(
-                f"map {was} has hook {hook.link} ({hook.hook}), which would go to map {hook.target} "
-                f"({entry.verdict}): {why}",
+                f"hook {hook.link} ({hook.hook}) is on map {was}, {goes}: {why}",
                 feature="socket hook on a changed map",
                 link=hook.link,
                 map=hook.target,
@@ -205,7 +207,7 @@ def _with_moved(maps: tuple[MapPlan, ...], hooks: tuple[HookPlan, ...]) -> tuple
 
 def _with_hooks(entry: MapPlan, hooks: tuple[HookPlan, ...]) -> MapPlan:
     if any(hook.moved and hook.target == entry.name for hook in hooks):
-        return msgspec.structs.replace(entry, exactness="exact; its sockets keep their hooks")
+        return msgspec.structs.replace(entry, exactness=_MOVED)
     return entry
 
 
