@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hitless
+from hitless.kernel import dispatcher
 from hitless.kernel.dispatcher import Dispatcher
 from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
@@ -340,12 +341,14 @@ def die_amid(node: hitless.Node, release: hitless.Bundle, step: str) -> None:
             beside = Dispatcher.beside
 
             def and_aside(before: Dispatcher, held: Map, hook: str, pin: Path) -> None:
-                with beside(before, held, hook, pin).aside(held, hook, pin):
-                    die()
+                with beside(before, held, hook, pin).aside(held, hook, pin, pin.with_name("redirect@again")):
+                    if step == "aside":
+                        die()
 
-            if step == "aside":
+            if step in ("aside", "again"):
                 patch.setattr(Dispatcher, "beside", and_aside)
             for name, owner, called in (
+                ("again", dispatcher, "move"),
                 ("moved", transaction, "settle"),
                 ("finished", finish, "come_along"),
                 ("back", transaction._Upgrade, "_move_sockets_back"),
@@ -368,7 +371,10 @@ def die_amid(node: hitless.Node, release: hitless.Bundle, step: str) -> None:
     assert os.WIFSIGNALED(ended)
 
 
-@pytest.mark.parametrize("step", ["verify", "moved", "aside", "merge", "commit", "finished", "back", "dropped"])
+STEPS = ["verify", "moved", "aside", "again", "merge", "commit", "finished", "back", "dropped"]
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_connections_outlive_whoever_changes_the_shape_of_their_map_and_is_killed(
     lab: Lab, tmp_path: Path, step: str
 ) -> None:

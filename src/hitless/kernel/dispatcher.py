@@ -222,7 +222,7 @@ class Dispatcher:
         self._slots.update(_number(self._own), _descriptor(new))
 
     @contextmanager
-    def aside(self, held: Map, attach_type: str, link_pin: Path) -> Iterator[None]:
+    def aside(self, held: Map, attach_type: str, link_pin: Path, spare: Path) -> Iterator[None]:
         """Take the dispatcher off ``held``, its map, meanwhile: a map without a program takes sockets that have one.
 
         What is added meanwhile and has none gets none: see :func:`hitless.kernel.socket_programs.give`. Who is killed
@@ -232,14 +232,16 @@ class Dispatcher:
         try:
             yield
         finally:
-            self.attach_again(held, attach_type, link_pin)
+            self.attach_again(held, attach_type, link_pin, spare)
 
-    def attach_again(self, held: Map, attach_type: str, link_pin: Path) -> None:
-        """Attach the dispatcher, which was detached, to ``held`` again, and pin the new link. Raises KernelError."""
+    def attach_again(self, held: Map, attach_type: str, link_pin: Path, spare: Path) -> None:
+        """Attach the dispatcher, which was detached, to ``held`` again by a link that takes the place of the dead one.
+
+        It is pinned at ``spare`` before; one that is there is of somebody who was killed here. Raises KernelError.
+        """
+        spare.unlink(missing_ok=True)
         with Program.by_id(self._link.info.program_id) as program:
             link = Link.attach(program, held.fd, attach_type, f"map {held.info.label}")
-        spare = link_pin.with_name(f"{link_pin.name}@again")
-        spare.unlink(missing_ok=True)
         link.pin(spare)
         move(spare, link_pin)
         self._link.close()

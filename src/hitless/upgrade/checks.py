@@ -101,7 +101,7 @@ def refuse_sockets(node: Node, state: NodeState, decided: Plan) -> None:
     program that it has. UnsupportedError if it would leave a board of dispatchers.
     """
     for hook in decided.hooks:
-        if HOOKS[hook.hook].on != "map":
+        if hook.action not in ("attach", "update") or HOOKS[hook.hook].on != "map":
             continue
         if hook.moved and (node.root / "board" / "dispatchers" / pin_of(hook, node.links)).exists():
             raise UnsupportedError(

@@ -60,7 +60,7 @@ def reattach(hook: HookPlan, links: Path, room: Path, held: Map) -> None:
     """
     with _open(hook, links, room) as there:
         if there.info.is_dead:
-            there.attach_again(held, hook.attach_type, _pin(hook, links, room))
+            there.attach_again(held, hook.attach_type, *_pins(hook, links, room))
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def aside(hooks: Sequence[HookPlan], links: Path, room: Path, held: Map) -> Iter
     with ExitStack() as off:
         for hook in there:
             dispatcher = off.enter_context(_open(hook, links, room))
-            off.enter_context(dispatcher.aside(held, hook.attach_type, _pin(hook, links, room)))
+            off.enter_context(dispatcher.aside(held, hook.attach_type, *_pins(hook, links, room)))
         yield
     for hook in there:
         with _open(hook, links, room) as dispatcher:
@@ -82,6 +82,8 @@ def settle(hook: HookPlan, program: Program, links: Path, room: Path, held: Map)
 
     If they run something else it is another's, which is left alone and found by who verifies. Raises KernelError.
     """
+    if not _pin(hook, links, room).exists():
+        return
     with _open(hook, links, room) as there:
         if there.info.program_id == program.info.id:
             there.update(program, program)
@@ -113,6 +115,13 @@ def come_along(hooks: Sequence[HookPlan], links: Path, room: Path) -> None:
 
 def _open(hook: HookPlan, links: Path, room: Path) -> Dispatcher:
     return Dispatcher.open(slot_of(links, pin_of(hook, links)), _pin(hook, links, room))
+
+
+def _pins(hook: HookPlan, links: Path, room: Path) -> tuple[Path, Path]:
+    """Where the link is pinned, and a place for one that is to replace it: never among the links that others see."""
+    spares = links.parent / "next" / "links" if room == links else room
+    make_directory(spares, exist_ok=True)
+    return _pin(hook, links, room), spares / f"{hook.link}@again"
 
 
 def _pin(hook: HookPlan, links: Path, room: Path) -> Path:

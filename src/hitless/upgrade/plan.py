@@ -157,7 +157,7 @@ def _check_socket_hooks(
         if hook.action != "update" or HOOKS[hook.hook].on != "map":
             continue
         entry = plans[hook.target]
-        was = targets.get(hook.was or hook.link)
+        was = targets.get(hook.was or hook.link, entry.was or entry.name)
         why = _not_moved(hook, entry, was, cutover)
         if why is not None:
             same = was == (entry.was or entry.name)
@@ -170,7 +170,7 @@ def _check_socket_hooks(
             )
 
 
-def _not_moved(hook: HookPlan, entry: MapPlan, was: str | None, cutover: CutoverRule) -> str | None:
+def _not_moved(hook: HookPlan, entry: MapPlan, was: str, cutover: CutoverRule) -> str | None:
     """Why a hook cannot go over from map ``was`` to what the plan makes of it, and what to do; None if it can."""
     names = "give the new map and its hook names of their own"
     if (entry.was or entry.name) != was:
