@@ -36,7 +36,8 @@ KILLS ?= 100
 UNDONE ?= 20
 soak: setup
 	@HITLESS_ORACLE_PAIRS=$(PAIRS) HITLESS_ORACLE_SEED=$(SEED) $(BIN)/python -m pytest tests/layout/test_compiler_oracle.py
-	@HITLESS_UPGRADES=$(UPGRADES) $(BIN)/python -m pytest -s tests/upgrade/test_readers.py tests/upgrade/test_leaks.py
+	@HITLESS_UPGRADES=$(UPGRADES) $(BIN)/python -m pytest -s tests/upgrade/test_readers.py tests/upgrade/test_leaks.py \
+	  tests/hooks/test_sockets.py
 	@HITLESS_EXAMPLES=100 $(BIN)/python -m pytest tests/model/test_real.py
 	@$(BIN)/python -m tests.soak --upgrades $(UPGRADES) --operations $(OPERATIONS) --kills $(KILLS) --undone $(UNDONE) \
 	  --seed $(SEED) $(SOAK_ARGS)

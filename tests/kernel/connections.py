@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -15,11 +16,12 @@ import numpy as np
 from hitless.kernel.dispatcher import Dispatcher
 from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
+from hitless.kernel.names import attach_number
 from hitless.kernel.programs import Program, load_object
 from meshd.demo.lab import Lab
 from tests.releases import compile_object
 
-__all__ = ["CONNECTIONS", "Bench", "Clients", "Release", "clients"]
+__all__ = ["CONNECTIONS", "Bench", "Clients", "Release", "attach_the_old_way", "clients"]
 
 CONNECTIONS = 500
 
@@ -100,6 +102,8 @@ def add():
         end.settimeout(5)
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     pairs.append((client, server))
+
+
 def take(end, size=16):
     got = b""
     while len(got) < size:
@@ -108,6 +112,16 @@ def take(end, size=16):
         got += part
     return got
 rounds = 0
+def pass_by():
+    add()
+    client, server = pairs.pop()
+    for one, other in ((client, server), (server, client)):
+        one.sendall(b"%015d\\n" % rounds)
+        assert take(other) == b"%015d\\n" % rounds
+    client.close()
+    server.close()
+
+
 def turn():
     global rounds
     for index, (client, server) in enumerate(pairs):
@@ -120,11 +134,13 @@ def turn():
     rounds += 1
 waiting = select.poll()
 waiting.register(sys.stdin, select.POLLIN)
-running, more, sent = False, 0, 0
+running, more, passing, sent = False, 0, 0, 0
 while True:
     if running and not waiting.poll(0):
         for _ in range(more):
             add()
+        for _ in range(passing):
+            pass_by()
         turn()
         sent += len(pairs)
         continue
@@ -136,9 +152,9 @@ while True:
             add()
     elif word[0] == "run":
         running = True
-        more = int(word[1])
+        more, passing = int(word[1]), int((word + [0])[2])
     elif word[0] == "stop":
-        running, more = False, 0
+        running, more, passing = False, 0, 0
         for client, server in pairs:
             for end in (client, server):
                 end.setblocking(False)
@@ -152,6 +168,12 @@ while True:
             sent += len(pairs)
     print(json.dumps(sent), flush=True)
 """
+
+
+def attach_the_old_way(program: Program, held: Map, hook: str) -> None:
+    """Without a link, as other tools do."""
+    libbpf = ctypes.CDLL("libbpf.so.1")
+    assert libbpf.bpf_prog_attach(program.fd, held.fd, attach_number(hook), 0) == 0
 
 
 class Clients:

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import os
-import signal
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from hitless.errors import UnsupportedError
 from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.dispatcher import Dispatcher, attached_program
 from hitless.kernel.maps import ANY, Map
-from hitless.kernel.names import attach_number
-from hitless.kernel.namespaces import Namespace
 from hitless.kernel.programs import Program
-from hitless.kernel.socket_programs import give, hand_over, programs_of_sockets
+from hitless.kernel.socket_programs import give, programs_of_sockets
 from hitless.kernel.sockets import Adder, Sockets, create_base, list_sockets
 from meshd.demo.lab import Lab
-from tests.kernel.connections import CONNECTIONS, Bench, clients
+from tests.kernel.connections import Bench, attach_the_old_way, clients
 
 HOOKS = [("sk_msg_verdict", "to_peer"), ("sk_skb_stream_verdict", "echo")]
-
-
-def attach_the_old_way(program: Program, held: Map, hook: str) -> None:
-    libbpf = ctypes.CDLL("libbpf.so.1")
-    assert libbpf.bpf_prog_attach(program.fd, held.fd, attach_number(hook), 0) == 0
 
 
 def counted(held: Map, hook: str) -> Counter[int]:
@@ -37,106 +26,19 @@ def counted(held: Map, hook: str) -> Counter[int]:
     return Counter(programs_of_sockets(held, hook).values())
 
 
-def adopt(bench: Bench, hook: str, name: str) -> Dispatcher:
-    """A dispatcher to the second release on a map that has had the program of the first."""
-    assert attached_program(bench.peers, hook) == bench.releases[0].programs[name].info.id
-    return Dispatcher.attach(bench.peers, hook, bench.releases[1].programs[name], bench.slot, bench.link)
-
-
-def test_sockets_that_had_a_verdict_of_the_old_way_are_handed_over_and_no_message_is_lost(lab: Lab) -> None:
+@pytest.mark.parametrize(("hook", "name"), HOOKS)
+def test_sockets_that_had_a_program_keep_it_and_are_counted(lab: Lab, hook: str, name: str) -> None:
     bench = Bench(lab, releases=2)
-    hook = "sk_skb_stream_verdict"
-    attach_the_old_way(bench.releases[0].programs["echo"], bench.peers, hook)
-    with clients(lab, answers=False) as traffic:
-        traffic.say(f"connect {CONNECTIONS}")
-        traffic.say("run 0")
-        dispatcher = adopt(bench, hook, "echo")
-        with Program.by_id(dispatcher.program_id) as program:
-            done = hand_over(bench.peers, hook, program, [Namespace.at(str(lab.netns))])
-        assert (done.given, done.left) == (2 * CONNECTIONS, {})
-        assert counted(bench.peers, hook) == Counter({dispatcher.program_id: 2 * CONNECTIONS})
-        sent = traffic.say("stop")
-        assert sum(size for _, size in bench.tallies()) == 2 * 16 * sent
-        before = bench.tallies()
-        traffic.say("rounds 3")
-        after = bench.tallies()
-        assert after[0] == before[0]
-        assert after[1][1] - before[1][1] == 3 * 2 * 16 * CONNECTIONS
-
-
-def test_sockets_are_handed_over_again_and_again(lab: Lab) -> None:
-    bench = Bench(lab, releases=2)
-    hook = "sk_skb_stream_verdict"
-    programs = [release.programs["echo"] for release in bench.releases]
-    attach_the_old_way(programs[0], bench.peers, hook)
-    with clients(lab, answers=False) as traffic:
-        traffic.say("connect 100")
-        traffic.say("run 0")
-        for number in range(30):
-            assert hand_over(bench.peers, hook, programs[1 - number % 2], [Namespace.at(str(lab.netns))]).given == 200
-        sent = traffic.say("stop")
-        assert sum(size for _, size in bench.tallies()) == 2 * 16 * sent
-
-
-def test_a_kill_of_whoever_hands_over_leaves_every_socket_with_a_verdict(lab: Lab) -> None:
-    bench = Bench(lab, releases=2)
-    hook = "sk_skb_stream_verdict"
-    programs = [release.programs["echo"] for release in bench.releases]
-    attach_the_old_way(programs[0], bench.peers, hook)
-    with clients(lab, answers=False) as traffic:
-        traffic.say("connect 200")
-        traffic.say("run 0")
-        for number in range(20):
-            pid = os.fork()
-            if not pid:
-                while True:
-                    for program in programs:
-                        hand_over(bench.peers, hook, program, [Namespace.at(str(lab.netns))])
-            time.sleep(0.02 + 0.007 * number)
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            assert set(counted(bench.peers, hook)) <= {program.info.id for program in programs}
-        sent = traffic.say("stop")
-        assert sum(size for _, size in bench.tallies()) == 2 * 16 * sent
-
-
-def test_sockets_of_other_network_namespaces_are_left_and_counted(lab: Lab) -> None:
-    bench = Bench(lab, releases=2)
-    hook = "sk_skb_stream_verdict"
-    attach_the_old_way(bench.releases[0].programs["echo"], bench.peers, hook)
-    with clients(lab, answers=False) as traffic:
+    attach_the_old_way(bench.releases[0].programs[name], bench.peers, hook)
+    with clients(lab, answers=name == "to_peer") as traffic:
         traffic.say("connect 10")
-        done = hand_over(bench.peers, hook, bench.releases[1].programs["echo"], [Namespace.at("")])
-        assert (done.given, done.left) == (0, {"no TCP socket of these network namespaces": 20})
-        traffic.say("rounds 1")
-        assert bench.tallies()[1] == (0, 0)
-
-
-def test_sockets_that_had_an_sk_msg_program_keep_it_and_are_counted(lab: Lab) -> None:
-    bench = Bench(lab, releases=2)
-    hook = "sk_msg_verdict"
-    attach_the_old_way(bench.releases[0].programs["to_peer"], bench.peers, hook)
-    with clients(lab, answers=True) as traffic:
-        traffic.say("connect 10")
-        dispatcher = adopt(bench, hook, "to_peer")
+        assert attached_program(bench.peers, hook) == bench.releases[0].programs[name].info.id
+        dispatcher = Dispatcher.attach(bench.peers, hook, bench.releases[1].programs[name], bench.slot, bench.link)
         traffic.say("connect 5")
-        old = bench.releases[0].programs["to_peer"].info.id
+        old = bench.releases[0].programs[name].info.id
         assert counted(bench.peers, hook) == Counter({old: 20, dispatcher.program_id: 10})
-        with Program.by_id(dispatcher.program_id) as program, pytest.raises(UnsupportedError, match="until they close"):
-            hand_over(bench.peers, hook, program, [Namespace.at(str(lab.netns))])
         traffic.say("rounds 1")
-        assert [calls for calls, _ in bench.tallies()] == [20, 10]
-
-
-def test_sockets_with_a_stream_parser_are_not_handed_over(lab: Lab) -> None:
-    bench = Bench(lab, releases=1)
-    programs = bench.releases[0].programs
-    attach_the_old_way(programs["whole"], bench.peers, "sk_skb_stream_parser")
-    attach_the_old_way(programs["echo"], bench.peers, "sk_skb_stream_verdict")
-    with clients(lab, answers=False) as traffic:
-        traffic.say("connect 10")
-        with pytest.raises(UnsupportedError, match="20 sockets of map peers have a stream parser"):
-            hand_over(bench.peers, "sk_skb_stream_verdict", programs["echo"], [Namespace.at(str(lab.netns))])
+        assert [size for _, size in bench.tallies()] == [2 * 16 * 10, 2 * 16 * 5]
 
 
 @pytest.mark.parametrize(("hook", "name"), HOOKS)
@@ -173,6 +75,8 @@ def carry(source: Map, target: Map, wanted: Sockets) -> list[int | None]:
 @pytest.mark.parametrize(
     ("hook", "name", "births"), [("sk_msg_verdict", "to_peer_if_there", 2), ("sk_skb_stream_verdict", "echo", 0)]
 )
+
+
 def test_the_sockets_of_a_map_of_another_shape_all_come_along(lab: Lab, hook: str, name: str, births: int) -> None:
     bench, after = Bench(lab, releases=1), Bench(lab, releases=1, attach=False)
     old, new = bench.releases[0].programs[name], after.releases[0].programs[name]

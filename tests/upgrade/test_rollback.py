@@ -15,7 +15,7 @@ import hitless
 from hitless.cli.commands import main
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
-from hitless.upgrade import staging, transaction
+from hitless.upgrade import finish, staging, transaction
 from hitless.upgrade.model import Record
 from hitless.upgrade.phases import PHASES, recovery
 from hitless.upgrade.record import read_record, write_record
@@ -533,7 +533,7 @@ SWITCHED: dict[str, tuple[Callable[[], None], str, str]] = {
     "committing": (lambda: None, "commit", ""),
     "exchanged": (after(transaction, "exchange"), "", ""),
     "cleaning up": (lambda: None, "clean-up", ""),
-    "moved the newer one": (after(transaction, "move"), "", ""),
+    "moved the newer one": (after(finish, "move"), "", ""),
 }
 
 

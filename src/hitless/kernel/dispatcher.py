@@ -4,28 +4,31 @@ Hooks whose links cannot be updated (netfilter, tracepoints) have one, and so ha
 
 The kernel hands a socket the programs of a map when the socket is added, and never others after that: neither an
 update of the map's link nor adding the socket again reaches it. So what sockets are given is a program of ours, which
-tail-calls the only slot of a program array, and a switch is one write of that slot: every socket, old or new, runs the
-new program from its next message on. Without a program in the slot, what comes passes.
+tail-calls a slot of a program array, and a switch is one write of that slot: every socket, old or new, runs the new
+program from its next message on. Without a program in the slot, what comes passes.
 
 The array is pinned before the map's first socket can be given the dispatcher. The kernel empties a program array when
 the last reference from user space goes (descriptor or pin), and sockets keep their dispatcher longer than any process
 lives.
 
-A map of another shape has a dispatcher and a slot of its own: its sockets run the new program from the first on, and
-those of the old map the old one until they are in the new map too. Then the old slot is updated to the new map's
-dispatcher, and from there on one slot switches them all.
+When a map becomes another, sockets of both have to run for a moment the program that looks for others in their own map.
+So the array of a map's hook has two slots, and there is a dispatcher to each, which the maps of a hook have in turn. At
+rest both slots hold the same program: whatever map a socket was ever added to, it runs that one, by one tail call.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
 from hitless.errors import KernelError, NodeError, UnsupportedError
+from hitless.kernel.bpffs import move
 from hitless.kernel.codegen import EXIT, LOAD, MOV, MOV_IMM, R0, R1, R2, R3, R6, Assembler
 from hitless.kernel.libbpf import check, ffi, lib
 from hitless.kernel.links import Link, LinkInfo
@@ -33,14 +36,15 @@ from hitless.kernel.maps import Map, create
 from hitless.kernel.names import attach_number, program_number
 from hitless.kernel.programs import Program, load_code
 
-__all__ = ["JUMPS", "SOCKET_HOOKS", "Dispatcher", "Jump", "attached_program", "jump_for"]
+__all__ = ["JUMPS", "SOCKET_HOOKS", "Dispatcher", "Jump", "attached_program", "is_dispatcher", "jump_for"]
 
 _TAIL_CALL = 12  # bpf_tail_call
 _PROG_ARRAY = 3  # BPF_MAP_TYPE_PROG_ARRAY
 _SK_PASS = 1
 _NF_ACCEPT = 1
 _ON = "on_"  # a slot's name that begins so goes on with the number of its hook's target
-_FIRST = bytes(4)
+_NAMES = ("dispatcher", "dispatcher_odd")
+"""Of the dispatchers, by the slot that they jump to."""
 
 
 class Jump(msgspec.Struct, frozen=True):
@@ -76,12 +80,13 @@ JUMPS = {
 
 
 class Dispatcher:
-    """The slot of one hook of a map, and the link by which the map has the dispatcher."""
+    """What is attached to one hook, by a link, and the slots of which it jumps to its own."""
 
-    def __init__(self, slot: Map, link: Link) -> None:
-        """Take both over; see :meth:`attach` and :meth:`open`."""
-        self._slot = slot
+    def __init__(self, slots: Map, link: Link, own: int = 0) -> None:
+        """Take both over; see :meth:`attach`, :meth:`beside` and :meth:`open`."""
+        self._slots = slots
         self._link = link
+        self._own = own
 
     @classmethod
     def attach(
@@ -90,26 +95,20 @@ class Dispatcher:
         """Let the sockets that are added to ``held`` from now on run ``first``, until an update names another.
 
         ``expected`` is the attach type that ``first`` was loaded for, if it is not ``attach_type``; empty is none, as
-        libbpf has it for programs of a section named just ``sk_skb``. The kernel binds the slot to it and to the type
+        libbpf has it for programs of a section named just ``sk_skb``. The kernel binds the slots to it and to the type
         of the program, and refuses (EINVAL) what was loaded as something else, now and in updates. The dispatcher takes
-        the place of a program that was attached without a link, whichever: look at :func:`attached_program` before. A
-        slot that is pinned at ``slot_pin`` already, by one who was killed here, is used again: sockets may have its
-        dispatcher. So is the place of a link that was detached.
+        the place of a program that was attached without a link, whichever: look at :func:`attached_program` before.
+        Slots that are pinned at ``slot_pin`` already, by one who was killed here, are used again: sockets may have
+        their dispatchers. So is the place of a link that was detached.
 
         Raises KernelError (EBUSY: the map has a link of this type, or its other kind of verdict), UnsupportedError.
         """
-        hook = SOCKET_HOOKS.get(attach_type)
-        if hook is None:
-            raise UnsupportedError(
-                f"no dispatcher is known for {attach_type}, only for {', '.join(SOCKET_HOOKS)}", feature=attach_type
-            )
-        what = f"{attach_type} of map {held.info.label}"
-        jump = msgspec.structs.replace(hook, loaded_for=attach_type if expected is None else expected)
+        jump, what = _socket_jump(attach_type, expected), f"{attach_type} of map {held.info.label}"
 
         def link(program: Program) -> Link:
             return Link.attach(program, held.fd, attach_type, f"map {held.info.label}")
 
-        return cls.put(jump, link, first, slot_pin, link_pin, what)
+        return cls.put(jump, link, first, slot_pin, link_pin, what, slots=len(_NAMES))
 
     @classmethod
     def put(
@@ -121,26 +120,22 @@ class Dispatcher:
         link_pin: Path,
         what: str,
         target_id: int = 0,
+        slots: int = 1,
     ) -> Dispatcher:
-        """The same for any hook, which ``link_to`` attaches a program to.
+        """The same for any hook, which ``link_to`` attaches a program to; ``slots`` is how many it has.
 
         ``target_id`` is kept where the kernel does not tell of the link what it is attached to, see LinkInfo.
         """
         name = f"{_ON}{target_id}" if target_id else "dispatcher"
         kept = os.path.lexists(slot_pin)
-        slot = Map.open(slot_pin) if kept else create(_PROG_ARRAY, name, 4, 4, 1)
-        if kept and slot.info.name != name:
+        array = Map.open(slot_pin) if kept else create(_PROG_ARRAY, name, 4, 4, slots)
+        if kept and array.info.name != name:
             slot_pin.unlink()  # of one who was killed here when something else was there
-            kept, slot = False, create(_PROG_ARRAY, name, 4, 4, 1)
-        kind, code = program_number(jump.program_type), _code(slot, jump.passing)
-        fields = {
-            "expected_attach_type": attach_number(jump.loaded_for) if jump.loaded_for else 0,
-            "attach_btf_id": jump.function,
-        }
-        with load_code(kind, "dispatcher", code, f"the dispatcher of {what}", **fields) as program:
+            kept, array = False, create(_PROG_ARRAY, name, 4, 4, slots)
+        with _load(jump, array, 0, what) as program:
             if not kept:
-                slot.update(_FIRST, _descriptor(first))
-                slot.pin(slot_pin)
+                _fill(array, first)
+                array.pin(slot_pin)
             try:
                 link = link_to(program)
             except KernelError:
@@ -148,20 +143,39 @@ class Dispatcher:
                     slot_pin.unlink()
                 raise
         if kept:
-            slot.update(_FIRST, _descriptor(first))
+            _fill(array, first)
         if os.path.lexists(link_pin):
             with Link.open(link_pin) as before:
                 if before.info.is_dead:
                     link_pin.unlink()
         link.pin(link_pin)
-        return cls(slot, link)
+        return cls(array, link)
+
+    @classmethod
+    def beside(cls, other: Dispatcher, held: Map, attach_type: str, link_pin: Path) -> Dispatcher:
+        """The dispatcher for ``held``, which is to take the place of the map of ``other``: to the other slot.
+
+        That slot keeps what it holds. ``held`` may have sockets of the other map already, and none that come later can
+        be added to it: see :meth:`aside`. Raises UnsupportedError, KernelError as :meth:`attach`.
+        """
+        slots, own, what = Map.by_id(other._slots.info.id), 1 - other._own, f"{attach_type} of map {held.info.label}"
+        if slots.info.max_entries < len(_NAMES):
+            raise UnsupportedError(
+                f"the dispatcher of {what} was made by a hitless that knew of one slot: take the hook out of one "
+                "release and into the next again, or keep the definition of the map",
+                feature="socket hook on a changed map",
+            )
+        with _load(_socket_jump(attach_type), slots, own, what) as program:
+            link = Link.attach(program, held.fd, attach_type, f"map {held.info.label}")
+        link.pin(link_pin)
+        return cls(slots, link, own)
 
     @classmethod
     def open(cls, slot_pin: Path, link_pin: Path) -> Dispatcher:
         """The dispatcher that is pinned there. Raises NodeError if the two do not belong together, KernelError."""
-        made = cls(Map.open(slot_pin), Link.open(link_pin))
-        with Program.by_id(made._link.info.program_id) as program:
-            if program.map_ids != {made._slot.info.id}:
+        slots, link = Map.open(slot_pin), Link.open(link_pin)
+        with Program.by_id(link.info.program_id) as program:
+            if program.map_ids != {slots.info.id} or program.info.name not in _NAMES:
                 raise NodeError(
                     f"the link {link_pin} runs program {program.info.id} ({program.info.name}), which is no dispatcher "
                     f"to the slot {slot_pin}: someone else updated the link; look at who uses this pin root",
@@ -169,7 +183,7 @@ class Dispatcher:
                     slot=str(slot_pin),
                     program=program.info.id,
                 )
-        return made
+            return cls(slots, link, _NAMES.index(program.info.name))
 
     @property
     def program_id(self) -> int:
@@ -180,17 +194,22 @@ class Dispatcher:
     def info(self) -> LinkInfo:
         """The link's facts as they are now, but with the program in the slot; its id is 0 if all passes."""
         link = self._link.info
-        name = self._slot.info.name
+        name = self._slots.info.name
         target = int(name.removeprefix(_ON)) if name.startswith(_ON) else link.target_id
         return msgspec.structs.replace(link, program_id=self._runs(), target_id=target)
 
     def update(self, new: Program, old: Program) -> None:
-        """Let all sockets run ``new`` from their next message on, if they run ``old`` now.
+        """Let all sockets run ``new`` from their next message on, if those of this map run ``old`` now.
 
         A slot has no compare-and-swap: this looks right before it writes, so that it does not see one who writes in
         the microseconds between. Programs that had begun may run on; wait for them as after any cutover. Raises
         NodeError if the slot has another program, KernelError (EINVAL: ``new`` was loaded as another type).
         """
+        self.update_own(new, old)
+        _fill(self._slots, new)
+
+    def update_own(self, new: Program, old: Program) -> None:
+        """The same for the sockets alone that got the dispatcher of this map, or of one before the last."""
         runs = self._runs()
         if runs != old.info.id:
             raise NodeError(
@@ -200,7 +219,33 @@ class Dispatcher:
                 program=runs,
                 expected=old.info.id,
             )
-        self._slot.update(_FIRST, _descriptor(new))
+        self._slots.update(_number(self._own), _descriptor(new))
+
+    @contextmanager
+    def aside(self, held: Map, attach_type: str, link_pin: Path, spare: Path) -> Iterator[None]:
+        """Take the dispatcher off ``held``, its map, meanwhile: a map without a program takes sockets that have one.
+
+        What is added meanwhile and has none gets none: see :func:`hitless.kernel.socket_programs.give`. Who is killed
+        here leaves a link that is dead, see :meth:`attach_again`. Raises KernelError.
+        """
+        self._link.detach()
+        try:
+            yield
+        finally:
+            self.attach_again(held, attach_type, link_pin, spare)
+
+    def attach_again(self, held: Map, attach_type: str, link_pin: Path, spare: Path) -> None:
+        """Attach the dispatcher, which was detached, to ``held`` again by a link that takes the place of the dead one.
+
+        It is pinned at ``spare`` before; one that is there is of somebody who was killed here. Raises KernelError.
+        """
+        spare.unlink(missing_ok=True)
+        with Program.by_id(self._link.info.program_id) as program:
+            link = Link.attach(program, held.fd, attach_type, f"map {held.info.label}")
+        link.pin(spare)
+        move(spare, link_pin)
+        self._link.close()
+        self._link = link
 
     def detach(self) -> None:
         """Take the dispatcher off its map: sockets that are added later get none.
@@ -211,11 +256,11 @@ class Dispatcher:
         if self._link.info.type == "sockmap":
             self._link.detach()
         else:
-            self._slot.delete(_FIRST)
+            self._slots.delete(_number(self._own))
 
     def close(self) -> None:
         """Give the descriptors back; the pins keep the hook working."""
-        self._slot.close()
+        self._slots.close()
         self._link.close()
 
     def __enter__(self) -> Dispatcher:
@@ -225,7 +270,7 @@ class Dispatcher:
         self.close()
 
     def _runs(self) -> int:
-        return int.from_bytes(self._slot.lookup(_FIRST) or b"", sys.byteorder)
+        return int.from_bytes(self._slots.lookup(_number(self._own)) or b"", sys.byteorder)
 
 
 def jump_for(hook: str, target: str) -> Jump:
@@ -252,15 +297,53 @@ def attached_program(held: Map, attach_type: str) -> int:
     return int(ids[0])
 
 
+def is_dispatcher(program_id: int) -> bool:
+    """Whether a program is a dispatcher, by its name; false if it is gone. Raises KernelError."""
+    try:
+        with Program.by_id(program_id) as program:
+            return program.info.name in _NAMES
+    except KernelError as error:
+        if error.facts["errno"] != errno.ENOENT:
+            raise
+        return False
+
+
+def _socket_jump(attach_type: str, expected: str | None = None) -> Jump:
+    hook = SOCKET_HOOKS.get(attach_type)
+    if hook is None:
+        raise UnsupportedError(
+            f"no dispatcher is known for {attach_type}, only for {', '.join(SOCKET_HOOKS)}", feature=attach_type
+        )
+    return msgspec.structs.replace(hook, loaded_for=attach_type if expected is None else expected)
+
+
+def _load(jump: Jump, slots: Map, own: int, what: str) -> Program:
+    fields = {
+        "expected_attach_type": attach_number(jump.loaded_for) if jump.loaded_for else 0,
+        "attach_btf_id": jump.function,
+    }
+    code = _code(slots, own, jump.passing)
+    return load_code(program_number(jump.program_type), _NAMES[own], code, f"the dispatcher of {what}", **fields)
+
+
+def _fill(slots: Map, program: Program) -> None:
+    for number in range(slots.info.max_entries):
+        slots.update(_number(number), _descriptor(program))
+
+
+def _number(number: int) -> bytes:
+    return number.to_bytes(4, sys.byteorder)
+
+
 def _descriptor(program: Program) -> bytes:
-    return program.fd.to_bytes(4, sys.byteorder)
+    return _number(program.fd)
 
 
-def _code(slot: Map, passing: int | None) -> bytes:
+def _code(slots: Map, own: int, passing: int | None) -> bytes:
     asm = Assembler()
     asm.emit(MOV, R6, R1)
-    asm.map(R2, slot.fd)
-    asm.emit(MOV_IMM, R3, imm=0)  # a constant: the kernel makes a direct jump of it
+    asm.map(R2, slots.fd)
+    asm.emit(MOV_IMM, R3, imm=own)  # a constant: the kernel makes a direct jump of it
     asm.call(_TAIL_CALL)  # does not come back, unless the slot is empty
     if passing is None:
         asm.emit(LOAD[4], R0, R6, 0)  # __sk_buff.len

@@ -5,16 +5,14 @@ on when it leaves that map. Adding it to a map that has a program of a kind that
 (EBUSY), even if it is the same program. So
 
 - a socket without a program is given one by adding it to a map that has it (:func:`give`), which may go again;
-- a verdict on received data ends when the socket is taken out of any map that has such a verdict, whichever. So a map
-  beside takes it away, without the socket leaving a map that is in use, and another gives the next (:func:`hand_over`);
-- a verdict on sent messages (sk_msg) ends with the socket, or when it is in no map any more, which loses what was
-  redirected to it and is not read yet. It can only be told (:func:`programs_of_sockets`).
+- from one that has a program nothing takes it without harm: a verdict on sent messages (sk_msg) ends when the socket is
+  in no map any more, which loses what was redirected to it and is not read yet; one on received data ends when it
+  leaves any map that has such a verdict, and data comes meanwhile. It can only be told (:func:`programs_of_sockets`).
 """
 
 from __future__ import annotations
 
 import errno
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,47 +20,37 @@ from contextlib import contextmanager
 import msgspec
 import numpy as np
 
-from hitless.errors import UnsupportedError
 from hitless.kernel.codegen import (
     AND_IMM,
-    DELETE,
     EXIT,
     FP,
     JEQ_IMM,
-    JNE_IMM,
     LOAD,
-    LOOKUP,
     MOV,
     MOV_IMM,
     R0,
     R1,
     R2,
     R3,
-    R4,
     R6,
-    R7,
     R9,
     SEQ_WRITE,
     STORE,
     STORE_IMM,
-    UPDATE,
     Assembler,
 )  # fmt: skip
 from hitless.kernel.iterators import Iterator as Pass
 from hitless.kernel.links import Link
 from hitless.kernel.maps import ANY, Map, create
-from hitless.kernel.namespaces import Namespace, entered
 from hitless.kernel.programs import Program
 from hitless.kernel.sockets import Adder, Sockets, create_base, list_sockets
 from hitless.kernel.vmlinux import offsets
 
-__all__ = ["Given", "give", "hand_over", "programs_of_sockets"]
+__all__ = ["Given", "give", "programs_of_sockets"]
 
 _COOKIE, _READ_KERNEL = 46, 113  # bpf_get_socket_cookie, bpf_probe_read_kernel
-_HASH, _SOCKMAP = 1, 15  # BPF_MAP_TYPE_HASH, BPF_MAP_TYPE_SOCKMAP
+_SOCKMAP = 15  # BPF_MAP_TYPE_SOCKMAP
 _SOCKET_OF_MAP = 24  # in struct bpf_iter__sockmap, behind the pointers to meta, map and key
-_SOCKET_OF_TCP = 8  # in struct bpf_iter__tcp, behind the pointer to meta
-_UNTOUCHED = 1  # an outcome that no call has
 
 _PLACES = {
     "sk_msg_verdict": "sk_psock_progs.msg_parser",
@@ -71,7 +59,6 @@ _PLACES = {
     "sk_skb_verdict": "sk_psock_progs.skb_verdict",
 }
 _WAY = ("sock.sk_user_data", "sk_psock.progs", "bpf_prog.aux", "bpf_prog_aux.id")
-_VERDICTS = ("sk_skb_stream_verdict", "sk_skb_verdict")
 
 
 class Given(msgspec.Struct, frozen=True):
@@ -131,84 +118,11 @@ def give(held: Map, attach_type: str, program: Program) -> Given:
     return _told(outcome for outcome in outcomes if outcome != -errno.EBUSY)  # it came with one after the look
 
 
-def hand_over(held: Map, attach_type: str, program: Program, namespaces: Iterable[Namespace]) -> Given:
-    """Let the sockets of ``held`` run ``program`` for ``attach_type`` instead of what they were added under.
-
-    Each is changed under its own lock: data that comes meanwhile waits for the new program, and no socket leaves
-    ``held``. Only TCP sockets of the network ``namespaces`` can be locked; the others are left. Sockets that
-    are added meanwhile get what is attached to ``held``, so attach ``program`` there first. It may be repeated. Raises
-    UnsupportedError for attach types whose programs the kernel does not let go of, and where a stream parser may hold
-    half a message; KernelError.
-    """
-    if attach_type not in _VERDICTS:
-        raise UnsupportedError(
-            f"sockets that are in map {held.info.label} already keep their {attach_type} program until they close: "
-            "the kernel takes it from a socket only together with what is queued for it",
-            feature=attach_type,
-        )
-    if parsed := sum(map(bool, programs_of_sockets(held, "sk_skb_stream_parser").values())):
-        raise UnsupportedError(
-            f"{parsed} sockets of map {held.info.label} have a stream parser, which may hold the first part of a "
-            f"message: their {attach_type} program stays until they close",
-            feature="sk_skb_stream_parser",
-            sockets=parsed,
-        )
-    sockets = list_sockets(held)
-    with _beside(sockets) as taker, _beside(sockets) as giver:
-        added = _add(held, sockets, taker)  # while it has no program, every socket may come
-        wanted = create(_HASH, "wanted", 8, 8, max(1, len(sockets)))
-        for number, cookie in enumerate(sockets.values()):
-            wanted.update(_bytes(cookie, 8), _bytes(number, 4) + _bytes(_UNTOUCHED, 4))
-        with _attached(taker, program, attach_type), _attached(giver, program, attach_type):
-            exchanger = Pass.load("tcp", _exchange_code(wanted, taker, giver), "exchange")
-            for namespace in namespaces:
-                with entered(namespace):
-                    exchanger.open(held)
-                while exchanger.read(1 << 15):
-                    pass
-            exchanger.close()
-        found = [wanted.lookup(_bytes(cookie, 8)) or b"" for cookie in sockets.values()]
-        wanted.close()
-    changed = [int.from_bytes(value[4:], sys.byteorder, signed=True) for value in found]
-    return _told(after if before == 0 else before for before, after in zip(added, changed, strict=True))
-
-
-def _exchange_code(wanted: Map, taker: Map, giver: Map) -> bytes:
-    """For each TCP socket that is wanted: out of the taker, which ends its verdict, and into the giver."""
-    asm = Assembler()
-    asm.emit(LOAD[8], R6, R1, _SOCKET_OF_TCP)
-    asm.emit(JEQ_IMM, R6, off="end", imm=0)
-    asm.emit(MOV, R1, R6)
-    asm.call(_COOKIE)
-    asm.emit(STORE[8], FP, R0, -8)
-    asm.map(R1, wanted.fd)
-    asm.pointer(R2, FP, -8)
-    asm.call(LOOKUP)
-    asm.emit(JEQ_IMM, R0, off="end", imm=0)
-    asm.emit(MOV, R7, R0)
-    asm.emit(LOAD[4], R1, R7, 0)
-    asm.emit(STORE[4], FP, R1, -12)
-    asm.map(R1, taker.fd)
-    asm.pointer(R2, FP, -12)
-    asm.call(DELETE)
-    asm.emit(JNE_IMM, R0, off="note", imm=0)  # it was refused there, or it closes
-    asm.map(R1, giver.fd)
-    asm.pointer(R2, FP, -12)
-    asm.emit(MOV, R3, R6)
-    asm.emit(MOV_IMM, R4, imm=ANY)
-    asm.call(UPDATE)
-    asm.label("note")
-    asm.emit(STORE[4], R7, R0, 4)
-    _end(asm)
-    return asm.code()
-
-
 def _told(outcomes: Iterable[int | None]) -> Given:
     """Counts of outcomes; None is a socket that was gone, which needs nothing any more."""
     counts = Counter(outcome for outcome in outcomes if outcome is not None)
     given = counts.pop(0, 0)
-    names = {_UNTOUCHED: "no TCP socket of these network namespaces"}
-    return Given(given, {names.get(each) or errno.errorcode.get(-each, str(each)): n for each, n in counts.items()})
+    return Given(given, {errno.errorcode.get(-each, str(each)): count for each, count in counts.items()})
 
 
 @contextmanager
@@ -250,7 +164,3 @@ def _end(asm: Assembler) -> None:
     asm.label("end")
     asm.emit(MOV_IMM, R0, imm=0)
     asm.emit(EXIT)
-
-
-def _bytes(number: int, size: int) -> bytes:
-    return number.to_bytes(size, sys.byteorder)

@@ -1,7 +1,7 @@
 """One hook: what is attached there, found by its pins. (What is not attached yet: :mod:`hitless.upgrade.attaching`.)
 
 ``links`` is always the directory of link pins. Hooks of sockmaps and those whose links cannot be updated have a
-dispatcher, whose slot is pinned in ``slots/`` beside it, under the same name. A hook without a link has a note there:
+dispatcher, whose slots are pinned in ``slots/`` beside it, under the same name. A hook without a link has a note there:
 see :mod:`hitless.upgrade.notes`. Where connections keep to their release, what is attached is a dispatcher of the board
 in ``board/`` (:mod:`hitless.upgrade.connections`), and what runs is in its slots.
 """

@@ -30,7 +30,7 @@ from hitless.upgrade.attached import Attached, open_attached, remove, slot_of
 from hitless.upgrade.model import HookPlan
 from hitless.upgrade.notes import Where, note, noted, read_note
 
-__all__ = ["adopt", "attach"]
+__all__ = ["adopt", "attach", "give_all"]
 
 _XDP_MODES = {"generic": 2, "native": 4}  # XDP_FLAGS_SKB_MODE, XDP_FLAGS_DRV_MODE
 
@@ -112,11 +112,18 @@ def _attach_dispatcher(held: Map, hook: HookPlan, program: Program, links: Path)
     slot = slot_of(links, hook.link)
     make_directory(slot.parent, exist_ok=True)
     with Dispatcher.attach(held, hook.attach_type, program, slot, links / hook.link) as made:
-        if not list_sockets(held):
-            return
-        # They came while the map had no program, and would never run one.
-        with Program.by_id(made.program_id) as dispatcher:
-            given = give(held, hook.attach_type, dispatcher)
+        give_all(held, hook, made)
+
+
+def give_all(held: Map, hook: HookPlan, made: Dispatcher) -> None:
+    """Let also those sockets of ``held`` run the hook that came while it had no program, and would never run one.
+
+    Raises NodeError if not all can, KernelError.
+    """
+    if not list_sockets(held):
+        return
+    with Program.by_id(made.program_id) as dispatcher:
+        given = give(held, hook.attach_type, dispatcher)
     if given.left:
         why = ", ".join(f"{count} {reason}" for reason, count in given.left.items())
         raise NodeError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -20,12 +21,16 @@ from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
 from hitless.upgrade.pace import Pace
 
-__all__ = ["Carrier", "Passage", "Successors", "Tally"]
+__all__ = ["Aside", "Carrier", "Passage", "Successors", "Tally"]
 
 
 Successors = dict[tuple[int, MapSpec | None], Map]
 """Which map takes the place of another, by the kernel's id of that, in both directions. The second part is None for
 maps of the releases; for inner maps it is what they become, so that outer maps which share one find it."""
+
+
+Aside = Callable[[], AbstractContextManager[None]]
+"""What is entered around additions to a map of sockets that has hooks."""
 
 
 class Tally:
@@ -59,7 +64,8 @@ class Passage(msgspec.Struct, frozen=True):
     around each step that must not meet a dual write, for some milliseconds at most while the old release runs.
     ``pace`` is called without it after each part of the work. ``code`` is the source of the module that
     ``rules.convert`` names.
-    ``successors`` is shared by all passages of an upgrade.
+    ``successors`` is shared by all passages of an upgrade. ``source_aside`` and ``target_aside`` keep the hooks of a
+    map of sockets off it, so that sockets which have a program already can be added.
     """
 
     name: str
@@ -76,6 +82,8 @@ class Passage(msgspec.Struct, frozen=True):
     pace: Pace = msgspec.field(default_factory=Pace)
     code: str = ""
     successors: Successors = {}
+    source_aside: Aside | None = None
+    target_aside: Aside | None = None
 
 
 class Carrier(Protocol):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from hitless.bundle import Bundle
 from hitless.carry import is_global
-from hitless.errors import LossNotAllowedError, NodeError, VerifyError
+from hitless.errors import LossNotAllowedError, NodeError, UnsupportedError, VerifyError
+from hitless.hooks import HOOKS
 from hitless.kernel.cgroups import keeps_links_out
+from hitless.kernel.dispatcher import attached_program, is_dispatcher
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
 from hitless.kernel.queues import count_elements
+from hitless.kernel.socket_programs import programs_of_sockets
 from hitless.kernel.sockets import list_sockets
 from hitless.kernel.struct_ops import congestion_controls
 from hitless.upgrade.attached import open_attached, pin_of
@@ -25,6 +29,7 @@ __all__ = [
     "refuse_loss",
     "refuse_overfull",
     "refuse_replaced_pins",
+    "refuse_sockets",
     "refuse_taken_names",
     "verify_hooks",
     "verify_pins",
@@ -106,6 +111,57 @@ def refuse_taken_names(decided: Plan) -> None:
             )
 
 
+def refuse_sockets(node: Node, state: NodeState, decided: Plan) -> None:
+    """Raise NodeError if a hook of sockets would not reach those that are in its map: the kernel takes from none the
+    program that it has. UnsupportedError if it would leave a board of dispatchers.
+    """
+    for hook in decided.hooks:
+        if hook.action not in ("attach", "update") or HOOKS[hook.hook].on != "map":
+            continue
+        if hook.moved and (node.root / "board" / "dispatchers" / pin_of(hook, node.links)).exists():
+            raise UnsupportedError(
+                f"hook {hook.link} has dispatchers that keep each connection with its release, since an upgrade with "
+                f'consistency = "connection", and map {hook.moved} would become another, in which connections of one '
+                "release do not find those of the other: keep the definition of the map, or give the new map and its "
+                "hook names of their own",
+                feature="socket hook on a changed map",
+                link=hook.link,
+                map=hook.target,
+            )
+        (entry,) = (entry for entry in decided.maps if entry.name == hook.target)
+        if hook.action == "attach" and state.current is not None and entry.action in ("keep", "convert"):
+            with Map.open(map_pin(node.current, entry.was or entry.name)) as held:
+                _refuse_taken(hook, held, state)
+
+
+def _refuse_taken(hook: HookPlan, held: Map, state: NodeState) -> None:
+    name = held.info.label
+    for link, info in state.links.items():
+        if info.type == "sockmap" and info.target_id == held.info.id and info.attach_type == hook.attach_type:
+            raise NodeError(
+                f"link {hook.link}: map {name} has the {hook.attach_type} of link {link} of this bundle, and takes one "
+                f"only: name that link as `was`, or leave that hook out in a release before",
+                link=hook.link,
+                map=name,
+            )
+    found = Counter(programs_of_sockets(held, hook.attach_type).values()) if list_sockets(held) else Counter[int]()
+    others = {number: count for number, count in found.items() if number and not is_dispatcher(number)}
+    attached = attached_program(held, hook.attach_type)
+    if attached:
+        others.setdefault(attached, 0)
+    if others:
+        what = " and ".join(f"program {number} ({count} sockets run it)" for number, count in sorted(others.items()))
+        raise NodeError(
+            f"link {hook.link}: map {name} has {hook.attach_type} {what}, which hitless did not attach, and the kernel "
+            "lets a socket keep what it was added under until it closes; nothing was changed: let who attached it take "
+            "it off, and close or let end the connections that run it; or give the map and its hook names of their own",
+            link=hook.link,
+            map=name,
+            programs=sorted(others),
+            sockets=sum(others.values()),
+        )
+
+
 def refuse_loss(decided: Plan) -> None:
     """Raise LossNotAllowedError if the plan loses what nobody allowed to be lost."""
     if not decided.blocked:
@@ -144,6 +200,7 @@ def verify_pins(node: Node, current: Generation | None, maps: Mapping[str, Map])
                 "one there; the old release goes on as it was: find out who did, then apply again",
                 path=str(path), expected=wanted, found=found,
             )  # fmt: skip
+
 
 def verify_hooks(hooks: Collection[HookPlan], programs: Mapping[str, Program], links: Path) -> None:
     """Each hook runs its new program. Raises VerifyError."""

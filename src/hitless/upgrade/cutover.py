@@ -12,13 +12,16 @@ from pathlib import Path
 from hitless.errors import GoneError, KernelError
 from hitless.hooks import HOOKS
 from hitless.kernel.bpffs import make_directory
+from hitless.kernel.dispatcher import Dispatcher
+from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
 from hitless.kernel.struct_ops import StructOps, renew_defaults
 from hitless.kernel.xdp import quick
 from hitless.upgrade.attached import Attached, BoardHook, open_attached, pin_of, remove
 from hitless.upgrade.attaching import adopt, attach
 from hitless.upgrade.model import HookPlan
-from hitless.upgrade.record import map_pin
+from hitless.upgrade.moving import lead, reattach
+from hitless.upgrade.record import map_pin, pin_name
 
 __all__ = ["detach_hooks", "hold_adopted", "switch_back", "switch_hooks", "with_ops"]
 
@@ -46,6 +49,12 @@ def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], lin
                 changes.append((hook, partial(_attach, hook, programs[hook.program], links, maps)))
             elif hook.action in ("update", "adopt"):
                 new = programs[hook.program]
+                if hook.moved:
+                    target = held.enter_context(Map.open(maps / pin_name(hook.target)))
+                    leads = held.enter_context(lead(hook, links, maps.parent / "links", target))
+                    if leads.info.program_id != new.info.id:
+                        changes.append((hook, partial(leads.update_own, new, held.enter_context(_expected(hook)))))
+                    continue
                 with _may_go(hook):
                     adopted = hook.action == "adopt"
                     there = held.enter_context(
@@ -135,8 +144,8 @@ def _may_go(hook: HookPlan) -> Iterator[None]:
             ) from error
 
 
-def switch_back(hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path) -> None:
-    """Undo :func:`switch_hooks`, as far as it came. Raises NodeError, KernelError.
+def switch_back(hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path, maps: Path) -> None:
+    """Undo :func:`switch_hooks`, as far as it came; ``maps`` has the old release's. Raises NodeError, KernelError.
 
     In the plan's order as well, not from its end: that says which program may be the newer one for a moment, and going
     back the old release comes. A program that notes something must not go back before the one that ends it. Hooks that
@@ -149,6 +158,9 @@ def switch_back(hooks: Sequence[HookPlan], programs: Mapping[str, Program], link
             if hook.action == "attach":
                 remove(links, hook.link)
             continue
+        if hook.moved:
+            with Map.open(maps / pin_name(hook.moved)) as old_map:
+                reattach(hook, links, links, old_map)
         with open_attached(links, name) as there:
             ours = there.info.program_id == program.info.id
             if hook.action == "attach":
@@ -157,7 +169,10 @@ def switch_back(hooks: Sequence[HookPlan], programs: Mapping[str, Program], link
                 _detach(there)
             elif ours and hook.action in ("update", "adopt") and not there.info.is_dead:
                 with _expected(hook) as old, _gone_is_done():
-                    there.update(old, program)
+                    if isinstance(there, Dispatcher) and hook.moved:
+                        there.update_own(old, program)  # the others when they are in the old map
+                    else:
+                        there.update(old, program)
         if hook.action == "adopt" or (hook.action == "attach" and (ours or not HOOKS[hook.hook].linked)):
             remove(links, name)
     _renew(hooks)

@@ -207,10 +207,10 @@ def _dead_links(node: Node, state: NodeState) -> Iterator[_Pin]:
 
 def _pins(generation: Path) -> Iterator[tuple[Path, str]]:
     """All that is pinned in a generation, but its record, each with its kind."""
-    programs = ("progs", "adopted")
-    for room in ("maps", "data", "progs", "base", "back", "adopted"):
+    kinds = {"progs": "program", "adopted": "program", "links": "link"}
+    for room in ("maps", "data", "progs", "base", "back", "adopted", "links"):
         if (generation / room).is_dir():
-            kind = "program" if room in programs else "map"
+            kind = kinds.get(room, "map")
             yield from ((path, kind) for path in sorted((generation / room).rglob("*")) if not path.is_dir())
 
 

@@ -79,7 +79,8 @@ class HookPlan(msgspec.Struct, frozen=True):
     number of the target, as in LinkInfo, and ``netns`` the network namespace of an interface. ``matched`` says that a
     pattern led to it, so that it may go at any time. ``method`` is how the program of a live hook is exchanged, in
     words, and ``point`` where one of netfilter runs. ``priority`` and ``handle`` are those of a tc filter; 0 is one
-    that is free when it is attached.
+    that is free when it is attached. ``moved`` is the running release's name of the map of sockets that it is on, if
+    that becomes another: see :mod:`hitless.upgrade.moving`.
     """
 
     link: str
@@ -99,6 +100,7 @@ class HookPlan(msgspec.Struct, frozen=True):
     priority: int = 0
     handle: int = 0
     adopted: str | None = None
+    moved: str | None = None
 
 
 class MapFacts(msgspec.Struct, frozen=True):

@@ -3,7 +3,7 @@
     root/current/      the running generation: maps/ data/ progs/ and its record
     root/maps, progs   symbolic links into current/: the paths that other programs open
     root/links/        the bpf_links, updated in place
-    root/slots/        the program array of each link that is a dispatcher
+    root/slots/        the program array of each link that is a dispatcher, with one slot, or two of a map's
     root/board/        dispatchers that keep each connection with its release
     root/next/         the generation being built; there during an upgrade only
     root/previous/     the last generation
@@ -53,7 +53,7 @@ PUBLIC = ("maps", "progs")
 
 _LOOK_SECONDS = 5.0
 _PINS = ("maps", "data", "progs")
-_SUBDIRECTORIES = (*_PINS, "base", "back", "adopted")
+_SUBDIRECTORIES = (*_PINS, "base", "back", "adopted", "links")
 
 
 class Node:

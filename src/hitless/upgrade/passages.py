@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ from hitless.layout.variables import diff_sections
 from hitless.upgrade.carrier import Carrier, Passage, Successors
 from hitless.upgrade.carriers import CARRIERS
 from hitless.upgrade.model import Generation, MapPlan, Record
+from hitless.upgrade.moving import aside
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.record import map_pin, pin_name
 from hitless.upgrade.section import carry_section
@@ -53,11 +55,14 @@ def make_carriers(
             continue
         old, new = current.maps[was].spec, msgspec.structs.replace(record.maps[name], name=name)
         rule = record.rules.get(name, MapRules())
+        source, target = Map.open(map_pin(sides.old, was)), maps[name]
+        hooks = [hook for hook in record.plan.hooks if hook.moved and hook.target == name] if record.plan else []
+        links = sides.new.parent / "links"
         carried[name] = CARRIERS[entry.kind](
             Passage(
                 name=name,
-                source=Map.open(map_pin(sides.old, was)),
-                target=maps[name],
+                source=source,
+                target=target,
                 old=old,
                 new=new,
                 diff=diff_map(old, new, rule),
@@ -69,6 +74,8 @@ def make_carriers(
                 pace=pace,
                 code=record.converters.get((rule.convert or "").partition(":")[0], ""),
                 successors=successors,
+                source_aside=partial(aside, hooks, links, links, source) if hooks else None,
+                target_aside=partial(aside, hooks, links, sides.new / "links", target) if hooks else None,
             )
         )
     return carried

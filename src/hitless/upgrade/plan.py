@@ -39,6 +39,7 @@ from hitless.upgrade.places import Occupant, Place
 
 __all__ = ["awaited", "hooks_of", "late_hooks", "make_plan"]
 
+_MOVED = "exact; its sockets keep their hooks, and for a moment of the cutover some may not find each other"
 
 
 def make_plan(
@@ -85,8 +86,10 @@ def make_plan(
         maps = _with_left_rings(maps, left, state.previous, bundle, allow_loss)
         hooks = _plan_hooks(state, current, bundle, places, restart=False)
         _check_cgroup_storage(maps, hooks, bundle)
-        _check_socket_hooks(maps, hooks)
+        _check_socket_hooks(current, maps, hooks, bundle.cutover)
         _check_ops(maps, hooks, current, bundle)
+        hooks = _with_moved(maps, hooks)
+        maps = tuple(_with_hooks(entry, hooks) for entry in maps)
         maps = _with_waits(maps, current, bundle.cutover)
     if bundle.cutover.consistency == "connection":
         _check_dispatchers(hooks)
@@ -146,15 +149,23 @@ def _check_barrier(state: NodeState, bundle: Bundle, features: Container[str]) -
         )
 
 
-def _check_socket_hooks(maps: tuple[MapPlan, ...], hooks: tuple[HookPlan, ...]) -> None:
-    """Sockets that are in a map keep its dispatcher, and cannot be added to another one that has a program."""
+def _check_socket_hooks(
+    current: Generation, maps: tuple[MapPlan, ...], hooks: tuple[HookPlan, ...], cutover: CutoverRule
+) -> None:
+    """Sockets keep the dispatcher of a hook for good; a map that becomes another has to have them all."""
     plans = {entry.name: entry for entry in maps}
+    targets = {hook.link: hook.target for hook in current.record.hooks}
     for hook in hooks:
-        if hook.action == "update" and HOOKS[hook.hook].on == "map" and plans[hook.target].action != "keep":
+        if hook.action != "update" or HOOKS[hook.hook].on != "map":
+            continue
+        entry = plans[hook.target]
+        was = targets.get(hook.was or hook.link, entry.was or entry.name)
+        why = _not_moved(hook, entry, was, cutover)
+        if why is not None:
+            same = was == (entry.was or entry.name)
+            goes = f"which becomes another one ({entry.verdict})" if same else f"and would go to map {hook.target}"
             raise UnsupportedError(
-                f"map {hook.target} has hook {hook.link} ({hook.hook}) and would become another map "
-                f"({plans[hook.target].verdict}), which its sockets cannot be moved to without a moment in which they "
-                "run no program: keep its definition, or give the new map and its hook names of their own",
+                f"hook {hook.link} ({hook.hook}) is on map {was}, {goes}: {why}",
                 feature="socket hook on a changed map",
                 link=hook.link,
                 map=hook.target,
@@ -208,6 +219,47 @@ def _check_ops(
                 feature="struct_ops of another name",
                 link=hook.link,
             )
+
+
+def _not_moved(hook: HookPlan, entry: MapPlan, was: str, cutover: CutoverRule) -> str | None:
+    """Why a hook cannot go over from map ``was`` to what the plan makes of it, and what to do; None if it can."""
+    names = "give the new map and its hook names of their own"
+    if (entry.was or entry.name) != was:
+        return f"that is another one, and the sockets of {was} would go on without it; {names}"
+    if entry.action == "keep":
+        return None
+    if entry.action != "convert":
+        reason = entry.loss[0] if entry.loss else entry.method
+        return f"its sockets do not come along ({reason}), and would keep the hook all the same; {names}"
+    if hook.attach_type == "sk_skb_stream_parser":
+        return (
+            "a socket that comes in the moment in which that takes the hook of another may get its verdict without its "
+            f"parser; keep the definition of the map, or {names}"
+        )
+    if cutover.consistency == "connection":
+        return (
+            "as long as connections of both releases live, each would look for the other's sockets in a map where they "
+            'are not; leave out consistency = "connection" in this upgrade, or keep the definition of the map'
+        )
+    return None
+
+
+def _with_moved(maps: tuple[MapPlan, ...], hooks: tuple[HookPlan, ...]) -> tuple[HookPlan, ...]:
+    """The hooks with the maps of sockets from which they come."""
+    olds = {entry.name: entry.was or entry.name for entry in maps if entry.action == "convert"}
+    method = "slot of its dispatcher; the new map gets one too"
+    return tuple(
+        msgspec.structs.replace(hook, moved=olds[hook.target], method=method)
+        if hook.action == "update" and HOOKS[hook.hook].on == "map" and hook.target in olds
+        else hook
+        for hook in hooks
+    )
+
+
+def _with_hooks(entry: MapPlan, hooks: tuple[HookPlan, ...]) -> MapPlan:
+    if any(hook.moved and hook.target == entry.name for hook in hooks):
+        return msgspec.structs.replace(entry, exactness=_MOVED)
+    return entry
 
 
 def _check_cgroup_storage(maps: tuple[MapPlan, ...], hooks: tuple[HookPlan, ...], bundle: Bundle) -> None:

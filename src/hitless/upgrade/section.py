@@ -8,11 +8,9 @@ runs on the new map while that is done.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -27,7 +25,6 @@ __all__ = ["SectionCarrier", "carry_section"]
 Bits = npt.NDArray[np.uint8]
 
 _KEY = bytes(4)
-_NOT_IN_KERNEL_NAMES = re.compile(r"[^A-Za-z0-9_.]")
 
 
 class SectionCarrier:
@@ -96,8 +93,7 @@ def carry_section(name: str, passages: Sequence[Passage]) -> SectionCarrier:
     """
     if passages[0].fresh:
         make_directory(passages[0].pin.parent)
-    in_kernel = _NOT_IN_KERNEL_NAMES.sub("_", name)
-    parts = [carry_entries(msgspec.structs.replace(passage, name=in_kernel)) for passage in passages]
+    parts = [carry_entries(passage) for passage in passages]
     masks = [_written(passage.diff.value) for passage in passages if passage.diff.value is not None]
     return SectionCarrier(name, passages[0].target, parts, masks)
 

@@ -20,7 +20,7 @@ from hitless.kernel.libbpf import check
 from hitless.kernel.maps import ANY, NOEXIST, Map, Rows
 from hitless.kernel.sockets import Adder, Remover, Sockets, create_base, list_sockets
 from hitless.layout.conversion import Conversion
-from hitless.upgrade.carrier import Carrier, Passage, Tally
+from hitless.upgrade.carrier import Aside, Carrier, Passage, Tally
 
 __all__ = ["SocketMap", "carry_sockets"]
 
@@ -34,7 +34,7 @@ class SocketMap:
 
     def __init__(
         self, name: str, source: Map, target: Map, base: Map, key: Conversion | None, back: Conversion | None,
-        writing: threading.RLock,
+        writing: threading.RLock, aside: Aside | None, back_aside: Aside | None,
     ) -> None:  # fmt: skip
         self.name = name
         self.tally = Tally()
@@ -44,6 +44,8 @@ class SocketMap:
         self._key = key
         self._back = back
         self._writing = writing
+        self._aside = aside
+        self._back_aside = back_aside
         self._adder = Adder(name, source, target, base)
         self._remover = Remover(name, target)
 
@@ -87,16 +89,30 @@ class SocketMap:
                 continue
             wanted.append(key)
             flags.append(NOEXIST if there is None else ANY)
-        outcomes = self._adder.add(
-            _rows(wanted, self._source.info.key_size),
-            [old[key] for key in wanted],
-            _rows([places[key] for key in wanted], self._target.info.key_size),
-            flags,
-        )
+        outcomes = self._add([(key, old[key], places[key], flag) for key, flag in zip(wanted, flags, strict=True)])
         self.tally.rounds += 1
         refused = {number: outcomes.count(-number) for number in _REFUSED if -number in outcomes}
         self._raise_others(outcomes, last)
         return len(gone) + outcomes.count(0), refused
+
+    def _add(self, wanted: list[tuple[bytes, int, bytes, int]]) -> list[int | None]:
+        """What came of adding sockets: key and cookie, the key in the target, and how it is to be put there."""
+        outcomes = self._add_now(wanted)
+        refused = [index for index, outcome in enumerate(outcomes) if outcome == -errno.EBUSY]
+        if refused and self._aside is not None:  # they have a program, and the target has one too
+            with self._aside():
+                again = self._add_now([wanted[index] for index in refused])
+            for index, outcome in zip(refused, again, strict=True):
+                outcomes[index] = outcome
+        return outcomes
+
+    def _add_now(self, wanted: list[tuple[bytes, int, bytes, int]]) -> list[int | None]:
+        return self._adder.add(
+            _rows([key for key, *_ in wanted], self._source.info.key_size),
+            [cookie for _, cookie, *_ in wanted],
+            _rows([place for *_, place, _ in wanted], self._target.info.key_size),
+            [flag for *_, flag in wanted],
+        )
 
     def _raise_others(self, outcomes: list[int | None], last: bool) -> None:
         can_wait = not last and self._target.info.max_entries >= self._source.info.max_entries
@@ -145,7 +161,8 @@ class SocketMap:
             base.pin(pin)
         else:
             base = Map.open(pin)
-        return SocketMap(self.name, self._target, self._source, base, self._back, self._key, self._writing)
+        asides = self._back_aside, self._aside
+        return SocketMap(self.name, self._target, self._source, base, self._back, self._key, self._writing, *asides)
 
 
 def carry_sockets(passage: Passage) -> SocketMap:
@@ -157,7 +174,8 @@ def carry_sockets(passage: Passage) -> SocketMap:
         base = Map.open(passage.pin)
     key = passage.diff.key
     back = key.inverse() if key else None
-    return SocketMap(passage.name, passage.source, passage.target, base, key, back, passage.writing)
+    asides = passage.target_aside, passage.source_aside
+    return SocketMap(passage.name, passage.source, passage.target, base, key, back, passage.writing, *asides)
 
 
 def _rows(keys: list[bytes], size: int) -> Rows:

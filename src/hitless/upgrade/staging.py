@@ -135,7 +135,7 @@ def give_up(node: Node) -> None:
         return
     if record.former is not None:
         write_record(path, _as_before(record, record.former))
-    for scratch in ("base", "back", "adopted"):
+    for scratch in ("base", "back", "adopted", "links"):
         remove_tree(node.next / scratch)
     move(node.next, node.previous)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import msgspec
 
@@ -33,13 +32,14 @@ from hitless.kernel.processes import who
 from hitless.kernel.programs import Program
 from hitless.kernel.switchboard import Left, Switchboard
 from hitless.layout.model import ProgramSpec
-from hitless.upgrade.attached import open_attached, remove, rename
+from hitless.upgrade.attached import open_attached
 from hitless.upgrade.carrier import Carrier, Tally
 from hitless.upgrade.checks import (
     refuse_exclusive,
     refuse_loss,
     refuse_overfull,
     refuse_replaced_pins,
+    refuse_sockets,
     refuse_taken_names,
     verify_hooks,
     verify_pins,
@@ -48,11 +48,11 @@ from hitless.upgrade.connections import install, turn, turn_back, wait
 from hitless.upgrade.cutover import detach_hooks, hold_adopted, switch_back, switch_hooks, with_ops
 from hitless.upgrade.drift import interrupted, recovering
 from hitless.upgrade.fingerprint import Asked, fingerprint, require_meant, require_same, require_unchanged
+from hitless.upgrade.finish import finish
 from hitless.upgrade.handle import Staged
 from hitless.upgrade.model import (
     Cutover,
     Generation,
-    Hook,
     MapPlan,
     MapResult,
     NodeState,
@@ -61,7 +61,8 @@ from hitless.upgrade.model import (
     Record,
     Result,
 )
-from hitless.upgrade.node import Node, read_generation
+from hitless.upgrade.moving import read_types, require_moved, settle
+from hitless.upgrade.node import Node
 from hitless.upgrade.ops import still_used, wait_for_last
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.passages import Sides, make_carriers
@@ -140,6 +141,7 @@ def _plan(
     refuse_overfull(node, state, bundle, decided)
     refuse_exclusive(decided)
     refuse_taken_names(decided)
+    refuse_sockets(node, state, decided)
     return msgspec.structs.replace(decided, fingerprint=fingerprint(state, targets, asked.answers, *machine))
 
 
@@ -169,6 +171,7 @@ def _plan_back(node: Node, state: NodeState, allow_loss: Collection[str]) -> tup
     refuse_overfull(node, state, release, decided)
     refuse_exclusive(decided)
     refuse_taken_names(decided)
+    refuse_sockets(node, state, decided)
     return decided, release
 
 
@@ -329,7 +332,7 @@ def _recover(node: Node, tell: Callable[[Progress], None], wait: float, back: bo
                     "(hitless rollback)",
                     path=str(node.root),
                 )
-            _finish(node)
+            finish(node)
             return f"finished the clean-up after the upgrade to {state.version}"
         case "remove":
             give_up(node)
@@ -402,6 +405,7 @@ class _Upgrade:
         self._carried: dict[str, Carrier] = {}
         self._steps: dict[str, float] = {}
         self._board: Switchboard | None = None  # where connections keep to their release
+        self._moved = [hook for hook in decided.hooks if hook.moved]
         self.left_behind: list[str] = []  # by the way back, in words
 
     def restart(self, prepare: Callable[[Node], None] | None) -> Result:
@@ -433,6 +437,8 @@ class _Upgrade:
                 self._carry(fresh=True)
                 with node.access.writing:
                     node.access.staged = Staged(self._maps, copying.maps, self._carried)
+                for hook in self._moved:
+                    read_types(hook, self._maps[hook.target])
                 for carrier in self._carried.values():
                     self._copy(carrier)
             with self._step("prepare"):
@@ -477,6 +483,7 @@ class _Upgrade:
             moved = self._wait_for_connections()
             self._wait_for_ops()
             with self._step("catch-up"):
+                self._move_sockets()
                 # A first merge at once keeps short the time in which new programs miss what old ones wrote last.
                 self._merge()
                 wait_for_running_programs(self._current is not None and self._current.record.may_sleep)
@@ -500,11 +507,11 @@ class _Upgrade:
                 node.access.staged = None
             error.add_note(f"{self._plan.to_version} is live all the same: this came behind the commit")
             with _undoing(error):
-                _finish(node)
+                finish(node)
             raise
         with self._step("clean-up"):
             try:
-                _finish(node)
+                finish(node)
             except KernelError:
                 self._finish_again()  # nobody should have to come back because of an error that passed
         self._drain()
@@ -520,7 +527,17 @@ class _Upgrade:
             self._board = install(hooks, self._specs(), node.links, node.next / "maps")
             turn(self._board, hooks, self._programs, node.links)
             return 0.0
+        for name in dict.fromkeys(hook.target for hook in self._moved):
+            self._carried[name].catch_up()  # so that few come to the old map behind it
         return switch_hooks(hooks, self._programs, node.links, node.next / "maps")
+
+    def _move_sockets(self) -> None:
+        """Bring to the new maps who came to the old ones meanwhile; from here on all sockets run the new programs."""
+        for name in dict.fromkeys(hook.target for hook in self._moved):
+            self._carried[name].catch_up()
+        for hook in self._moved:
+            new = self._maps[hook.target]
+            settle(hook, self._programs[hook.program], self._node.links, self._node.next / "links", new)
 
     def _specs(self) -> dict[str, ProgramSpec]:
         """The programs of both releases; the new one's count where a name is in both."""
@@ -613,6 +630,8 @@ class _Upgrade:
 
     def _verify_hooks(self) -> None:
         verify_hooks(self._plan.hooks, self._programs, self._node.links)
+        for hook in self._moved:
+            require_moved(hook, self._programs[hook.program], self._node.links, self._node.next / "links")
 
     def _commit(self) -> None:
         node = self._node
@@ -645,7 +664,11 @@ class _Upgrade:
             self._merge_before_going_back()
         if self._plan.cutover.consistency == "connection" and (node.root / "board").exists():
             turn_back(Switchboard(node.root / "board"), self._plan.hooks, self._programs, node.links)
-        switch_back(self._plan.hooks, self._programs, node.links)
+        switch_back(self._plan.hooks, self._programs, node.links, node.current / "maps")
+        if not filled:
+            remove_tree(node.next / "back")
+            make_directory(node.next / "back")
+        sockets = self._move_sockets_back(filled)
         wait_for_running_programs(self._record is not None and self._record.may_sleep)
         if self._current is not None and awaited(self._plan.maps, self._current):
             new = {held.info.id for held in self._maps.values()}
@@ -654,7 +677,7 @@ class _Upgrade:
                 what = f"what {left} sockets write that have a struct_ops of {self._plan.to_version}"
                 self.left_behind.append(f"{what} stays behind: they keep it until they end")
         with node.access.alone(self._wait):
-            backs = self._ways_back(node.next / "back", filled)
+            backs = [*sockets.values(), *(self._turned(name, filled) for name in self._carried if name not in sockets)]
             if not filled:
                 write_record(record, self._phase("merging-back"))
             for back in backs:
@@ -664,6 +687,17 @@ class _Upgrade:
                     self.left_behind.append(f"{what}: {back.tally.left_behind}")
             write_record(record, self._phase("undone"))
         self._drop()
+
+    def _move_sockets_back(self, filled: bool) -> dict[str, Carrier]:
+        """As :meth:`_move_sockets`; returns the carriers of their maps, by name."""
+        backs = {hook.target: self._turned(hook.target, filled) for hook in self._moved}
+        for back in backs.values():
+            back.catch_up()
+        for hook in self._moved:
+            assert hook.moved is not None and hook.expected is not None
+            with Program.by_id(hook.expected) as old, Map.open(map_pin(self._node.current, hook.moved)) as held:
+                settle(hook, old, self._node.links, self._node.links, held)
+        return backs
 
     def _merge_before_going_back(self) -> None:
         """Let the bases know what old programs wrote last, if all hooks run new ones: so no old program is about.
@@ -683,16 +717,13 @@ class _Upgrade:
             what = "what the old release inserted last could not be told from what the new one did"
             self.left_behind.append(f"{what}, and may come back where the old one deletes it: {error.message}")
 
-    def _ways_back(self, directory: Path, filled: bool) -> list[Carrier]:
-        """The carriers with the sides changed; what they keep is made new, or opened if it is ``filled``."""
-        if not filled:
-            remove_tree(directory)
-            make_directory(directory)
-        return [carrier.turned(directory / pin_name(name), not filled) for name, carrier in self._carried.items()]
+    def _turned(self, name: str, filled: bool) -> Carrier:
+        """The carrier with the sides changed; what it keeps is made new, or opened if it is ``filled``."""
+        return self._carried[name].turned(self._node.next / "back" / pin_name(name), not filled)
 
     def _finish_again(self) -> None:
         try:
-            _finish(self._node)
+            finish(self._node)
         except HitlessError as error:
             error.add_note(f"{self._plan.to_version} is live and complete; {_LEFT}")
             raise
@@ -750,68 +781,6 @@ class _Upgrade:
             cutover=cutover,
             steps=self._steps,
         )
-
-
-@in_step("clean-up")
-def _finish(node: Node) -> None:
-    """Everything that follows a commit; may be repeated."""
-    record = read_record(node.current / "record")
-    if node.next.exists():
-        _let_go(node, record)
-        remove_tree(node.previous)
-        move(node.next, node.previous)
-    for generation in (node.current, node.previous):
-        remove_tree(generation / "base")
-        remove_tree(generation / "adopted")
-    for hook in record.plan.hooks if record.plan else ():
-        if hook.was:
-            rename(node.links, hook.was, hook.link)
-    hooks = _without_gone(node, record.hooks)
-    committed = msgspec.structs.replace(record, phase="committed", plan=None, former=None, hooks=hooks)
-    write_record(node.current / "record", committed)
-
-
-def _without_gone(node: Node, hooks: Sequence[Hook]) -> tuple[Hook, ...]:
-    """Those hooks that are there, of which patterns led to some; pins of the others go."""
-    there = []
-    for hook in hooks:
-        pin = node.links / hook.link
-        if hook.matched:
-            if not pin.exists():
-                continue
-            with open_attached(node.links, hook.link) as link:
-                dead = link.info.is_dead
-            if dead:
-                remove(node.links, hook.link)
-                continue
-        there.append(hook)
-    return tuple(there)
-
-
-def _let_go(node: Node, record: Record) -> None:
-    """Take the old release off the hooks that the new one has not, and bring along what it wrote there until now.
-
-    Not before the commit, since an upgrade that is taken back wants them as they were, without a gap. The maps that
-    those programs cannot write stay out: others may have written the new ones meanwhile.
-    """
-    gone = {hook.link for hook in record.plan.hooks if hook.action == "detach"} if record.plan else set()
-    if not gone:
-        return
-    detach_hooks(sorted(gone), node.links)
-    old = read_generation(node.next)
-    wait_for_running_programs(old.record.may_sleep)
-    used: set[int] = set()
-    for hook in old.record.hooks:
-        if hook.link in gone and hook.hook != "struct_ops":  # the maps that those write are kept
-            with Program.open(node.next / "progs" / hook.program) as program:
-                used |= program.map_ids
-    written = {name for name, live in old.maps.items() if live.info.id in used and name not in old.record.unwritten}
-    maps = {name: Map.open(map_pin(node.current, name)) for name in record.maps}
-    sides = Sides(node.next, node.current, node.access.writing)
-    carried = make_carriers(sides, record, maps, old, Pace(), fresh=False)
-    for entry in record.plan.maps if record.plan else ():
-        if entry.action == "convert" and (entry.kind == "variables" or (entry.was or entry.name) in written):
-            carried[entry.name].catch_up(last=True)
 
 
 @contextmanager
