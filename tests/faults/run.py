@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 import hitless
-from tests.faults.scenarios import Scenario
+from tests.faults.scenarios import AnyWorld, Scenario
 from tests.faults.tracer import AFTER, BEFORE, Call, Fault, Outcome, Trace, trace
-from tests.faults.world import NEW, OLD, Broken, World
+from tests.faults.world import NEW, OLD, Broken
 
 __all__ = ["ERRORS", "KILLS", "Failure", "Options", "Report", "faults"]
 
@@ -78,7 +78,7 @@ class Report(msgspec.Struct):
         self.failures += other.failures
 
 
-def faults(world: World, scenario: Scenario, options: Options, tell: Callable[[str], None]) -> Report:
+def faults(world: AnyWorld, scenario: Scenario, options: Options, tell: Callable[[str], None]) -> Report:
     """Try all points of ``options``; the world is settled afterwards. Raises Broken if it is so without a fault."""
     run = _Run(world, scenario, options, tell)
     started = time.monotonic()
@@ -88,7 +88,7 @@ def faults(world: World, scenario: Scenario, options: Options, tell: Callable[[s
 
 
 class _Run:
-    def __init__(self, world: World, scenario: Scenario, options: Options, tell: Callable[[str], None]) -> None:
+    def __init__(self, world: AnyWorld, scenario: Scenario, options: Options, tell: Callable[[str], None]) -> None:
         self.report = Report(scenario.name)
         self._world = world
         self._scenario = scenario
@@ -152,7 +152,7 @@ class _Run:
             if again.hit is not None:
                 _count(self.report.points, f"double {again.hit.name}")
             self._world.served()
-            self._recovered()
+            self._scenario.finish(self._world)
             self._world.check(self._scenario.goal == NEW)
             self._world.reset()
         except Broken as broken:
@@ -170,27 +170,22 @@ class _Run:
         if found.outcome is None:
             if found.hit is None or fault is None or fault.kind not in KILLS:
                 raise Broken("it was killed by something else, or took longer than a minute")
-            self._recovered()
+            self._scenario.finish(self._world)
         elif found.outcome.failed:
-            unsettled = self._world.unsettled()
+            unsettled = not self._scenario.again and self._world.unsettled()
             self._judge(found.outcome, found, fault, unsettled)
-            if unsettled:
+            if self._scenario.again:
+                self._scenario.finish(self._world)
+            elif unsettled:
                 if not (self._scenario.recovers or (fault is not None and fault.kind.endswith("+"))):
                     raise Broken(f"something is left to recover after the error: {found.outcome.message}")
-                self._recovered()
+                self._scenario.finish(self._world)
         elif self._scenario.planned:
             raise Broken("it did not fail, as it was planned to")
         end = self._world.check(self._scenario.goal == NEW)
         if end not in self._scenario.ends:
             raise Broken(f"release {end} is live")
         return end
-
-    def _recovered(self) -> None:
-        """A fresh process puts all in order, and the next finds nothing to do."""
-        self._world.must(lambda: hitless.recover(self._world.node))
-        left = self._world.must(lambda: hitless.recover(self._world.node)).value
-        if left is not None:
-            raise Broken(f"a second recovery was needed: {left}")
 
     def _judge(self, outcome: Outcome, found: Trace, fault: Fault | None, unsettled: bool) -> None:
         """An error says in which step, about which object, and which errno; one in the undoing of another, which."""
