@@ -176,7 +176,7 @@ class HookWorld(Ground):
         self.bundles = {version: self._bundle(version) for version in _LAYOUTS}
         paths = [str(self._pods.directory / f"pod{number}") for number in range(1, 5)]
         self._client = self._helper("packets", "clients", *paths)
-        self._failures = 0
+        self._failures = self._resent = 0
         self._base: dict[int, int] = {}  # turns that were made before those that are counted now
         self._tools: list[int] = []
         self._exact = _ALWAYS  # hooks that have counted all; others were not there for a while
@@ -216,7 +216,8 @@ class HookWorld(Ground):
             self.must(self._tool_up)
         self.must(lambda: bool(hitless.apply(self.node, self.bundles[OLD], allow_loss=self.allowed)))
         self.must(self._tool_up)
-        self._failures = len(self._client.ask("connect")["failures"])
+        told = self._client.ask("connect")
+        self._failures, self._resent = len(told["failures"]), told["resent"]
         self._begin_counting()
         self._exact = _ALWAYS
 
@@ -244,8 +245,10 @@ class HookWorld(Ground):
         return bool(hitless.apply(self.node, self.bundles[NEW], progress=fail))
 
     def settle_new(self) -> None:
-        """Go to NEW: where a rollback begins."""
+        """Go to NEW: where a rollback begins, which brings no program of the tool back."""
         self.must(self.upgrade)
+        self._tools = []
+        self._exact = (*_OWN_HOOKS, SHARED)
 
     def unloaded(self) -> None:
         """Nothing of hitless is there, and all of the tool's: where a first apply begins."""
@@ -277,6 +280,8 @@ class HookWorld(Ground):
             now = self._client.ask("count")
             if len(now["failures"]) > self._failures:
                 raise Broken(f"a packet was lost: {now['failures'][self._failures :][:3]}")
+            if now["resent"] > self._resent and EARLY in self._exact:
+                raise Broken("a packet was lost, and came when it was sent again")
             if now["made"] > before:
                 return
             if time.monotonic() > until:
@@ -296,6 +301,9 @@ class HookWorld(Ground):
         self._check_counts(found, made)
         self._check_others(found)
         self._check_now(found)
+        if found.version == OLD and not found.tools:
+            self.reset()  # the tool comes back
+            return OLD
         self._begin_counting()
         if found.version is not None:
             self._exact = _ALWAYS
@@ -312,11 +320,10 @@ class HookWorld(Ground):
 
     def _check_others(self, found: _Seen) -> None:
         """The tool's programs run where ours do not, the very ones that ran before; and no filter is there twice."""
-        wanted = {NEW: 0, OLD: 1}.get(found.version or "", 2 if self._exact else 0)
-        if len(found.tools) != wanted and (found.version or self._exact):
-            raise Broken(f"{found.version} runs beside {len(found.tools)} programs of the tool")
-        if set(found.tools) - set(self._tools):
+        if set(found.tools) - set(self._tools) or (found.version == NEW and found.tools):
             raise Broken(f"the tool's programs are {found.tools}, and were {self._tools}")
+        if TAKEN in self._exact and found.version != NEW and len(found.tools) != (1 if found.version else 2):
+            raise Broken(f"{found.version} runs beside the tool's programs {found.tools}, and not {self._tools}")
         most = {"pod3 ingress": 1, "pod3 egress": int(found.version == OLD), "pod4 ingress": 1}
         if found.version is None:
             most |= {"pod3 ingress": 0, "pod4 ingress": found.filters["pod4 ingress"]}
@@ -325,7 +332,8 @@ class HookWorld(Ground):
 
     def _check_now(self, before: _Seen) -> None:
         """Each hook counts each of five more turns, once."""
-        if self._exact != _ALWAYS:
+        self._resent = self._client.ask("count")["resent"]
+        if MESSAGE not in self._exact:
             self._client.ask("connect")  # the sockets are older than the hook that puts them into the map
         started = self._client.ask("pause")["made"]
         told = self._client.ask("step")
@@ -333,9 +341,10 @@ class HookWorld(Ground):
         if turns != 5:
             raise Broken(f"a packet was lost: {told['failures'][self._failures :][:3]}")
         after = self._seen()
-        off = {OLD: (BORN,), NEW: (GONE,)}.get(after.version or "", (*_OWN_HOOKS, GONE, BORN))
+        old = (BORN,) if TAKEN in self._exact else (BORN, TAKEN)
+        off = {OLD: old, NEW: (GONE,)}.get(after.version or "", (*_OWN_HOOKS, GONE, BORN))
         for key, each in _EACH.items():
-            if after.version is None and key in (TAKEN, SHARED) and not self._exact:
+            if key in (TAKEN, SHARED) and not self._exact:
                 continue
             wanted = 0 if key in off else turns * each
             if (counted := self._sum(after, key) - self._sum(before, key)) != wanted:

@@ -115,6 +115,7 @@ _FIRST_COMMIT = Fault(0, BEFORE, "renameat2")
 _COMMITTED = Fault(0, AFTER, "renameat2")
 _BUILT = Fault(0, AFTER, "bpf ITER_CREATE")
 _GOING_BACK = Fault(1, AFTER, "bpf LINK_UPDATE")
+_HOOKS_GOING_BACK = Fault(4, AFTER, "bpf LINK_UPDATE")  # of three links
 
 SCENARIOS = {
     one.name: one
@@ -130,7 +131,7 @@ SCENARIOS = {
         Scenario("hooks-rollback", _rollback, OLD, HookWorld.settle_new, world="hooks"),
         Scenario("hooks-undo", _failing, OLD, recovers=True, planned=True, world="hooks"),
         Scenario("hooks-recover", _recover, NEW, _killed(_upgrade, _FIRST_COMMIT), recovers=True, world="hooks"),
-        Scenario("hooks-recover-undo", _recover, OLD, _killed(_failing, _GOING_BACK), recovers=True, world="hooks"),
+        Scenario("hooks-recover-undo", _recover, OLD, _killed(_failing, _HOOKS_GOING_BACK), recovers=True, world="hooks"),
         Scenario("first", _apply, OLD, HookWorld.unloaded, ends=(OLD, None), world="hooks",
                  finish=_recovered_and_applied),
         Scenario("gc", _gc, OLD, HookWorld.with_last, ends=(OLD,), world="hooks", finish=_done_again(_gc), again=True),
