@@ -101,7 +101,7 @@ _OWN = {
 PACKET("xdp", taken, 6, xdp_md, XDP_PASS)
 SEC("tp/task/task_rename") int X_born(void *ctx)
 {
-    union { char text[16]; __u64 word; } comm, sender = { .text = "counted" };
+    union { char text[16]; __u64 word; } comm, sender = { .text = "X_" };
     bpf_get_current_comm(&comm, sizeof(comm));
     if (comm.word == sender.word)
         note(9);
@@ -175,7 +175,7 @@ class HookWorld(Ground):
         self._tool_map = lab.bpffs / f"{self._tag}tool"
         self.bundles = {version: self._bundle(version) for version in _LAYOUTS}
         paths = [str(self._pods.directory / f"pod{number}") for number in range(1, 5)]
-        self._client = self._helper("packets", "clients", *paths)
+        self._client = self._helper("packets", "clients", f"{self._tag}_", *paths)
         self._failures = self._resent = 0
         self._base: dict[int, int] = {}  # turns that were made before those that are counted now
         self._tools: list[int] = []

@@ -1,7 +1,7 @@
-"""A client that lets every hook of the world of hooks see something: ``python -m tests.faults.packets POD...``.
+"""A client that lets every hook of the world of hooks see something: ``python -m tests.faults.packets NAME POD...``.
 
 In each turn it sends a datagram from this network namespace to each of those at the paths POD, which echoes it; sends
-a byte over a TCP connection of this namespace, and gives itself a name. A datagram that does not come is sent once
+a byte over a TCP connection of this namespace, and calls itself NAME. A datagram that does not come is sent once
 more: a veth throws away what it holds when its first XDP program comes or its last one goes. A line on stdin is answered with how many turns
 came to their end and what went wrong: ``pause`` and ``go``, ``step`` for five turns more, ``connect`` for a new
 connection.
@@ -38,13 +38,14 @@ def _receiver(pod: str) -> socket.socket:
 
 
 class _Client:
-    def __init__(self, pods: list[str]) -> None:
+    def __init__(self, name: str, pods: list[str]) -> None:
         self._sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._sender.settimeout(_LONGEST)
         self._pods = [(f"10.9.{number}.2", _receiver(pod)) for number, pod in enumerate(pods, 1)]
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._ends: tuple[socket.socket, ...] = ()
         self._comm = os.open("/proc/self/comm", os.O_WRONLY)
+        self._name = name.encode()
         self.resent = 0
         self.connect()
 
@@ -69,12 +70,12 @@ class _Client:
             self._sender.recv(1)
         self._ends[0].send(b"x")
         self._ends[1].recv(1)
-        os.write(self._comm, b"counted")
+        os.write(self._comm, self._name)
 
 
 def main() -> None:
     """Take turns until stdin is closed."""
-    client = _Client(sys.argv[1:])
+    client = _Client(sys.argv[1], sys.argv[2:])
     made, paused, steps = 0, True, 0
     failures: list[str] = []
     while True:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 import hitless
-from hitless.kernel.links import all_links
+from hitless.kernel.links import Link, all_links
 from hitless.kernel.programs import Program, is_loaded
 from hitless.upgrade.cutover import switch_hooks
 from hitless.upgrade.status import status
@@ -287,7 +287,11 @@ def test_a_priority_that_is_taken_is_named_and_nothing_stays(lab: Lab, tmp_path:
     hitless.apply(hitless.Node(lab.bpffs / "store"), bundle(tmp_path, "netfilter", 1, str(lab.netns)))
     before = {link.id for link in all_links() if link.type == "netfilter"}
     other = hitless.Node(lab.bpffs / "other")
-    with pytest.raises(hitless.KernelError, match=r"netfilter ipv4 input -100 .*EBUSY"):
+    with Link.open(lab.bpffs / "store" / "links" / "hook") as link:
+        taking = link.info.id
+    (planned,) = hitless.plan(other, bundle(tmp_path, "netfilter", 3, str(lab.netns))).hooks
+    assert taking in planned.clashes
+    with pytest.raises(hitless.KernelError, match=rf"netfilter ipv4 input -100 .*EBUSY.* the links .*\b{taking}\b"):
         hitless.apply(other, bundle(tmp_path, "netfilter", 2, str(lab.netns)))
     assert {link.id for link in all_links() if link.type == "netfilter"} == before
     assert not other.root.exists()

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+import msgspec
+
 from hitless.bundle import Bundle
 from hitless.carry import is_global
 from hitless.errors import LossNotAllowedError, NodeError, VerifyError
 from hitless.kernel.cgroups import keeps_links_out
+from hitless.kernel.links import all_links
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
 from hitless.kernel.queues import count_elements
@@ -19,7 +22,15 @@ from hitless.upgrade.model import Generation, HookPlan, NodeState, Plan
 from hitless.upgrade.node import Node
 from hitless.upgrade.record import map_pin
 
-__all__ = ["refuse_exclusive", "refuse_loss", "refuse_overfull", "refuse_replaced_pins", "verify_hooks", "verify_pins"]
+__all__ = [
+    "refuse_exclusive",
+    "refuse_loss",
+    "refuse_overfull",
+    "refuse_replaced_pins",
+    "verify_hooks",
+    "verify_pins",
+    "with_clashes",
+]
 
 
 def refuse_replaced_pins(directory: Path, generation: Generation) -> None:
@@ -82,6 +93,21 @@ def refuse_exclusive(decided: Plan) -> None:
                 cgroup=str(cgroup),
                 programs=programs,
             )
+
+
+def with_clashes(decided: Plan, state: NodeState) -> Plan:
+    """The plan with the links that may keep its netfilter hooks out (EBUSY). Raises KernelError."""
+    if not any(hook.action == "attach" and hook.point for hook in decided.hooks):
+        return decided
+    own = {link.id for link in state.links.values()}
+    others = [link for link in all_links() if link.type == "netfilter" and link.id not in own]
+    hooks = tuple(
+        msgspec.structs.replace(hook, clashes=tuple(link.id for link in others if link.attach_type == hook.attach_type))
+        if hook.action == "attach"
+        else hook
+        for hook in decided.hooks
+    )
+    return msgspec.structs.replace(decided, hooks=hooks)
 
 
 def refuse_loss(decided: Plan) -> None:

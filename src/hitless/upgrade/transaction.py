@@ -42,6 +42,7 @@ from hitless.upgrade.checks import (
     refuse_replaced_pins,
     verify_hooks,
     verify_pins,
+    with_clashes,
 )
 from hitless.upgrade.connections import install, turn, turn_back, wait
 from hitless.upgrade.cutover import detach_hooks, hold_adopted, switch_back, switch_hooks
@@ -134,6 +135,7 @@ def _plan(
         require_same(planned, decided)
     refuse_overfull(node, state, bundle, decided)
     refuse_exclusive(decided)
+    decided = with_clashes(decided, state)
     return msgspec.structs.replace(decided, fingerprint=fingerprint(state, targets, asked.answers, *machine))
 
 
