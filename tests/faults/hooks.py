@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 import hitless
-from hitless.kernel.filters import Filter, filters
+from hitless.kernel.filters import Direction, Filter, filters
 from hitless.kernel.interfaces import Interface, interfaces
 from hitless.kernel.maps import Map
 from hitless.kernel.namespaces import Namespace
@@ -288,8 +287,11 @@ class HookWorld(Ground):
                 raise Broken(f"no turn came to its end within {_SLOWEST:g} s")
             time.sleep(0.0005)
 
-    def check(self, forward: bool) -> str | None:  # noqa: ARG002 - all maps come along in both directions
-        """Everything agrees and nothing is left over; returns the version that is live. Raises Broken."""
+    def check(self, forward: bool) -> str | None:
+        """Everything agrees and nothing is left over; returns the version that is live. Raises Broken.
+
+        ``forward`` makes no difference here: what is counted comes along in both directions.
+        """
         self.served()
         made = self._client.ask("pause")["made"]
         found = self._seen()
@@ -386,7 +388,7 @@ class HookWorld(Ground):
         return [one for one in there if one not in own]
 
     def _filters(self) -> dict[str, int]:
-        places = ((3, "ingress"), (3, "egress"), (4, "ingress"))
+        places: tuple[tuple[int, Direction], ...] = ((3, "ingress"), (3, "egress"), (4, "ingress"))
         return {f"pod{number} {way}": len(filters(self._interface(number), way)) for number, way in places}
 
     def _tool_up(self) -> bool:

@@ -1,10 +1,10 @@
 """A client that lets every hook of the world of hooks see something: ``python -m tests.faults.packets NAME POD...``.
 
 In each turn it sends a datagram from this network namespace to each of those at the paths POD, which echoes it; sends
-a byte over a TCP connection of this namespace, and calls itself NAME. A datagram that does not come is sent once
-more: a veth throws away what it holds when its first XDP program comes or its last one goes. A line on stdin is answered with how many turns
-came to their end and what went wrong: ``pause`` and ``go``, ``step`` for five turns more, ``connect`` for a new
-connection.
+a byte over a TCP connection of this namespace, and calls itself NAME. A datagram that does not come is sent once more:
+a veth throws away what it holds when its first XDP program comes or its last one goes. A line on stdin is answered with
+how many turns came to their end and what went wrong: ``pause`` and ``go``, ``step`` for five turns more, ``connect``
+for a new connection.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _receiver(pod: str) -> socket.socket:
     for fd in (there, home):
         if fd == home:
             made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            made.bind(("0.0.0.0", _PORT))  # noqa: S104 - it has one interface
+            made.bind(("0.0.0.0", _PORT))
             made.settimeout(_LONGEST)
         if _libc.setns(fd, 0):
             raise OSError(ctypes.get_errno(), "setns")

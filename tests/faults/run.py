@@ -27,8 +27,9 @@ _BESIDE = 1
 class Options(msgspec.Struct, frozen=True):
     """Which points: of all calls whose name begins with ``calls`` every ``stride``-th, each with all of ``kinds``.
 
-    From which one on is decided by ``seed``. With ``doubles``, so many times the recovery after a kill is killed too.
-    ``share`` K, N is the K-th of N parts of all this.
+    With ``around``, all about the cutover and the commit besides. From which one on is decided by ``seed``. With
+    ``doubles``, so many times the recovery after a kill is killed too. ``share`` K, N is the K-th of N parts of all
+    this.
     """
 
     calls: str = ""
@@ -37,6 +38,7 @@ class Options(msgspec.Struct, frozen=True):
     kinds: tuple[str, ...] = (*KILLS, *ERRORS)
     doubles: int = 0
     share: tuple[int, int] = (0, 1)
+    around: bool = True
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -231,10 +233,10 @@ def chosen(calls: Sequence[Call], options: Options) -> list[tuple[str, int]]:
 
     Each is told by its name and how many so called came before it, which traffic shifts less than its place among all.
     """
-    start = random.Random(options.seed).randrange(options.stride)
+    start = random.Random(options.seed).randrange(max(1, min(options.stride, len(calls))))
     every = set(range(start, len(calls), options.stride))
     for at, call in enumerate(calls):
-        if call.name.startswith(_AROUND):
+        if options.around and call.name.startswith(_AROUND):
             every |= set(range(max(0, at - _BESIDE), min(len(calls), at + _BESIDE + 1)))
     before: Counter[str] = Counter()
     found = []

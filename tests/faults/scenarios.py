@@ -101,7 +101,11 @@ def _gc(world: AnyWorld) -> Callable[[], object]:
 
 def _done_again(work: Work) -> Callable[[AnyWorld], None]:
     """Doing it once more is enough."""
-    return lambda world: bool(world.must(work(world)))  # type: ignore[func-returns-value, return-value]
+
+    def finish(world: AnyWorld) -> None:
+        world.must(work(world))
+
+    return finish
 
 
 def _recovered_and_applied(world: HookWorld) -> None:
@@ -131,7 +135,8 @@ SCENARIOS = {
         Scenario("hooks-rollback", _rollback, OLD, HookWorld.settle_new, world="hooks"),
         Scenario("hooks-undo", _failing, OLD, recovers=True, planned=True, world="hooks"),
         Scenario("hooks-recover", _recover, NEW, _killed(_upgrade, _FIRST_COMMIT), recovers=True, world="hooks"),
-        Scenario("hooks-recover-undo", _recover, OLD, _killed(_failing, _HOOKS_GOING_BACK), recovers=True, world="hooks"),
+        Scenario("hooks-recover-undo", _recover, OLD, _killed(_failing, _HOOKS_GOING_BACK), recovers=True,
+                 world="hooks"),
         Scenario("first", _apply, OLD, HookWorld.unloaded, ends=(OLD, None), world="hooks",
                  finish=_recovered_and_applied),
         Scenario("gc", _gc, OLD, HookWorld.with_last, ends=(OLD,), world="hooks", finish=_done_again(_gc), again=True),

@@ -275,6 +275,18 @@ def test_a_hook_whose_pin_somebody_removed_is_told_and_attached_again(lab: Lab, 
     assert status(node).problems == ()
 
 
+def test_a_probed_file_that_another_took_the_place_of_is_told(lab: Lab, tmp_path: Path) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    hitless.apply(node, bundle(tmp_path, "uprobe", 1, str(lab.netns)))
+    assert (status(node).problems, hitless.verify(node).problems) == ((), ())
+    probed = library(tmp_path)
+    newer = tmp_path / "newer.so"
+    newer.write_bytes(probed.read_bytes())
+    newer.replace(probed)
+    for problems in (status(node).problems, hitless.verify(node).problems):
+        assert [one for one in problems if f"link hook is in the file that was at {probed} before" in one]
+
+
 def test_another_point_needs_another_link(lab: Lab, tmp_path: Path) -> None:
     node = hitless.Node(lab.bpffs / "store")
     hitless.apply(node, bundle(tmp_path, "netfilter", 1, str(lab.netns)))

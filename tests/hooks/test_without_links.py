@@ -558,8 +558,8 @@ def test_another_tool_on_an_interface_that_comes_while_hooks_are_switched_is_nam
 
     path = re.escape(str(pods.directory))
     words = (
-        rf"interface eth0 in {path}/pod2 has program {tool.ids['early']} \(early\) as native XDP, which hitless did not "
-        r"attach: let who did take it off, .*adopt = true.*the upgrade is taken back and the old release goes on"
+        rf"interface eth0 in {path}/pod2 has program {tool.ids['early']} \(early\) as native XDP, which hitless did "
+        r"not attach: let who did take it off, .*adopt = true.*the upgrade is taken back and the old release goes on"
     )
     with pytest.raises(hitless.NodeError, match=words):
         hitless.apply(node, make(2, EARLY.replace('"eth0"', '"eth*"')), progress=meanwhile)

@@ -40,6 +40,7 @@ _PROG_ARRAY = 3  # BPF_MAP_TYPE_PROG_ARRAY
 _SK_PASS = 1
 _NF_ACCEPT = 1
 _ON = "on_"  # a slot's name that begins so goes on with the number of its hook's target
+_IN = "in_"  # a dispatcher's name that begins so goes on with the inode of the file that its hook is in
 _FIRST = bytes(4)
 
 
@@ -121,10 +122,12 @@ class Dispatcher:
         link_pin: Path,
         what: str,
         target_id: int = 0,
+        file: int = 0,
     ) -> Dispatcher:
         """The same for any hook, which ``link_to`` attaches a program to.
 
-        ``target_id`` is kept where the kernel does not tell of the link what it is attached to, see LinkInfo.
+        ``target_id`` and ``file`` are kept where the kernel does not tell of the link what it is attached to, see
+        LinkInfo.
         """
         name = f"{_ON}{target_id}" if target_id else "dispatcher"
         kept = os.path.lexists(slot_pin)
@@ -137,7 +140,8 @@ class Dispatcher:
             "expected_attach_type": attach_number(jump.loaded_for) if jump.loaded_for else 0,
             "attach_btf_id": jump.function,
         }
-        with load_code(kind, "dispatcher", code, f"the dispatcher of {what}", **fields) as program:
+        title = f"{_IN}{file:x}" if file else "dispatcher"
+        with load_code(kind, title, code, f"the dispatcher of {what}", **fields) as program:
             if not kept:
                 slot.update(_FIRST, _descriptor(first))
                 slot.pin(slot_pin)
@@ -182,7 +186,12 @@ class Dispatcher:
         link = self._link.info
         name = self._slot.info.name
         target = int(name.removeprefix(_ON)) if name.startswith(_ON) else link.target_id
-        return msgspec.structs.replace(link, program_id=self._runs(), target_id=target)
+        file = 0
+        if link.attach_type.startswith(("uprobe ", "uretprobe ")):
+            with Program.by_id(link.program_id) as program:
+                noted = program.info.name
+            file = int(noted.removeprefix(_IN), 16) if noted.startswith(_IN) else 0
+        return msgspec.structs.replace(link, program_id=self._runs(), target_id=target, file=file)
 
     def update(self, new: Program, old: Program) -> None:
         """Let all sockets run ``new`` from their next message on, if they run ``old`` now.

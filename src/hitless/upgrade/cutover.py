@@ -132,9 +132,10 @@ def switch_back(hooks: Sequence[HookPlan], programs: Mapping[str, Program], link
                 remove(links, hook.link)
             continue
         with open_attached(links, name) as there:
-            ours = there.info.program_id == program.info.id
+            runs = there.info.program_id
+            ours = runs == program.info.id
             if hook.action == "attach":
-                ours = ours or isinstance(there, BoardHook)
+                ours = ours or not runs or isinstance(there, BoardHook)  # nothing: one was killed here
             if ours and hook.action == "attach":
                 _detach(there)
             elif ours and hook.action in ("update", "adopt") and not there.info.is_dead:

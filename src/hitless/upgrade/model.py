@@ -78,8 +78,8 @@ class HookPlan(msgspec.Struct, frozen=True):
     number of the target, as in LinkInfo, and ``netns`` the network namespace of an interface. ``matched`` says that a
     pattern led to it, so that it may go at any time. ``method`` is how the program of a live hook is exchanged, in
     words, and ``point`` where one of netfilter runs. ``clashes`` are links of others of that point and priority, which
-    keep this one out if they are in the same network namespace: the kernel does not tell in which. ``priority`` and ``handle`` are those of a tc filter; 0 is one
-    that is free when it is attached.
+    keep this one out if they are in the same network namespace: the kernel does not tell in which. ``priority`` and
+    ``handle`` are those of a tc filter; 0 is one that is free when it is attached.
     """
 
     link: str
