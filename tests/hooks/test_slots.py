@@ -11,9 +11,10 @@ import msgspec
 import pytest
 
 import hitless
+from hitless.kernel.dispatcher import Dispatcher
 from hitless.kernel.links import Link, all_links
 from hitless.kernel.programs import Program, is_loaded
-from hitless.upgrade.cutover import switch_hooks
+from hitless.upgrade.cutover import switch_back, switch_hooks
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from meshd.demo.pods import Pods
@@ -273,6 +274,16 @@ def test_a_hook_whose_pin_somebody_removed_is_told_and_attached_again(lab: Lab, 
     sent = stop(start(lab, tmp_path, hook))
     assert node.map("seen").get(1) == sent
     assert status(node).problems == ()
+
+
+def test_an_undo_goes_on_where_one_was_killed_that_had_emptied_the_slot(lab: Lab, tmp_path: Path) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    hooks = hitless.apply(node, bundle(tmp_path, "netfilter", 1, str(lab.netns))).hooks
+    with Dispatcher.open(node.root / "slots" / "hook", node.links / "hook") as there:
+        there.detach()
+    with Program.open(node.current / "progs" / "count") as program:
+        switch_back(hooks, {"count": program}, node.links)
+    assert [*node.links.iterdir(), *(node.root / "slots").iterdir()] == []
 
 
 def test_a_probed_file_that_another_took_the_place_of_is_told(lab: Lab, tmp_path: Path) -> None:
