@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import msgspec
 
 from hitless.bundle import Bundle
 from hitless.carry import is_global
-from hitless.errors import LossNotAllowedError, NodeError, VerifyError
+from hitless.errors import KernelError, LossNotAllowedError, NodeError, VerifyError
 from hitless.kernel.cgroups import keeps_links_out
 from hitless.kernel.links import all_links
 from hitless.kernel.maps import Map
@@ -96,11 +97,19 @@ def refuse_exclusive(decided: Plan) -> None:
 
 
 def with_clashes(decided: Plan, state: NodeState) -> Plan:
-    """The plan with the links that may keep its netfilter hooks out (EBUSY). Raises KernelError."""
+    """The plan with the links that may keep its netfilter hooks out (EBUSY), if this process may look at links.
+
+    Raises KernelError.
+    """
     if not any(hook.action == "attach" and hook.point for hook in decided.hooks):
         return decided
     own = {link.id for link in state.links.values()}
-    others = [link for link in all_links() if link.type == "netfilter" and link.id not in own]
+    try:
+        others = [link for link in all_links() if link.type == "netfilter" and link.id not in own]
+    except KernelError as error:
+        if error.facts["errno"] != errno.EPERM:
+            raise
+        return decided
     hooks = tuple(
         msgspec.structs.replace(hook, clashes=tuple(link.id for link in others if link.attach_type == hook.attach_type))
         if hook.action == "attach"
