@@ -19,6 +19,7 @@ from hitless.kernel.maps import Map
 from hitless.kernel.namespaces import Namespace
 from hitless.kernel.programs import load_object
 from hitless.kernel.xdp import Xdp
+from hitless.upgrade.attached import open_attached, remove
 from meshd.demo.lab import Lab
 from meshd.demo.pods import Pods
 from tests.faults.world import NEW, OLD, Broken, Ground
@@ -30,6 +31,7 @@ __all__ = ["HookWorld"]
 EARLY, BYHAND, LATE, GUARD, GONE, TAKEN, SHARED, MESSAGE, BORN = range(1, 10)
 _EACH = {EARLY: 2, BYHAND: 1, LATE: 1, GUARD: 1, GONE: 1, TAKEN: 1, SHARED: 1, MESSAGE: 1, BORN: 1}
 _OWN_HOOKS = (EARLY, BYHAND, LATE, GUARD, MESSAGE)
+_CONNECTED = (TAKEN, SHARED, MESSAGE)
 _ALWAYS: tuple[int, ...] = (*_OWN_HOOKS, TAKEN, SHARED)
 _SLOWEST = 20.0  # s that a client may take to come on
 _PLACE = (5, 1)  # priority and handle of the tool's filter
@@ -264,6 +266,24 @@ class HookWorld(Ground):
         if not self.node.root.exists():
             self.reset()
         self._exact = ()
+
+    def loosened(self) -> None:
+        """Release OLD is live, but somebody took some of it off its hooks."""
+        if not self.node.root.exists():
+            self.reset()
+        self._client.ask("pause")
+        self.must(self._loosen)
+        self._exact = _CONNECTED
+        self._client.ask("go")
+
+    def _loosen(self) -> bool:
+        early = min(path.name for path in self.node.links.glob("early@*"))
+        for name in ("late", early, "byhand", "gone"):
+            with open_attached(self.node.links, name) as hook:
+                if not hook.info.is_dead:
+                    hook.detach()
+        remove(self.node.links, "guard")
+        return True
 
     def with_last(self) -> None:
         """Release OLD is live, and NEW the last one."""

@@ -139,6 +139,8 @@ SCENARIOS = {
                  world="hooks"),
         Scenario("first", _apply, OLD, HookWorld.unloaded, ends=(OLD, None), world="hooks",
                  finish=_recovered_and_applied),
+        Scenario("restart", _apply, OLD, HookWorld.loosened, ends=(OLD,), world="hooks", finish=_done_again(_apply),
+                 again=True),
         Scenario("gc", _gc, OLD, HookWorld.with_last, ends=(OLD,), world="hooks", finish=_done_again(_gc), again=True),
         Scenario("unload", _unload, None, HookWorld.about_to_unload, ends=(None,), world="hooks",
                  finish=_done_again(_unload), again=True),
