@@ -9,14 +9,15 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import msgspec
 
 from hitless.errors import HitlessError
 from meshd.demo.lab import Lab
 from tests.faults.run import ERRORS, KILLS, Options, Report, faults
-from tests.faults.scenarios import SCENARIOS
-from tests.faults.world import Broken, World
+from tests.faults.scenarios import SCENARIOS, WORLDS
+from tests.faults.world import Broken
 
 
 def _parse(args: Sequence[str]) -> argparse.Namespace:
@@ -55,10 +56,12 @@ def _share(chosen: argparse.Namespace) -> None:
     kinds = tuple(filter(None, chosen.kinds.split(",")))
     share = (chosen.share, chosen.jobs)
     options = Options(chosen.calls, chosen.stride, chosen.seed, kinds, chosen.doubles, share)
-    with Lab() as lab, World(lab) as world:
-        for name in chosen.scenario or SCENARIOS:
-            report = faults(world, SCENARIOS[name], options, lambda text: print(text, file=sys.stderr))
-            print(msgspec.json.encode(report).decode(), flush=True)
+    names = chosen.scenario or SCENARIOS
+    for kind, group in groupby((SCENARIOS[name] for name in names), lambda one: one.world):
+        with Lab() as lab, WORLDS[kind](lab) as world:
+            for scenario in group:
+                report = faults(world, scenario, options, lambda text: print(text, file=sys.stderr))
+                print(msgspec.json.encode(report).decode(), flush=True)
 
 
 def _reports(jobs: Sequence[subprocess.Popen[str]], scenarios: int) -> Iterator[Report]:

@@ -42,8 +42,15 @@ _CALLS = {
     "mkdirat": (258, 1), "rmdir": (84, 0), "unlink": (87, 0), "unlinkat": (263, 1), "symlink": (88, 1),
     "symlinkat": (266, 2), "link": (86, 1), "linkat": (265, 3), "chmod": (90, 0), "fchmod": (91, -1),
     "fchmodat": (268, 1), "mount": (165, 1), "umount2": (166, 0), "move_mount": (429, 3), "open_tree": (428, 1),
-    "fsopen": (430, -1), "fsmount": (432, -1), "membarrier": (324, -1),
+    "fsopen": (430, -1), "fsmount": (432, -1), "membarrier": (324, -1), "unshare": (272, -1),
+    "perf_event_open": (298, -1), "sendto": (44, -1), "sendmsg": (46, -1),
 }  # fmt: skip
+_SENDS = ("sendto", "sendmsg")  # looked at on sockets of rtnetlink only, and called by their requests
+_REQUESTS = {
+    18: "RTM_GETLINK", 19: "RTM_SETLINK", 36: "RTM_NEWQDISC", 37: "RTM_DELQDISC", 38: "RTM_GETQDISC",
+    44: "RTM_NEWTFILTER", 45: "RTM_DELTFILTER", 46: "RTM_GETTFILTER",
+}  # fmt: skip
+_PIDFD_GETFD, _NETLINK_ROUTE = 438, 0
 _NAMES = {number: (name, path) for name, (number, path) in _CALLS.items()}
 _RAX, _ORIG_RAX = 10 * 8, 15 * 8
 
@@ -272,6 +279,11 @@ class _Tracer:
                 at = 28 if command == 0 else 48
                 what = attr[at : at + 16].split(b"\0")[0].decode(errors="replace")
             same = (thread, name, attr[:4])
+        elif name in _SENDS:
+            if not self._is_routing(arguments[0]):
+                return None
+            name = f"netlink {self._requested(arguments[1], name == 'sendmsg')}"
+            same = (thread, name, b"")
         else:
             what = self._text(arguments[path]) if path >= 0 else ""
             same = (thread, name, bytes(str(arguments[0]), "ascii"))
@@ -281,6 +293,26 @@ class _Tracer:
             return None
         self.calls.append(Call(len(self.calls), name, what))
         return self.calls[-1]
+
+    def _is_routing(self, descriptor: int) -> bool:
+        """Whether it is a socket of rtnetlink."""
+        process = os.pidfd_open(self._pid)
+        try:
+            copy = _libc.syscall(_PIDFD_GETFD, process, ctypes.c_long(descriptor), 0)
+        finally:
+            os.close(process)
+        if copy < 0:
+            return False
+        with socket.socket(fileno=copy) as found:
+            return (found.family, found.proto) == (socket.AF_NETLINK, _NETLINK_ROUTE)
+
+    def _requested(self, at: int, is_message: bool) -> str:
+        """The request at ``at``, or to which the struct msghdr there leads."""
+        if is_message:
+            vector = struct.unpack_from("Q", self._memory(at, 32), 16)[0]
+            at = struct.unpack_from("Q", self._memory(vector, 16))[0]
+        kind = struct.unpack_from("H", self._memory(at, 16), 4)[0]
+        return _REQUESTS.get(kind, str(kind))
 
     def _text(self, at: int) -> str:
         return self._memory(at, 256).split(b"\0")[0].decode(errors="replace")

@@ -8,6 +8,7 @@ a control plane in a process of its own keeps a journal.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import string
@@ -36,7 +37,7 @@ from tests.releases import compile_object
 # types of the kernel, which takes longer than an upgrade.
 _ = (transaction, verify, iterators._function("bpf_map_elem"), msgspec.json.Decoder(Record))
 
-__all__ = ["NEW", "OLD", "Broken", "World"]
+__all__ = ["NEW", "OLD", "Broken", "Ground", "Helper", "World"]
 
 OLD, NEW = "1.0", "2.0"
 _HOUSE = Path(__file__).parents[2]
@@ -132,7 +133,13 @@ target = "${{cgroup}}"
 link = "going"
 """
 
+_BY_CONNECTION = """
+[cutover]
+consistency = "connection"
+deadline = 0.2
+"""
 
+_worlds = itertools.count()
 _KINDS: dict[int, type[Map] | type[Program]] = {12: Map, 11: Program}  # by BPF_..._GET_NEXT_ID
 
 
@@ -140,7 +147,7 @@ class Broken(AssertionError):  # noqa: N818
     """Something is not as it must be."""
 
 
-class _Helper:
+class Helper:
     """A process of the world that counts, and answers a line by a line."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
@@ -170,19 +177,102 @@ class Seen(msgspec.Struct):
     going: list[int]
 
 
-class World:
-    """A node in ``lab`` that runs release OLD or NEW, with clients; checks raise Broken."""
+class Ground:
+    """A node in ``lab`` whose pin root is made anew by ``begin``, and what any world does with it."""
 
     def __init__(self, lab: Lab) -> None:
         self._lab = lab
         # In the name of every map and program, so that they can be told from those of other tests.
-        self._tag = "f" + _base36(os.getpid())
+        self._tag = "f" + _base36(os.getpid()) + _base36(next(_worlds))
         self._older = {command: max(_ids(command), default=0) for command in _KINDS}
         self._number = 0
-        self._base: list[int] = []
-        self.bundles = {version: self._bundle(version) for version in _LAYOUTS}
         self.allowed: tuple[str, ...] = ()
         self.node = hitless.Node(lab.bpffs / "none")
+
+    def _new_root(self) -> None:
+        if self._number:
+            alone(lambda: remove_tree(self.node.root))
+        self._number += 1
+        self.node = hitless.Node(self._lab.bpffs / f"{self._tag}root{self._number}")
+
+    def about_to_write(self) -> None:
+        """The next upgrade is about to begin."""
+
+    def do(self, work: Callable[[], object]) -> Outcome:
+        """Do ``work`` in a process of its own and say how it ended."""
+        return alone(work) or Outcome(message="it was killed by something else, or took too long", crashed=True)
+
+    def must(self, work: Callable[[], object]) -> Outcome:
+        """The same; it must not fail."""
+        outcome = self.do(work)
+        if outcome.failed:
+            raise Broken(outcome.message)
+        return outcome
+
+    def unsettled(self) -> bool:
+        """Whether an upgrade is left that somebody has to finish or undo."""
+        return bool(self.must(self._unsettled).value)
+
+    def _unsettled(self) -> bool:
+        state = self.node.observe()
+        phase = state.current.record.phase if state.current is not None else "committed"
+        return state.unfinished is not None or state.litter or phase != "committed"
+
+    def _left_behind(self) -> list[str]:
+        """What is under the root and belongs to no generation and no hook."""
+        node = self.node
+        known = {"current", "previous", "links", "slots", "board", "writers", "maps", "progs"}
+        tops = [path for path in node.root.iterdir() if path.name not in known]
+        scratch = [path for one in ("current", "previous") for path in (node.root / one).glob("ba[sc]*")]
+        paths = [*tops, *(path for path in scratch if any(path.iterdir()) or path.name == "back")]
+        paths += [path for one in ("current", "previous") for path in (node.root / one).glob("adopted/*")]
+        paths += [path for path in node.root.glob("slots/*") if not (node.links / path.name).exists()]
+        board = (path for part in ("dispatchers", "slots") for path in node.root.glob(f"board/{part}/*"))
+        paths += [path for path in board if not _has_hook(node, path.name)]
+        return [str(path) for path in paths]
+
+    def _strays(self) -> list[str]:
+        """Maps and programs of ours that are alive and not pinned in either generation."""
+        until = time.monotonic() + _GONE
+        while True:
+            strays = list(self._unpinned())
+            if not strays or time.monotonic() > until:
+                return strays
+            time.sleep(0.002)
+
+    def _unpinned(self) -> Iterator[str]:
+        pinned = set()
+        for generation in (self.node.current, self.node.previous):
+            for room, kind in (("maps", Map), ("data", Map), ("progs", Program)):
+                for path in (generation / room).iterdir() if (generation / room).exists() else ():
+                    with kind.open(path) as held:
+                        pinned.add((kind, held.info.id))
+        for command, kind in _KINDS.items():
+            for number in _ids(command, self._older[command]):
+                try:
+                    with kind.by_id(number) as held:
+                        if self._tag in held.info.name and (kind, number) not in pinned:
+                            yield f"{kind.__name__.lower()} {number} {held.info.name}"
+                except KernelError:
+                    continue  # gone meanwhile
+
+    def _helper(self, module: str, group: str, *args: str) -> Helper:
+        command = [sys.executable, "-m", f"tests.faults.{module}", *args]
+        pipe = subprocess.PIPE
+        return Helper(self._lab.popen(command, group, stdin=pipe, stdout=pipe, cwd=_HOUSE))
+
+
+class World(Ground):
+    """A node that runs release OLD or NEW, with clients; checks raise Broken.
+
+    With ``by_connection`` each connection keeps to the release that it began with.
+    """
+
+    def __init__(self, lab: Lab, by_connection: bool = False) -> None:
+        super().__init__(lab)
+        self._by_connection = by_connection
+        self._base: list[int] = []
+        self.bundles = {version: self._bundle(version) for version in _LAYOUTS}
         self._mark = [0, 0]  # what was in the entry _MARK when it was looked at, and the last that was to be written
         self._sockets = 0
         self._failures: list[int] = []
@@ -207,10 +297,7 @@ class World:
     def begin(self) -> None:
         """Begin anew, in a pin root of its own, with release OLD and another upgrade behind it."""
         self._pause()
-        if self._number:
-            alone(lambda: remove_tree(self.node.root))
-        self._number += 1
-        self.node = hitless.Node(self._lab.bpffs / f"root{self._number}")
+        self._new_root()
         self.must(lambda: _facts(hitless.apply(self.node, self.bundles[OLD])))
         self._base = [one.ask("count")["made"] for one in self._clients]
         self._failures = [len(one.ask("count")["failures"]) for one in self._clients]
@@ -227,17 +314,6 @@ class World:
     def reset(self) -> None:
         """Go back to release OLD."""
         self.must(lambda: _facts(hitless.apply(self.node, self.bundles[OLD], allow_loss=self.allowed)))
-
-    def do(self, work: Callable[[], object]) -> Outcome:
-        """Do ``work`` in a process of its own and say how it ended."""
-        return alone(work) or Outcome(message="it was killed by something else, or took too long", crashed=True)
-
-    def must(self, work: Callable[[], object]) -> Outcome:
-        """The same; it must not fail."""
-        outcome = self.do(work)
-        if outcome.failed:
-            raise Broken(outcome.message)
-        return outcome
 
     def upgrade(self) -> object:
         """Go from OLD to NEW; a control plane in the same process writes an entry meanwhile."""
@@ -313,22 +389,9 @@ class World:
         self._go()
         return found.version
 
-    def unsettled(self) -> bool:
-        """Whether an upgrade is left that somebody has to finish or undo."""
-        return bool(self.must(self._unsettled).value)
-
-    def _unsettled(self) -> bool:
-        state = self.node.observe()
-        phase = state.current.record.phase if state.current is not None else "committed"
-        return state.unfinished is not None or state.litter or phase != "committed"
-
     def _look(self) -> object:
         """In a process of its own: :class:`Seen`."""
         node, verified = self.node, hitless.verify(self.node)
-        known = {"current", "previous", "links", "writers", "maps", "progs"}
-        tops = [path for path in node.root.iterdir() if path.name not in known]
-        scratch = [path for one in ("current", "previous") for path in (node.root / one).glob("ba[sc]*")]
-        paths = [*tops, *(path for path in scratch if any(path.iterdir()) or path.name == "back")]
         variables = node.map(f"{self._tag}.bss").get(0)
         tally = {key: value["count"] for key, value in node.map(f"{self._tag}_tally").items()}
         going = [tally.pop(_SOCKETS, 0)]
@@ -338,7 +401,7 @@ class World:
         return Seen(
             version=verified.version,
             problems=list(verified.problems),
-            paths=[str(path) for path in paths],
+            paths=self._left_behind(),
             strays=self._strays(),
             tally=tally,
             seen=sum(one["count"] for one in node.map(f"{self._tag}_seen").get(0)),
@@ -346,31 +409,6 @@ class World:
             limits={key: [value["rate"], value["burst"]] for key, value in node.map(self.limit).items()},
             going=going,
         )
-
-    def _strays(self) -> list[str]:
-        """Maps and programs of ours that are alive and not pinned in either generation."""
-        until = time.monotonic() + _GONE
-        while True:
-            strays = list(self._unpinned())
-            if not strays or time.monotonic() > until:
-                return strays
-            time.sleep(0.002)
-
-    def _unpinned(self) -> Iterator[str]:
-        pinned = set()
-        for generation in (self.node.current, self.node.previous):
-            for room, kind in (("maps", Map), ("data", Map), ("progs", Program)):
-                for path in (generation / room).iterdir() if (generation / room).exists() else ():
-                    with kind.open(path) as held:
-                        pinned.add((kind, held.info.id))
-        for command, kind in _KINDS.items():
-            for number in _ids(command, self._older[command]):
-                try:
-                    with kind.by_id(number) as held:
-                        if self._tag in held.info.name and (kind, number) not in pinned:
-                            yield f"{kind.__name__.lower()} {number} {held.info.name}"
-                except KernelError:
-                    continue  # gone meanwhile
 
     def _pause(self) -> tuple[list[int], dict[str, Any]]:
         journal = self._writer.ask("pause")
@@ -381,11 +419,6 @@ class World:
             one.ask("go")
         self._writer.ask(f"go {self.node.root}")
 
-    def _helper(self, module: str, group: str, *args: str) -> _Helper:
-        command = [sys.executable, "-m", f"tests.faults.{module}", *args]
-        pipe = subprocess.PIPE
-        return _Helper(self._lab.popen(command, group, stdin=pipe, stdout=pipe, cwd=_HOUSE))
-
     def _bundle(self, version: str) -> hitless.Bundle:
         directory = self._lab.scratch / version
         directory.mkdir()
@@ -394,6 +427,7 @@ class World:
         source += _GOING if version == OLD else ""
         compile_object(source.replace("X_", f"{self._tag}_"), directory / f"{self._tag}.bpf.o")
         template = _MANIFEST + (_ATTACH_GOING if version == OLD else "")
+        template += _BY_CONNECTION if self._by_connection else ""
         manifest = template.format(version=version).replace("X_", f"{self._tag}_").replace("X.", f"{self._tag}.")
         (directory / "bundle.toml").write_text(manifest)
         return hitless.Bundle.load(directory, {"cgroup": str(self._lab.cgroup)})
@@ -401,6 +435,10 @@ class World:
 
 def _facts(result: hitless.Result) -> object:
     return {"to": result.to_version, "lost": sum(entry.lost for entry in result.maps), "how": result.start_type}
+
+
+def _has_hook(node: hitless.Node, name: str) -> bool:
+    return (node.links / name).exists() or (node.root / "board" / "witnesses" / name).exists()
 
 
 def _ids(command: int, after: int = 0) -> Iterator[int]:

@@ -193,6 +193,30 @@ def test_an_error_while_it_waits_takes_every_connection_back(mesh: Mesh) -> None
     assert hitless.apply(mesh.node, mesh.release(2)).committed
 
 
+def test_an_error_while_the_old_release_ends_gives_all_its_hooks_back(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, update, ending = mesh.open("held"), Map.update, []
+
+    def told(event: hitless.Progress) -> None:
+        ending.extend([event.step] if event.step == "connections" else [])
+
+    def fail(changed: Map, key: bytes, value: bytes, flags: int = 0) -> None:
+        if ending and changed.info.name == "board_ops":  # behind those of egress, which goes
+            monkeypatch.undo()
+            raise hitless.KernelError("this was to fail", errno=12)
+        update(changed, key, value, flags)
+
+    few = tuple(name for name in HOOKS if name != "egress")
+    monkeypatch.setattr(Map, "update", fail)
+    with pytest.raises(hitless.KernelError, match="this was to fail"):
+        hitless.apply(mesh.node, mesh.release(2, deadline=0, hooks=few), progress=told)
+    assert status(mesh.node).problems == ()
+    assert hitless.verify(mesh.node).problems == ()
+    mesh.use(held)
+    assert mesh.use(held) == {1}
+
+
 @pytest.mark.parametrize("step", ["cutover", "connections", "merge", "commit"])
 def test_a_killed_upgrade_is_finished_and_its_connections_are_waited_for(mesh: Mesh, step: str) -> None:
     old = mesh.open("old")

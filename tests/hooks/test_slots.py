@@ -11,9 +11,10 @@ import msgspec
 import pytest
 
 import hitless
-from hitless.kernel.links import all_links
+from hitless.kernel.dispatcher import Dispatcher
+from hitless.kernel.links import Link, all_links
 from hitless.kernel.programs import Program, is_loaded
-from hitless.upgrade.cutover import switch_hooks
+from hitless.upgrade.cutover import switch_back, switch_hooks
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from meshd.demo.pods import Pods
@@ -275,6 +276,28 @@ def test_a_hook_whose_pin_somebody_removed_is_told_and_attached_again(lab: Lab, 
     assert status(node).problems == ()
 
 
+def test_an_undo_goes_on_where_one_was_killed_that_had_emptied_the_slot(lab: Lab, tmp_path: Path) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    hooks = hitless.apply(node, bundle(tmp_path, "netfilter", 1, str(lab.netns))).hooks
+    with Dispatcher.open(node.root / "slots" / "hook", node.links / "hook") as there:
+        there.detach()
+    with Program.open(node.current / "progs" / "count") as program:
+        switch_back(hooks, {"count": program}, node.links, node.current / "maps")
+    assert [*node.links.iterdir(), *(node.root / "slots").iterdir()] == []
+
+
+def test_a_probed_file_that_another_took_the_place_of_is_told(lab: Lab, tmp_path: Path) -> None:
+    node = hitless.Node(lab.bpffs / "store")
+    hitless.apply(node, bundle(tmp_path, "uprobe", 1, str(lab.netns)))
+    assert (status(node).problems, hitless.verify(node).problems) == ((), ())
+    probed = library(tmp_path)
+    newer = tmp_path / "newer.so"
+    newer.write_bytes(probed.read_bytes())
+    newer.replace(probed)
+    for problems in (status(node).problems, hitless.verify(node).problems):
+        assert [one for one in problems if f"link hook is in the file that was at {probed} before" in one]
+
+
 def test_another_point_needs_another_link(lab: Lab, tmp_path: Path) -> None:
     node = hitless.Node(lab.bpffs / "store")
     hitless.apply(node, bundle(tmp_path, "netfilter", 1, str(lab.netns)))
@@ -287,7 +310,11 @@ def test_a_priority_that_is_taken_is_named_and_nothing_stays(lab: Lab, tmp_path:
     hitless.apply(hitless.Node(lab.bpffs / "store"), bundle(tmp_path, "netfilter", 1, str(lab.netns)))
     before = {link.id for link in all_links() if link.type == "netfilter"}
     other = hitless.Node(lab.bpffs / "other")
-    with pytest.raises(hitless.KernelError, match=r"netfilter ipv4 input -100 .*EBUSY"):
+    with Link.open(lab.bpffs / "store" / "links" / "hook") as link:
+        taking = link.info.id
+    (planned,) = hitless.plan(other, bundle(tmp_path, "netfilter", 3, str(lab.netns))).hooks
+    assert taking in planned.clashes
+    with pytest.raises(hitless.KernelError, match=rf"netfilter ipv4 input -100 .*EBUSY.* the links .*\b{taking}\b"):
         hitless.apply(other, bundle(tmp_path, "netfilter", 2, str(lab.netns)))
     assert {link.id for link in all_links() if link.type == "netfilter"} == before
     assert not other.root.exists()

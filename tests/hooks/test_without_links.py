@@ -544,6 +544,31 @@ def test_an_interface_that_goes_between_plan_and_cutover_is_left_out_though_it_w
     well(node)
 
 
+def test_another_tool_on_an_interface_that_comes_while_hooks_are_switched_is_named_and_all_is_taken_back(
+    pods: Pods, node: hitless.Node, make: Make, tool: Tool
+) -> None:
+    (first,) = pods.add(1)
+    hitless.apply(node, make(1, EARLY.replace('"eth0"', '"eth*"')))
+    before = running(pods, first)
+
+    def meanwhile(event: hitless.Progress) -> None:
+        if event.step == "merge":
+            (number,) = pods.add(1)
+            Xdp.attach(tool.programs["early"], interface(pods, number), "native")
+
+    path = re.escape(str(pods.directory))
+    words = (
+        rf"interface eth0 in {path}/pod2 has program {tool.ids['early']} \(early\) as native XDP, which hitless did "
+        r"not attach: let who did take it off, .*adopt = true.*the upgrade is taken back and the old release goes on"
+    )
+    with pytest.raises(hitless.NodeError, match=words):
+        hitless.apply(node, make(2, EARLY.replace('"eth0"', '"eth*"')), progress=meanwhile)
+    assert running(pods, first) == before
+    assert running(pods, 2) == ([tool.ids["early"]], [])
+    assert hitless.verify(node).version == "1.0"
+    assert len(list(node.links.iterdir())) == 1
+
+
 def test_a_rollback_keeps_what_was_adopted(pods: Pods, node: hitless.Node, make: Make, tool: Tool) -> None:
     (number,) = pods.add(1)
     hitless.apply(node, make(1, LATE))

@@ -200,7 +200,7 @@ def _changes(entry: MapPlan) -> str:
 
 def _show_hooks(hooks: Sequence[HookPlan]) -> None:
     matched = Counter((h.action, h.link.split("@")[0], h.program) for h in hooks if h.matched)
-    methods = {(h.action, h.link.split("@")[0], h.program): h.method for h in hooks}
+    methods = {(h.action, h.link.split("@")[0], h.program): h.method or _clashes(h) for h in hooks}
     rows = [(*what, f"{count} that match", methods[what]) for what, count in matched.items() if count > _FEW_HOOKS]
     rows += [
         (
@@ -208,7 +208,7 @@ def _show_hooks(hooks: Sequence[HookPlan]) -> None:
             f"{h.was} -> {h.link}" if h.was else h.link,
             h.program,
             _where(h.target, h.netns) + _instead(h),
-            h.method,
+            h.method or _clashes(h),
         )
         for h in hooks
         if not h.matched or matched[h.action, h.link.split("@")[0], h.program] <= _FEW_HOOKS
@@ -218,6 +218,13 @@ def _show_hooks(hooks: Sequence[HookPlan]) -> None:
 
 def _where(target: str, netns: str | None) -> str:
     return f"{target} in {netns}" if netns else target
+
+
+def _clashes(hook: HookPlan) -> str:
+    if not hook.clashes:
+        return ""
+    links = f"link{'s' * (len(hook.clashes) > 1)} {', '.join(map(str, hook.clashes))}"
+    return f"may be kept out by {links} of the same priority, if in the same namespace"
 
 
 def _instead(hook: HookPlan) -> str:

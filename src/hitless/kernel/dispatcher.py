@@ -45,6 +45,7 @@ _NF_ACCEPT = 1
 _ON = "on_"  # a slot's name that begins so goes on with the number of its hook's target
 _NAMES = ("dispatcher", "dispatcher_odd")
 """Of the dispatchers, by the slot that they jump to."""
+_IN = "in_"  # a dispatcher's name that begins so goes on with the inode of the file that its hook is in
 
 
 class Jump(msgspec.Struct, frozen=True):
@@ -121,10 +122,12 @@ class Dispatcher:
         what: str,
         target_id: int = 0,
         slots: int = 1,
+        file: int = 0,
     ) -> Dispatcher:
         """The same for any hook, which ``link_to`` attaches a program to; ``slots`` is how many it has.
 
-        ``target_id`` is kept where the kernel does not tell of the link what it is attached to, see LinkInfo.
+        ``target_id`` and ``file`` are kept where the kernel does not tell of the link what it is attached to, see
+        LinkInfo.
         """
         name = f"{_ON}{target_id}" if target_id else "dispatcher"
         kept = os.path.lexists(slot_pin)
@@ -132,7 +135,7 @@ class Dispatcher:
         if kept and array.info.name != name:
             slot_pin.unlink()  # of one who was killed here when something else was there
             kept, array = False, create(_PROG_ARRAY, name, 4, 4, slots)
-        with _load(jump, array, 0, what) as program:
+        with _load(jump, array, 0, what, f"{_IN}{file:x}" if file else None) as program:
             if not kept:
                 _fill(array, first)
                 array.pin(slot_pin)
@@ -196,7 +199,12 @@ class Dispatcher:
         link = self._link.info
         name = self._slots.info.name
         target = int(name.removeprefix(_ON)) if name.startswith(_ON) else link.target_id
-        return msgspec.structs.replace(link, program_id=self._runs(), target_id=target)
+        file = 0
+        if link.attach_type.startswith(("uprobe ", "uretprobe ")):
+            with Program.by_id(link.program_id) as program:
+                noted = program.info.name
+            file = int(noted.removeprefix(_IN), 16) if noted.startswith(_IN) else 0
+        return msgspec.structs.replace(link, program_id=self._runs(), target_id=target, file=file)
 
     def update(self, new: Program, old: Program) -> None:
         """Let all sockets run ``new`` from their next message on, if those of this map run ``old`` now.
@@ -317,13 +325,14 @@ def _socket_jump(attach_type: str, expected: str | None = None) -> Jump:
     return msgspec.structs.replace(hook, loaded_for=attach_type if expected is None else expected)
 
 
-def _load(jump: Jump, slots: Map, own: int, what: str) -> Program:
+def _load(jump: Jump, slots: Map, own: int, what: str, title: str | None = None) -> Program:
     fields = {
         "expected_attach_type": attach_number(jump.loaded_for) if jump.loaded_for else 0,
         "attach_btf_id": jump.function,
     }
     code = _code(slots, own, jump.passing)
-    return load_code(program_number(jump.program_type), _NAMES[own], code, f"the dispatcher of {what}", **fields)
+    name = title or _NAMES[own]
+    return load_code(program_number(jump.program_type), name, code, f"the dispatcher of {what}", **fields)
 
 
 def _fill(slots: Map, program: Program) -> None:

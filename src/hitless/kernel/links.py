@@ -50,7 +50,7 @@ class LinkInfo(msgspec.Struct, frozen=True):
     bytes; of a sampled event its CPU's number and one. 0 is none. ``attach_type`` is the kernel's name of the
     hook, and of those that are many things at once (netfilter, tracepoints, iterators) which one it is. Of what is
     attached without a link ``id`` is 0, and a tc filter has its ``priority`` and ``handle``. Of a link of struct_ops
-    ``program_id`` is the id of the map.
+    ``program_id`` is the id of the map. ``file`` is the inode of the file that a probe is in, 0 if nobody noted it.
     """
 
     id: int
@@ -60,6 +60,7 @@ class LinkInfo(msgspec.Struct, frozen=True):
     attach_type: str = ""
     priority: int = 0
     handle: int = 0
+    file: int = 0
 
     @property
     def is_dead(self) -> bool:

@@ -199,9 +199,14 @@ class Switchboard:
         return int(self._epochs[_PRESENT])
 
     @property
+    def settled(self) -> int:
+        """The epoch that was present when :meth:`settle` came to its end last."""
+        return int(self._epochs[_SETTLED // 4])
+
+    @property
     def is_settled(self) -> bool:
         """Whether everything is of the present epoch: no :meth:`flip` that was not followed by :meth:`settle`."""
-        return int(self._epochs[_SETTLED // 4]) == self.epoch
+        return self.settled == self.epoch
 
     def hooks(self) -> list[str]:
         """The names under which hooks were added."""

@@ -29,6 +29,7 @@ from hitless.kernel.xdp import Mode, Xdp
 from hitless.upgrade.attached import Attached, open_attached, remove, slot_of
 from hitless.upgrade.model import HookPlan
 from hitless.upgrade.notes import Where, note, noted, read_note
+from hitless.upgrade.places import file_of
 
 __all__ = ["adopt", "attach", "give_all"]
 
@@ -104,7 +105,8 @@ def _put_dispatcher(hook: HookPlan, program: Program, links: Path) -> None:
 
     what = f"{hook.attach_type} of {hook.target}" if hook.point else hook.attach_type
     jump = jump_for(hook.hook, hook.target)
-    with Dispatcher.put(jump, link_to, program, slot, links / hook.link, what, hook.target_id):
+    probed = file_of(hook.hook, hook.target) or 0
+    with Dispatcher.put(jump, link_to, program, slot, links / hook.link, what, hook.target_id, probed):
         pass  # the pins keep it
 
 

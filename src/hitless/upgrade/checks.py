@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+import msgspec
+
 from hitless.bundle import Bundle
 from hitless.carry import is_global
-from hitless.errors import LossNotAllowedError, NodeError, UnsupportedError, VerifyError
+from hitless.errors import KernelError, LossNotAllowedError, NodeError, UnsupportedError, VerifyError
 from hitless.hooks import HOOKS
 from hitless.kernel.cgroups import keeps_links_out
 from hitless.kernel.dispatcher import attached_program, is_dispatcher
+from hitless.kernel.links import all_links
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
 from hitless.kernel.queues import count_elements
@@ -33,6 +37,7 @@ __all__ = [
     "refuse_taken_names",
     "verify_hooks",
     "verify_pins",
+    "with_clashes",
 ]
 
 
@@ -160,6 +165,29 @@ def _refuse_taken(hook: HookPlan, held: Map, state: NodeState) -> None:
             programs=sorted(others),
             sockets=sum(others.values()),
         )
+
+
+def with_clashes(decided: Plan, state: NodeState) -> Plan:
+    """The plan with the links that may keep its netfilter hooks out (EBUSY), if this process may look at links.
+
+    Raises KernelError.
+    """
+    if not any(hook.action == "attach" and hook.point for hook in decided.hooks):
+        return decided
+    own = {link.id for link in state.links.values()}
+    try:
+        others = [link for link in all_links() if link.type == "netfilter" and link.id not in own]
+    except KernelError as error:
+        if error.facts["errno"] != errno.EPERM:
+            raise
+        return decided
+    hooks = tuple(
+        msgspec.structs.replace(hook, clashes=tuple(link.id for link in others if link.attach_type == hook.attach_type))
+        if hook.action == "attach"
+        else hook
+        for hook in decided.hooks
+    )
+    return msgspec.structs.replace(decided, hooks=hooks)
 
 
 def refuse_loss(decided: Plan) -> None:

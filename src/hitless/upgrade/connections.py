@@ -94,17 +94,27 @@ def wait(board: Switchboard, deadline: float, tell: Callable[[Left], None], mean
 def turn_back(board: Switchboard, hooks: Sequence[HookPlan], programs: Mapping[str, Program], links: Path) -> None:
     """Make the old release present for everything, if it is not; ``programs`` are the new release's."""
     if not board.is_settled:
+        # An end of the old epoch that an error cut short has let some of its slots go over already.
+        _put_back(board, hooks, links, board.settled)
         board.flip_back()
     elif _is_present(board, hooks, programs, links):
-        for hook in hooks:
-            name = pin_of(hook, links)
-            if hook.action in ("update", "detach") and hook.expected is not None:
-                with Program.by_id(hook.expected) as old:
-                    board.put(name, old, board.epoch + 1)
-            elif hook.action == "attach" and name in board.hooks():
-                board.put(name, None, board.epoch + 1)
+        _put_back(board, hooks, links, board.epoch + 1)
         board.flip()
     board.settle()  # and the slots of the other epoch, which may be filled already, get what runs
+
+
+def _put_back(board: Switchboard, hooks: Sequence[HookPlan], links: Path, epoch: int) -> None:
+    """Let the old release's programs have the slots of ``epoch``."""
+    known = set(board.hooks())
+    for hook in hooks:
+        name = pin_of(hook, links)
+        if name not in known:
+            continue
+        if hook.action in ("update", "detach") and hook.expected is not None:
+            with Program.by_id(hook.expected) as old:
+                board.put(name, old, epoch)
+        elif hook.action == "attach":
+            board.put(name, None, epoch)
 
 
 def _is_present(

@@ -162,9 +162,10 @@ def switch_back(hooks: Sequence[HookPlan], programs: Mapping[str, Program], link
             with Map.open(maps / pin_name(hook.moved)) as old_map:
                 reattach(hook, links, links, old_map)
         with open_attached(links, name) as there:
-            ours = there.info.program_id == program.info.id
+            runs = there.info.program_id
+            ours = runs == program.info.id
             if hook.action == "attach":
-                ours = ours or isinstance(there, BoardHook)
+                ours = ours or not runs or isinstance(there, BoardHook)  # nothing: one was killed here
             if ours and hook.action == "attach":
                 _detach(there)
             elif ours and hook.action in ("update", "adopt") and not there.info.is_dead:

@@ -21,7 +21,7 @@ from hitless.kernel.maps import Map, is_alive
 from hitless.kernel.programs import Program, is_loaded
 from hitless.upgrade.model import Generation, Hook, NodeState, PinnedMap, PinnedProgram, Record, ReplacedProgram
 from hitless.upgrade.node import PUBLIC, Node
-from hitless.upgrade.places import find_places, place_id
+from hitless.upgrade.places import file_of, find_places, place_id
 from hitless.upgrade.record import map_pin
 
 __all__ = [
@@ -161,6 +161,12 @@ def hook_problem(hook: Hook, link: LinkInfo | None, expected: int | None, links:
     if hook.hook == "cgroup" and not Path(hook.target).exists() and Path(hook.target).parent.is_dir():
         # The kernel keeps a removed cgroup, and the link on it, while sockets of its processes are open.
         return f"link {name} is on {link.where}, and {hook.target} was removed: make it again, {again}"
+    if link.file and file_of(hook.hook, hook.target) not in (None, link.file):
+        return (
+            f"link {name} is in the file that was at {hook.target.rsplit(':', 1)[0]} before another took its place, as "
+            "a package does: processes that start now are not probed; give the hook another link name in the next "
+            "release, which attaches it to the new file and takes it out of the old one"
+        )
     if target is not None and link.target_id != target:
         there = msgspec.structs.replace(link, target_id=target).where
         return (

@@ -183,7 +183,8 @@ def require_same(planned: Plan, decided: Plan) -> None:
 
 def _decisions(plan: Plan) -> Plan:
     maps = tuple(msgspec.structs.replace(entry, loss=()) for entry in plan.maps)
-    return msgspec.structs.replace(plan, maps=maps, fingerprint=None)
+    hooks = tuple(msgspec.structs.replace(hook, clashes=()) for hook in plan.hooks)
+    return msgspec.structs.replace(plan, maps=maps, hooks=hooks, fingerprint=None)
 
 
 def _alike(one: MapPlan, other: MapPlan) -> bool:

@@ -26,7 +26,8 @@ from hitless.upgrade.model import LeftRing, NodeState, Record
 from hitless.upgrade.node import Node, foreign_error
 from hitless.upgrade.record import map_pin, read_record
 from hitless.upgrade.remnants import pinned_under
-from hitless.upgrade.staging import give_up
+from hitless.upgrade.staging import give_up, remove_last
+from hitless.upgrade.steps import in_step
 
 __all__ = ["Garbage", "GarbageItem", "gc"]
 
@@ -68,6 +69,7 @@ class Garbage(msgspec.Struct, frozen=True):
     schema: int = 1
 
 
+@in_step("gc")
 def gc(node: Node, dry_run: bool = False, allow_loss: Collection[str] = (), wait: float = 10.0) -> Garbage:
     """Drop the last generation, the rest of an upgrade that had switched no hook, dead links, and scratch pins.
 
@@ -99,7 +101,7 @@ def gc(node: Node, dry_run: bool = False, allow_loss: Collection[str] = (), wait
         remove_tree(node.next)
         for name in _SCRATCH:
             remove_tree(node.current / name)
-        _remove_last(node.previous)
+        remove_last(node.previous)
         return found
 
 
@@ -216,15 +218,6 @@ def _pins(generation: Path) -> Iterator[tuple[Path, str]]:
 
 def _open(path: Path, kind: str) -> Map | Program:
     return Program.open(path) if kind == "program" else Map.open(path)
-
-
-def _remove_last(directory: Path) -> None:
-    """Remove the last generation; its record goes last, so that one who is killed here is understood by the next."""
-    if directory.exists():
-        for path in directory.iterdir():
-            if path.name != "record":
-                remove_tree(path)
-        remove_tree(directory)
 
 
 def _judge(

@@ -78,9 +78,10 @@ class HookPlan(msgspec.Struct, frozen=True):
     running there for the update to happen; ``adopted`` is its name if hitless did not attach it. ``target_id`` is the
     number of the target, as in LinkInfo, and ``netns`` the network namespace of an interface. ``matched`` says that a
     pattern led to it, so that it may go at any time. ``method`` is how the program of a live hook is exchanged, in
-    words, and ``point`` where one of netfilter runs. ``priority`` and ``handle`` are those of a tc filter; 0 is one
-    that is free when it is attached. ``moved`` is the running release's name of the map of sockets that it is on, if
-    that becomes another: see :mod:`hitless.upgrade.moving`.
+    words, and ``point`` where one of netfilter runs. ``clashes`` are links of others of that point and priority, which
+    keep this one out if they are in the same network namespace: the kernel does not tell in which. ``priority`` and
+    ``handle`` are those of a tc filter; 0 is one that is free when it is attached. ``moved`` is the running release's
+    name of the map of sockets that it is on, if that becomes another: see :mod:`hitless.upgrade.moving`.
     """
 
     link: str
@@ -101,6 +102,7 @@ class HookPlan(msgspec.Struct, frozen=True):
     handle: int = 0
     adopted: str | None = None
     moved: str | None = None
+    clashes: tuple[int, ...] = ()
 
 
 class MapFacts(msgspec.Struct, frozen=True):

@@ -10,6 +10,7 @@ import errno
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -28,10 +29,11 @@ from hitless.kernel.tracing import probe_offset, tracepoint_id
 from hitless.kernel.xdp import Xdp
 from hitless.layout.model import ProgramSpec
 
-__all__ = ["Occupant", "Place", "as_pin_name", "find_places", "place_id"]
+__all__ = ["Occupant", "Place", "as_pin_name", "file_of", "find_places", "place_id"]
 
 _NAMED = Path("/run/netns")  # where `ip netns` puts namespaces
 _CPUS = Path("/sys/devices/system/cpu/online")
+_INODE = (1 << 48) - 1  # what the name of a dispatcher has room for
 _PLAIN = re.compile(r"[^A-Za-z0-9_-]")
 
 
@@ -105,6 +107,15 @@ def place_id(hook: str, target: str, netns: str | None) -> int:
             return Namespace.at(target).inode
         case "interface":
             return _interface(target, netns).index
+
+
+def file_of(hook: str, target: str) -> int | None:
+    """The inode of the file that a probe on ``target`` is in, its last 48 bits; None of other hooks, or without one."""
+    if hook not in ("uprobe", "uretprobe"):
+        return None
+    with suppress(OSError):
+        return Path(target.rsplit(":", 1)[0]).stat().st_ino & _INODE
+    return None
 
 
 def _online() -> list[int]:

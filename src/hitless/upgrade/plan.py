@@ -533,13 +533,19 @@ def late_hooks(plan: Plan, record: Record, places: Sequence[Place]) -> list[Hook
     known = {(hook.link, hook.target_id) for hook in plan.hooks if hook.action != "detach"}
     programs = record.programs
     own = {program.id for program in record.pinned_programs.values()} | {hook.expected for hook in plan.hooks}
-    return [_new_hook(place, programs, own) for place in places if (place.link, place.id) not in known]
+    so_far = "it came while hooks were switched, so the upgrade is taken back and the old release goes on"
+    return [_new_hook(place, programs, own, so_far) for place in places if (place.link, place.id) not in known]
 
 
-def _new_hook(place: Place, programs: Mapping[str, ProgramSpec], own: Container[int | None]) -> HookPlan:
+def _new_hook(
+    place: Place,
+    programs: Mapping[str, ProgramSpec],
+    own: Container[int | None],
+    so_far: str = "nothing was changed",
+) -> HookPlan:
     """The plan of a hook on which nothing of its link is; ``own`` are ids of programs that are not of other tools.
 
-    Raises NodeError if the place is taken.
+    Raises NodeError if the place is taken, which says what was done ``so_far``.
     """
     entry = place.entry
     if entry.hook in ("xdp", "xdp-netlink"):
@@ -560,7 +566,7 @@ def _new_hook(place: Place, programs: Mapping[str, ProgramSpec], own: Container[
     why = _not_adopted(place, there, own)
     if why:
         raise NodeError(
-            f"link {place.link}: {place} has {' and '.join(map(str, there))}, {why}; nothing was changed",
+            f"link {place.link}: {place} has {' and '.join(map(str, there))}, {why}; {so_far}",
             link=place.link,
             target=place.target,
             namespace=place.netns,

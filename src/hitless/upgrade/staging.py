@@ -26,7 +26,7 @@ from hitless.upgrade.record import create_record, map_pin, read_record, write_re
 from hitless.upgrade.reset import empty
 from hitless.upgrade.unwritten import prove_unwritten
 
-__all__ = ["Built", "build_next", "give_up", "open_programs", "restage_last"]
+__all__ = ["Built", "build_next", "give_up", "open_programs", "remove_last", "restage_last"]
 
 
 class Built(msgspec.Struct, frozen=True):
@@ -138,6 +138,15 @@ def give_up(node: Node) -> None:
     for scratch in ("base", "back", "adopted", "links"):
         remove_tree(node.next / scratch)
     move(node.next, node.previous)
+
+
+def remove_last(directory: Path) -> None:
+    """Remove the last generation; its record goes last, so that one who is killed here is understood by the next."""
+    if directory.exists():
+        for path in directory.iterdir():
+            if path.name != "record":
+                remove_tree(path)
+        remove_tree(directory)
 
 
 def _typed(spec: MapSpec, bound: MapSpec) -> MapSpec:

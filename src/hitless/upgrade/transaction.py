@@ -43,6 +43,7 @@ from hitless.upgrade.checks import (
     refuse_taken_names,
     verify_hooks,
     verify_pins,
+    with_clashes,
 )
 from hitless.upgrade.connections import install, turn, turn_back, wait
 from hitless.upgrade.cutover import detach_hooks, hold_adopted, switch_back, switch_hooks, with_ops
@@ -71,7 +72,7 @@ from hitless.upgrade.plan import awaited, hooks_of, late_hooks, make_plan
 from hitless.upgrade.record import map_pin, pin_name, read_record, write_record
 from hitless.upgrade.release import last_release
 from hitless.upgrade.ring import drain
-from hitless.upgrade.staging import Built, build_next, give_up, open_programs, restage_last
+from hitless.upgrade.staging import Built, build_next, give_up, open_programs, remove_last, restage_last
 from hitless.upgrade.steps import in_step
 from hitless.upgrade.verify import check_generation
 
@@ -142,6 +143,7 @@ def _plan(
     refuse_exclusive(decided)
     refuse_taken_names(decided)
     refuse_sockets(node, state, decided)
+    decided = with_clashes(decided, state)
     return msgspec.structs.replace(decided, fingerprint=fingerprint(state, targets, asked.answers, *machine))
 
 
@@ -377,8 +379,23 @@ def unload(node: Node, wait: float = 10.0) -> list[str]:
                 pass
         removed = [str(path) for path in sorted(node.root.rglob("*")) if not path.is_dir()]
         detach_hooks(names, node.links)
-        remove_tree(node.root)
+        _remove_all(node)
     return removed
+
+
+def _remove_all(node: Node) -> None:
+    """Unpin everything, in an order that leaves to one who comes after a kill what a first apply may leave as well."""
+    remove_tree(node.next)
+    remove_last(node.previous)
+    if (node.current / "record").exists():
+        with suppress(NodeError):  # one that cannot be read
+            record = read_record(node.current / "record")
+            write_record(node.current / "record", msgspec.structs.replace(record, phase="undone", former=None))
+            move(node.current, node.next)
+    # A dispatcher without its slot, or a witness that writes to a storage of its own, must not be found by the next.
+    for part in ("dispatchers", "witnesses"):
+        remove_tree(node.root / "board" / part)
+    remove_tree(node.root)
 
 
 class _Upgrade:
