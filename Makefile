@@ -4,11 +4,11 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-DEBIAN := libbpf1 libbpf-dev clang-19 gcc iproute2 nginx-light
+DEBIAN := libbpf1 libbpf-dev clang-19 gcc iproute2 nginx-light systemd
 BINDING := src/hitless/kernel/_libbpf.py
 BPF := $(MAKE) --no-print-directory -s -C src/meshd/bpf
 
-.PHONY: demo test fuzz soak faults bench lint setup clean root packages bpf requirements man dist
+.PHONY: demo test fuzz soak faults bench lint setup clean root packages bpf requirements man dist manifests
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -106,6 +106,10 @@ dist: setup man
 	@umask 022; export SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} && \
 	$(BIN)/python -m build --no-isolation >build/dist.log 2>&1 || { cat build/dist.log >&2; exit 1; }
 	@cd dist && sha256sum *
+
+# Only when the chart changes: what it makes of its own values, for those who have no Helm.
+manifests: setup
+	@$(BIN)/python packaging/manifests.py
 
 # Only when a dependency changes; pip-tools need not be in the environment.
 requirements:
