@@ -4,11 +4,11 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-DEBIAN := libbpf1 libbpf-dev clang-19 gcc iproute2 nginx-light
+DEBIAN := libbpf1 libbpf-dev clang-19 gcc iproute2 nginx-light systemd
 BINDING := src/hitless/kernel/_libbpf.py
 BPF := $(MAKE) --no-print-directory -s -C src/meshd/bpf
 
-.PHONY: demo test fuzz soak faults bench lint setup clean root packages bpf requirements
+.PHONY: demo test fuzz soak faults bench lint setup clean root packages bpf requirements man dist manifests
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -96,11 +96,27 @@ bpf: packages
 	@$(BPF) -q || { echo "Compiling meshd's BPF programs."; $(BPF); }
 	@find src/meshd/bpf -perm /022 -exec chmod go-w {} +
 
+# Man pages and completion of both commands, which the wheel brings along.
+man: setup
+	@rm -rf packaging/share
+	@$(BIN)/python packaging/manual.py packaging/share
+
+# The sdist, and the wheel that is built from it; the same commit gives the same bytes, whoever packs it, where and when.
+dist: setup man
+	@rm -rf dist && mkdir -p build
+	@umask 022; export SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} && \
+	$(BIN)/python -m build --no-isolation >build/dist.log 2>&1 || { cat build/dist.log >&2; exit 1; }
+	@cd dist && sha256sum *
+
+# Only when the chart changes: what it makes of its own values, for those who have no Helm.
+manifests: setup
+	@$(BIN)/python packaging/manifests.py
+
 # Only when a dependency changes; pip-tools need not be in the environment.
 requirements:
 	@pip-compile --quiet --upgrade --generate-hashes --extra dev --all-build-deps --allow-unsafe --strip-extras \
 	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options -o requirements.txt pyproject.toml
 
 clean:
-	@rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info $(BINDING)
+	@rm -rf .venv build dist packaging/share .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info $(BINDING)
 	@$(BPF) clean

@@ -94,7 +94,10 @@ def _sha256(_context: click.Context, _parameter: click.Parameter, given: str | N
     return given and given.lower()
 
 
-_root = click.option("--root", required=True, metavar="DIR", help="The pin root, a directory on a bpffs.")
+_PATH = click.Path(readable=False)  # for shells to complete; what is there is judged by those who read it
+_root = click.option(
+    "--root", type=_PATH, required=True, metavar="DIR", help="The pin root, a directory on a bpffs.",
+)  # fmt: skip
 _set = click.option(
     "--set", "variables", multiple=True, callback=_variables, metavar="NAME=VALUE", help="Fill ${NAME} in bundle.toml."
 )
@@ -150,7 +153,7 @@ def main() -> None:
 
 
 @main.command(epilog="Example: hitless inspect release-2/")
-@click.argument("what")
+@click.argument("what", type=_PATH)
 @_command()
 def inspect(what: str, as_json: bool) -> None:
     """Show maps, programs and layouts of WHAT: a .o file, a bundle, a snapshot, a pinned map or a pin root."""
@@ -165,8 +168,8 @@ def inspect(what: str, as_json: bool) -> None:
 
 
 @main.command(epilog="Example: hitless diff release-1/ release-2/")
-@click.argument("old")
-@click.argument("new")
+@click.argument("old", type=_PATH)
+@click.argument("new", type=_PATH)
 @_command(trouble=2)
 def diff(old: str, new: str, as_json: bool) -> int:
     """Say what changed between the maps of OLD and NEW. Exit code: 0 same, 1 differ, 2 trouble."""
@@ -182,8 +185,8 @@ def diff(old: str, new: str, as_json: bool) -> int:
 
 
 @main.command(epilog="Example: hitless check release-1/ release-2/ --format github")
-@click.argument("old")
-@click.argument("new")
+@click.argument("old", type=_PATH)
+@click.argument("new", type=_PATH)
 @_allow_loss
 @click.option(
     "--format", "form", type=click.Choice(["text", "json", "github", "html"]), default="text", show_default=True,
@@ -218,7 +221,7 @@ def _width() -> int | None:
 
 
 @main.command(epilog="Example: hitless snapshot release-1/ > release-1.json")
-@click.argument("what")
+@click.argument("what", type=_PATH)
 @click.option(
     "--format", "form", type=click.Choice(["hitless", "kmesh"]), default="hitless", show_default=True,
     help="kmesh is the shape of Kmesh's mapspecs_by_prog.json, which tells less.",
@@ -249,12 +252,12 @@ def include(as_json: bool) -> None:
 
 
 @main.command(epilog="Example: hitless plan release-2/ --root /sys/fs/bpf/mesh --set cgroup=/sys/fs/cgroup/mesh")
-@click.argument("bundle")
+@click.argument("bundle", type=_PATH)
 @_root
 @_set
 @_digest
 @_allow_loss
-@click.option("--out", metavar="FILE", help="Save the plan, for apply --plan FILE to do exactly that.")
+@click.option("--out", type=_PATH, metavar="FILE", help="Save the plan, for apply --plan FILE to do exactly that.")
 @_command(on_node=True)
 def plan(
     bundle: str,
@@ -282,12 +285,15 @@ def plan(
 
 
 @main.command(epilog="Example: hitless apply release-2/ --root /sys/fs/bpf/mesh --set cgroup=/sys/fs/cgroup/mesh")
-@click.argument("bundle")
+@click.argument("bundle", type=_PATH)
 @_root
 @_set
 @_digest
 @_allow_loss
-@click.option("--plan", "saved", metavar="FILE", help="Do what this plan says (plan --out), or refuse and do nothing.")
+@click.option(
+    "--plan", "saved", type=_PATH, metavar="FILE",
+    help="Do what this plan says (plan --out), or refuse and do nothing.",
+)  # fmt: skip
 @_rate
 @_cpu
 @_wait
