@@ -4,6 +4,8 @@ No socket is ever taken out of the old map. Out of its last map, it would lose w
 read yet; and while a reader waits, it would keep its programs all the same and so be refused by the new map. In both
 maps it lives on undisturbed: the programs that it was added under go on serving it, by the old map, which the kernel
 keeps for them until the last such socket closes.
+
+Where these programs are hooks of the release, they go over with the sockets: :mod:`hitless.upgrade.moving`.
 """
 
 from __future__ import annotations
