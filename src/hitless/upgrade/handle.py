@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from hitless.errors import KernelError, NodeError
+from hitless.errors import KernelError, LayoutError, NodeError
 from hitless.kernel.base import padded
 from hitless.kernel.bpffs import require_private
 from hitless.kernel.libbpf import ENOTSUPP
@@ -250,6 +250,16 @@ class MapHandle:
             key = opened.key.decode
             return [(key(k.tobytes()), opened.decode(v.tobytes())) for k, v in zip(keys, values, strict=True)]
 
+    def rows(self) -> tuple[Rows, Rows]:
+        """All entries as the kernel's bytes, keys and values in rows of two arrays; otherwise as :meth:`items`.
+
+        A hundred times as fast, for who knows the layout: see :attr:`spec`.
+        """
+        with self._access.to_read(self._name) as opened:
+            if opened.carrier is not None:
+                opened.carrier.catch_up()
+            return opened.map.entries()
+
     def __setitem__(self, key: Any, value: Any) -> None:
         with self._access.to_write(self._name) as opened:
             _write(opened, opened.key.encode(key), opened.encode(value))
@@ -276,6 +286,19 @@ class MapHandle:
                     _write_many(now, keys, values)
                     return
 
+    def update_rows(self, keys: Rows, values: Rows) -> None:
+        """Set many entries, given as :meth:`rows` gives them; otherwise as :meth:`update_many`."""
+        with self._access.to_write(self._name) as opened:
+            _check_rows(opened, keys, opened.map.info.key_size)
+            _check_rows(opened, values, opened.map.info.entry_size)
+            _write_many(opened, keys, values)
+
+    def delete_rows(self, keys: Rows) -> int:
+        """Delete many entries, given as :meth:`rows` gives them; otherwise as :meth:`delete_many`."""
+        with self._access.to_write(self._name) as opened:
+            _check_rows(opened, keys, opened.map.info.key_size)
+            return _delete_many(opened, keys)
+
     def delete_many(self, keys: Iterable[Any]) -> int:
         """Delete many entries, and return how many of them were there; otherwise as :meth:`update_many`."""
         given = list(keys)
@@ -292,6 +315,12 @@ class MapHandle:
             with self._access.to_read(self._name) as opened:
                 pass
             yield opened
+
+
+def _check_rows(opened: _Opened, rows: Rows, size: int) -> None:
+    if rows.ndim != 2 or rows.shape[1] != size or rows.dtype != np.uint8:
+        shape, name = "x".join(map(str, rows.shape)), opened.spec.name
+        raise LayoutError(f"map {name}: rows of {size} bytes are wanted, not {shape} of {rows.dtype}", map=name)
 
 
 def _rows(records: Iterable[bytes], size: int) -> Rows:
