@@ -24,9 +24,8 @@ from meshd.tables import PROTOCOLS, choose, endpoint, member_keys, packed, slot_
 
 if TYPE_CHECKING:
     import hitless
-    from hitless.kernel.maps import Rows
 
-__all__ = ["SERVICE", "Changes", "TableWriter", "policy_entries"]
+__all__ = ["SERVICE", "Changes", "TableWriter", "entries_of", "policy_entries"]
 
 #: struct service: table, count, affinity_s, level, known, healthy.
 SERVICE = struct.Struct("=IIIIII")
@@ -36,6 +35,9 @@ _CHUNK = 32768  # slots that are written at once
 _POLICY_NEW = struct.Struct("=IIQQ")  # action, hits, last_ns
 _ACTIONS = {"allow": 0, "deny": 1}
 _POLICY_MAPS = ("policy", "outbound", "inbound")
+
+
+Rows = npt.NDArray[np.uint8]
 
 
 class Changes(msgspec.Struct, frozen=True):
@@ -157,7 +159,7 @@ class TableWriter:
             return Changes()
         handle = self._node.map(name)
         # What the programs counted stays.
-        held = _entries(handle) if other else {}
+        held = entries_of(handle) if other else {}
         values = [_POLICY_NEW.pack(target[key], 0, 0, 0) for key in new]
         values += [
             struct.pack("=I", target[key]) + held.get(key, bytes(_POLICY_NEW.size))[4:] for key in other
@@ -287,9 +289,9 @@ class _Kernel:
 
     def __init__(self, node: hitless.Node) -> None:
         self._node = node
-        self.services = _entries(node.map("service"))
+        self.services = entries_of(node.map("service"))
         self.policies = {
-            name: {key: int.from_bytes(value[:4], sys.byteorder) for key, value in _entries(node.map(name)).items()}
+            name: {key: int.from_bytes(value[:4], sys.byteorder) for key, value in entries_of(node.map(name)).items()}
             for name in _POLICY_MAPS
         }
         keys, values = node.map("slot").rows()
@@ -378,7 +380,8 @@ def _key(frontend: Frontend) -> bytes:
     return endpoint(frontend.address, frontend.port, frontend.protocol)
 
 
-def _entries(handle: hitless.MapHandle) -> dict[bytes, bytes]:
+def entries_of(handle: hitless.MapHandle) -> dict[bytes, bytes]:
+    """All entries of a map as the kernel's bytes."""
     keys, values = handle.rows()
     return {key.tobytes(): value.tobytes() for key, value in zip(keys, values, strict=True)}
 

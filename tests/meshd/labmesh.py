@@ -76,8 +76,26 @@ class Mesh:
         assert self.daemon.stop() == 0
         return self.next_event(event="stopped")
 
-    def connect(self, address: str = VIP, count: int = 1, cgroup: str = "clients", port: int = 80) -> dict[str, Any]:
-        done = self.lab.run_python(PEER, "connect", address, str(port), str(count), cgroup=cgroup)
+    def connect(
+        self, address: str = VIP, count: int = 1, cgroup: str = "clients", port: int = 80, seconds: float = 10
+    ) -> dict[str, Any]:
+        done = self.lab.run_python(PEER, "connect", address, str(port), str(count), str(seconds), cgroup=cgroup)
+        assert done.returncode == 0, done.stderr
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
+
+    def transfer(self, *sizes: int, address: str = VIP) -> dict[str, int]:
+        """Send so many bytes on connections and get them back: what the client itself counted."""
+        done = self.lab.run_python(PEER, "transfer", address, "80", *map(str, sizes), cgroup="clients")
+        assert done.returncode == 0, done.stderr
+        result: dict[str, int] = json.loads(done.stdout)
+        return result
+
+    def ask(
+        self, address: str = VIP, count: int = 1, way: str = "fresh", cgroup: str = "clients", port: int = 53
+    ) -> dict[str, Any]:
+        """Send datagrams: each by a `connected` socket of its own, or a `fresh` one, or all by `one`."""
+        done = self.lab.run_python(PEER, "ask", address, str(port), str(count), way, cgroup=cgroup)
         assert done.returncode == 0, done.stderr
         result: dict[str, Any] = json.loads(done.stdout)
         return result
@@ -144,15 +162,18 @@ class Held:
         self._lines.process.wait(10)
 
 
-def service(name: str, address: str, *backends: str | tuple[str, int], port: int = 80) -> dict[str, Any]:
+def service(
+    name: str, address: str, *backends: str | tuple[str, int], port: int = 80, protocol: str = "tcp", **more: object
+) -> dict[str, Any]:
     """A service of the file; a backend is an address, or an address and a weight."""
     weighted = [(one, 1) if isinstance(one, str) else one for one in backends]
     return {
         "name": name,
         "address": address,
         "port": port,
-        "protocol": "tcp",
+        "protocol": protocol,
         "backends": [{"address": where, "port": PORT, "weight": weight} for where, weight in weighted],
+        **more,
     }
 
 

@@ -19,6 +19,7 @@ from hitless.kernel.base import padded
 from hitless.kernel.bpffs import require_private
 from hitless.kernel.libbpf import ENOTSUPP
 from hitless.kernel.maps import Map, Rows, possible_cpus
+from hitless.kernel.rings import RingMemory
 from hitless.layout.codec import Codec
 from hitless.layout.model import MapSpec
 from hitless.upgrade.carrier import Carrier
@@ -28,7 +29,7 @@ from hitless.upgrade.mirror import Mirror
 from hitless.upgrade.record import map_pin, read_record
 from hitless.upgrade.writers import WriterLock
 
-__all__ = ["Access", "MapHandle", "Staged"]
+__all__ = ["Access", "MapHandle", "RingReader", "Staged"]
 
 
 class Staged(msgspec.Struct, eq=False):
@@ -166,7 +167,7 @@ class Access:
         return seen.st_dev, seen.st_ino
 
     def _open(self, name: str) -> _Opened:
-        opened = self._open_live(name) if self._staged is None else self._open_staged(self._staged, name)
+        opened = self.open_live(name) if self._staged is None else self._open_staged(self._staged, name)
         self._opened[name] = opened
         return opened
 
@@ -182,7 +183,12 @@ class Access:
             )
         return _Opened(staged, staged.maps[name], spec, carrier)
 
-    def _open_live(self, name: str) -> _Opened:
+    def is_live(self, name: str, token: object) -> bool:
+        """Whether the map that was opened with ``token`` is still the running generation's."""
+        return self._pin(name) == token
+
+    def open_live(self, name: str) -> _Opened:
+        """The map of the running generation, whatever is being built. Raises NodeError if it is absent."""
         while True:
             token = self._pin(name)
             if token is None:
@@ -315,6 +321,33 @@ class MapHandle:
             with self._access.to_read(self._name) as opened:
                 pass
             yield opened
+
+
+class RingReader:
+    """Takes the records of one ring buffer of the running release; it follows upgrades, by whichever process.
+
+    A ring buffer has one reader: what it takes, no other one gets.
+    """
+
+    def __init__(self, access: Access, name: str) -> None:
+        self._access = access
+        self._name = name
+        self._opened: _Opened | None = None
+        self._memory: RingMemory | None = None
+
+    def take(self) -> list[bytes]:
+        """The records that are complete and not taken yet, in their order; those of an older release's ring first.
+
+        Raises NodeError if there is no such map.
+        """
+        found = self._memory.take() if self._memory is not None else []
+        if self._opened is None or not self._access.is_live(self._name, self._opened.token):
+            # The programs that wrote there are gone: what came until now was the last.
+            found += self._memory.take() if self._memory is not None else []
+            self._opened = self._access.open_live(self._name)
+            self._memory = RingMemory(self._opened.map)
+            found += self._memory.take()
+        return found
 
 
 def _check_rows(opened: _Opened, rows: Rows, size: int) -> None:
