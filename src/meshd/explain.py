@@ -147,7 +147,7 @@ def _policy(node: hitless.Node, service: dict[str, Any], source: int, tables: bo
 
 def _holds(key: dict[str, Any], address: bytes) -> bool:
     rest = 128 - (key["prefixlen"] - 96)
-    return int.from_bytes(bytes(key["addr"]), "big") >> rest == int.from_bytes(address, "big") >> rest
+    return bool(int.from_bytes(key["addr"], "big") >> rest == int.from_bytes(address, "big") >> rest)
 
 
 def _told(kind: str, source: int, held: dict[str, Any]) -> dict[str, Any]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import socket
 from ipaddress import ip_address, ip_network
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from meshd.access import AccessLog, Connection
+from meshd.cli import main
 from meshd.demo.lab import BACKENDS4, BACKENDS6
 from meshd.demo.mesh import Lines
-from meshd.model import Backend, Policy, Service
+from meshd.model import Backend, Locality, Policy, Service
 from meshd.recall import recall
+from meshd.reconcile import Changes
 from tests.meshd.labmesh import A6, PORT, VIP, VIP6, A, B, Mesh, denied, service, until
 
 C = BACKENDS4[2]
@@ -22,12 +26,13 @@ def dns(*backends: str | tuple[str, int], address: str = VIP, **more: object) ->
     return service("dns", address, *backends, port=53, protocol="udp", **more)
 
 
-def count_of(mesh: Mesh, name: str) -> int:
-    return len(mesh.node.map(name).items())
+def counts_of(mesh: Mesh) -> dict[str, int]:
+    return {name: len(mesh.node.map(name).items()) for name in ("service", "slot", "member")}
 
 
-def settled(mesh: Mesh, **counts: int) -> bool:
-    return until(lambda: {name: count_of(mesh, name) for name in counts} == counts)
+def tables_of(mesh: Mesh) -> dict[int, int]:
+    """Tables by ports in network order."""
+    return {key["port"]: value["table"] for key, value in mesh.node.map("service").items()}
 
 
 # UDP
@@ -36,7 +41,7 @@ def settled(mesh: Mesh, **counts: int) -> bool:
 @pytest.mark.parametrize("way", ["fresh", "one", "connected"])
 def test_a_datagram_reaches_a_backend_and_the_answer_seems_to_come_from_the_service(mesh: Mesh, way: str) -> None:
     mesh.write([dns(A), service("dns6", VIP6, A6, port=53, protocol="udp")])
-    mesh.start(4)
+    mesh.start_here()
     said = mesh.ask(VIP, count=3, way=way)
     assert (said["answers"], said["sources"]) == ({A: 3}, [f"('{VIP}', 53)"])
     said = mesh.ask(VIP6, count=3, way=way)
@@ -47,21 +52,21 @@ def test_a_datagram_reaches_a_backend_and_the_answer_seems_to_come_from_the_serv
 
 def test_a_connected_udp_socket_sees_the_service_as_its_peer(mesh: Mesh) -> None:
     mesh.write([dns(A)])
-    mesh.start(4)
+    mesh.start_here()
     assert mesh.ask(VIP, way="connected")["peers"] == [f"('{VIP}', 53)"]
     assert mesh.ask(A, way="connected", port=PORT)["peers"] == [f"('{A}', {PORT})"], "what is no service is left alone"
 
 
 def test_tcp_and_udp_on_one_port_are_two_services(mesh: Mesh) -> None:
     mesh.write([service("tcp", VIP, A, port=53), dns(B)])
-    mesh.start(4)
+    mesh.start_here()
     assert mesh.connect(VIP, port=53)["answers"] == {A: 1}
     assert mesh.ask(VIP)["answers"] == {B: 1}
 
 
 def test_datagrams_of_fresh_sockets_are_spread_and_one_socket_keeps_its_backend(mesh: Mesh) -> None:
     mesh.write([dns(A, B)])
-    mesh.start(4)
+    mesh.start_here()
     spread = mesh.ask(VIP, count=200)["answers"]
     assert 60 < spread[A] < 140, "half of 200, within five standard deviations"
     assert sorted(mesh.ask(VIP, count=50, way="one")["answers"].values()) == [50]
@@ -70,11 +75,10 @@ def test_datagrams_of_fresh_sockets_are_spread_and_one_socket_keeps_its_backend(
 
 def test_a_socket_leaves_a_backend_that_is_gone(mesh: Mesh) -> None:
     mesh.write([dns(A)])
-    mesh.start(4)
+    mesh.start_here()
     held = Lines(mesh.python("asking", VIP, "53", cgroup="clients"))
     assert held.wait_for({}, 5)["answer"] == A
-    mesh.write([dns(B)])
-    mesh.next_event(event="config", changed=1)
+    mesh.set([dns(B)])
     assert held.process.stdin is not None
     held.process.stdin.write("\n")
     held.process.stdin.flush()
@@ -84,7 +88,7 @@ def test_a_socket_leaves_a_backend_that_is_gone(mesh: Mesh) -> None:
 
 def test_udp_without_a_backend_is_refused_and_with_a_policy_denied(mesh: Mesh) -> None:
     mesh.write([dns(), service("other", VIP, A, port=54, protocol="udp")], [denied("other")])
-    mesh.start(4)
+    mesh.start_here()
     for way in ("fresh", "connected"):
         assert mesh.ask(VIP, way=way)["errors"] == {"ECONNREFUSED": 1}
         assert mesh.ask(VIP, way=way, port=54, cgroup="denied")["errors"] == {"EPERM": 1}
@@ -98,7 +102,7 @@ def test_udp_without_a_backend_is_refused_and_with_a_policy_denied(mesh: Mesh) -
 
 def test_a_client_keeps_its_backend_for_as_long_as_the_service_says(mesh: Mesh) -> None:
     mesh.write([service("web", VIP, A, B, affinity=1), service("any", VIP, A, B, port=81)])
-    mesh.start(4)
+    mesh.start_here()
     assert sorted(mesh.connect(VIP, count=60)["answers"].values()) == [60]
     assert len(mesh.connect(VIP, count=60, port=81)["answers"]) == 2
     (key,) = (key for key, _ in mesh.node.map("affinity").items())
@@ -114,17 +118,14 @@ def test_a_client_keeps_its_backend_for_as_long_as_the_service_says(mesh: Mesh) 
 
 def test_a_client_leaves_a_backend_that_is_gone_and_only_that(mesh: Mesh) -> None:
     mesh.write([service("web", VIP, A, B, affinity=600)])
-    mesh.start(4)
+    mesh.start_here()
     (first,) = mesh.connect(VIP, count=5)["answers"]
     other = B if first == A else A
-    mesh.write([service("web", VIP, A, B, C, affinity=600)])
-    mesh.next_event(event="config", changed=1)
+    mesh.set([service("web", VIP, A, B, C, affinity=600)])
     assert mesh.connect(VIP, count=20)["answers"] == {first: 20}, "another backend came, and that changes nothing"
-    mesh.write([service("web", VIP, other, affinity=600)])
-    mesh.next_event(event="config", changed=1)
+    mesh.set([service("web", VIP, other, affinity=600)])
     assert mesh.connect(VIP, count=5)["answers"] == {other: 5}
-    mesh.write([service("web", VIP, A, B, affinity=600)])
-    mesh.next_event(event="config", changed=1)
+    mesh.set([service("web", VIP, A, B, affinity=600)])
     assert mesh.connect(VIP, count=20)["answers"] == {other: 20}
 
 
@@ -137,7 +138,7 @@ def test_weights_of_many_backends_are_respected(mesh: Mesh) -> None:
     server = Lines(mesh.python("serve", *BACKENDS4[3:]))
     server.wait_for({"ready": (True,)}, 10)
     mesh.write([service("web", VIP, *ends)])
-    mesh.start(4)
+    mesh.start_here()
     answers = mesh.connect(VIP, count=1900)["answers"]
     chi = sum((answers.get(end, 0) - 100 * weight) ** 2 / (100 * weight) for end, weight in ends)
     assert chi < 30, f"{answers}: with 4 degrees of freedom 23.5 is exceeded once in 10,000 runs"
@@ -151,11 +152,10 @@ def test_clients_fail_over_to_farther_backends_and_come_back(mesh: Mesh) -> None
         return made
 
     mesh.write([web(True, True)])
-    mesh.start(4, options=("--locality", "eu/eu-1/n1"))
+    mesh.start_here(Locality("eu", "eu-1", "n1"))
     assert mesh.connect(VIP, count=20)["answers"] == {A: 20}
     for health, wanted in (((False, True), {B}), ((False, False), {A, B}), ((True, True), {A})):
-        mesh.write([web(*health)])
-        mesh.next_event(event="config", changed=1)
+        mesh.set([web(*health)])
         assert set(mesh.connect(VIP, count=30)["answers"]) == wanted
 
 
@@ -166,7 +166,7 @@ def test_a_policy_by_destination_is_obeyed_and_the_narrower_one_goes_first(mesh:
     deny = {"action": "deny", "destination": "10.1.0.0/24", "source": {"cgroup": "denied"}}
     allow = {"action": "allow", "destination": f"{B}/32", "source": {"cgroup": "denied"}}
     mesh.write([service("web", VIP, A)], [deny, allow, {"action": "deny", "destination": "fd00:1::/64"}])
-    mesh.start(4)
+    mesh.start_here()
     assert mesh.connect(A, cgroup="denied", port=PORT)["errors"] == {"EPERM": 1}
     assert mesh.connect(B, cgroup="denied", port=PORT)["answers"] == {B: 1}
     assert mesh.connect(A, port=PORT)["answers"] == {A: 1}, "another client"
@@ -190,7 +190,7 @@ def test_of_policies_by_destination_the_own_cgroup_then_the_port_then_the_prefix
             {"action": "allow", "service": "web", **own},
         ],
     )
-    mesh.start(4)
+    mesh.start_here()
     assert mesh.connect(A, port=PORT)["errors"] == {"EPERM": 1}
     assert mesh.connect(A, cgroup="denied", port=PORT)["answers"] == {A: 1}, "its own cgroup goes before any"
     assert mesh.connect(B, cgroup="denied", port=PORT)["answers"] == {B: 1}, "the port goes before the prefix"
@@ -209,23 +209,22 @@ def test_a_policy_by_clients_is_obeyed_by_servers_in_the_mesh(mesh: Mesh) -> Non
             {"action": "deny", "clients": "10.1.0.0/24", "protocol": "udp"},
         ],
     )
-    mesh.start(4)
+    mesh.start_here()
     for address in (C, BACKENDS6[2]):
         assert mesh.connect(address, port=PORT, seconds=0.3)["errors"] == {"timed out": 1}
     assert mesh.ask(C, port=PORT)["errors"] == {"timed out": 1}
     assert mesh.connect(A, port=PORT)["answers"] == {A: 1}, "a server outside of the mesh hears everybody"
     allow = {"action": "allow", "clients": f"{C}/32"}  # a client on lo has its server's address
-    mesh.write([], [{"action": "deny", "clients": "10.1.0.0/24"}, allow, {**allow, "protocol": "udp"}])
-    mesh.next_event(event="config", policies=3)
+    mesh.set([], [{"action": "deny", "clients": "10.1.0.0/24"}, allow, {**allow, "protocol": "udp"}])
     assert mesh.connect(C, port=PORT)["answers"] == {C: 1}, "the longer prefix"
     assert mesh.ask(C, port=PORT)["answers"] == {C: 1}
-    hits = [value["hits"] for key, value in mesh.node.map("inbound").items() if key["prefixlen"] == 160]
-    assert sorted(hits) == [1, 1], "a connection is judged once"
+    hits = {key["proto"]: value["hits"] for key, value in mesh.node.map("inbound").items() if key["prefixlen"] == 160}
+    assert hits == {6: 1, 17: 2}, "a connection is judged once, and of datagrams the answer as well as the question"
 
 
 def test_an_answer_to_a_client_in_the_mesh_is_not_taken_for_a_question(mesh: Mesh) -> None:
     mesh.write([dns(A)], [{"action": "deny", "clients": "0.0.0.0/0", "protocol": "udp"}])
-    mesh.start(4)
+    mesh.start_here()
     for way in ("fresh", "connected"):
         assert mesh.ask(VIP, way=way)["answers"] == {A: 1}
 
@@ -235,7 +234,7 @@ def test_an_answer_to_a_client_in_the_mesh_is_not_taken_for_a_question(mesh: Mes
 
 def test_a_services_bytes_are_what_its_client_counted(mesh: Mesh) -> None:
     mesh.write([service("web", VIP, A), service("web6", VIP6, A6)])
-    mesh.start(4)
+    mesh.start_here()
     own = mesh.transfer(0, 0, 1, 1, 1000, 100_000, 3_000_000, 3_000_001)
     assert until(lambda: mesh.counters()["closed"] == 8)
     counted = mesh.counters()
@@ -258,7 +257,7 @@ def test_the_access_log_has_a_record_for_every_connection(mesh: Mesh) -> None:
     dead = service("dead", VIP, A, port=82)
     dead["backends"][0]["port"] = 9
     mesh.write([service("web", VIP, A), service("none", VIP, port=81), dead], [denied("web")])
-    mesh.start(4, options=("--access-log",))
+    mesh.start_here(access_log=True)
     own = mesh.transfer(10, 5000)
     mesh.connect(VIP, cgroup="denied")
     mesh.connect(VIP, port=81)
@@ -293,7 +292,7 @@ def test_the_access_log_is_off_unless_it_is_asked_for(mesh: Mesh) -> None:
 
 
 def test_a_thousand_connections_are_a_thousand_records(mesh: Mesh) -> None:
-    mesh.start(4, options=("--access-log",))
+    mesh.start_here(access_log=True)
     log, found = AccessLog(mesh.node), list[Connection]()
     for _ in range(2):
         assert mesh.connect(VIP, count=500)["answers"] == {A: 500}
@@ -304,11 +303,12 @@ def test_a_thousand_connections_are_a_thousand_records(mesh: Mesh) -> None:
 
 
 def explained(mesh: Mesh, where: str, *options: str) -> dict[str, Any]:
-    args = ["-m", "meshd", "explain", where, "--root", str(mesh.root), *options]
-    done = mesh.lab.run_python(*args, "--json")
-    assert done.returncode == 0, done.stderr
-    assert mesh.lab.run_python(*args).stdout.count("\n") >= 2
-    result: dict[str, Any] = json.loads(done.stdout)
+    args = ["explain", where, "--root", str(mesh.root), *options]
+    done = CliRunner().invoke(main, [*args, "--json"])
+    assert done.exit_code == 0, done.output
+    result: dict[str, Any] = json.loads(done.output)
+    for backend in result["backends"]:
+        assert backend["address"] in CliRunner().invoke(main, args).output
     return result
 
 
@@ -341,15 +341,14 @@ def test_explain_knows_older_releases(mesh: Mesh, release: int) -> None:
 
 
 @pytest.mark.parametrize("where", ["10.96.0.10", "x:80", f"{VIP}:0", f"{VIP}:80/icmp"])
-def test_explain_refuses_what_is_no_address_and_port(mesh: Mesh, where: str) -> None:
-    done = mesh.lab.run_python("-m", "meshd", "explain", where, "--root", str(mesh.root))
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+def test_explain_refuses_what_is_no_address_and_port(where: str) -> None:
+    done = CliRunner().invoke(main, ["explain", where, "--root", "/nowhere"])
+    assert (done.exit_code, type(done.exception)) == (2, SystemExit)
 
 
 def test_explain_without_a_mesh_says_so(mesh: Mesh) -> None:
-    done = mesh.lab.run_python("-m", "meshd", "explain", f"{VIP}:80", "--root", str(mesh.root))
-    assert done.returncode == 1
+    done = CliRunner().invoke(main, ["explain", f"{VIP}:80", "--root", str(mesh.root)])
+    assert done.exit_code == 1
     assert "no mesh is live" in done.stderr
 
 
@@ -379,7 +378,7 @@ def test_policies_by_addresses_are_recalled(mesh: Mesh) -> None:
             {"action": "allow", "clients": "fd00::/16", "protocol": "udp"},
         ],
     )
-    mesh.start(4)
+    mesh.start_here()
     found = recall(mesh.node)
     assert [(one.protocol, one.affinity) for one in found.services] == [("udp", 7)]
     source = mesh.lab.cgroup_of("denied").stat().st_ino
@@ -391,53 +390,69 @@ def test_policies_by_addresses_are_recalled(mesh: Mesh) -> None:
 
 def test_a_change_leaves_no_slot_behind(mesh: Mesh) -> None:
     mesh.write([service("web", VIP, A, B), dns(A, B)])
-    mesh.start(4)
-    assert settled(mesh, service=2, slot=4, member=2)
-    mesh.write([service("web", VIP, A, B, C), dns(B)])
-    assert settled(mesh, service=2, slot=4, member=1)
-    mesh.write([service("web", VIP)])
-    assert settled(mesh, service=1, slot=0, member=0)
+    mesh.start_here()
+    assert counts_of(mesh) == {"service": 2, "slot": 4, "member": 2}
+    assert mesh.set([service("web", VIP, A, B, C), dns(B)]) == Changes(changed=2)
+    assert counts_of(mesh) == {"service": 2, "slot": 4, "member": 1}
+    assert mesh.set([service("web", VIP)]) == Changes(changed=1, removed=1)
+    assert counts_of(mesh) == {"service": 1, "slot": 0, "member": 0}
+    assert not mesh.set([service("web", VIP)])
+    assert not mesh.resync()
+
+
+def test_a_change_of_one_service_leaves_the_tables_of_others(mesh: Mesh) -> None:
+    mesh.write([service(f"web{n}", VIP, A, B, port=n) for n in range(1, 21)])
+    mesh.start_here()
+    before = tables_of(mesh)
+    mesh.set([service(f"web{n}", VIP, *((A, B) if n != 7 else (A,)), port=n) for n in range(1, 21)])
+    changed = {key for key, table in tables_of(mesh).items() if before[key] != table}
+    assert changed == {socket.htons(7)}
 
 
 def test_what_someone_else_broke_is_put_right(mesh: Mesh) -> None:
-    mesh.write([service("web", VIP, A, B), dns(A)])
-    mesh.start(4)
-    slot, member = mesh.node.map("slot"), mesh.node.map("member")
+    mesh.write([service("web", VIP, A, B), dns(A), service("lost", VIP, A, port=81)], [denied("web")])
+    mesh.start_here()
+    node = mesh.node
+    slot, member, services, policies = (node.map(name) for name in ("slot", "member", "service", "policy"))
     key, value = slot.items()[0]
     slot[key] = value | {"port": 9}
     del member[member.items()[0][0]]
-    mesh.write([service("web", VIP, A, B), dns(A), service("new", VIP, A, port=99)])
-    mesh.next_event(event="config", added=1, services=3)
-    assert settled(mesh, service=3, slot=4, member=1)
+    lost = next(key for key, _ in services.items() if key["port"] == socket.htons(81))
+    services[dict(lost, port=5)] = services.get(lost)
+    del services[lost]
+    (policy,) = (key for key, _ in policies.items())
+    policies[policy] = {"action": 0, "hits": 41, "last_ns": 1}
+    policies[dict(policy, source=99)] = {"action": 1, "hits": 0, "last_ns": 0}
+    assert mesh.resync()
+    assert counts_of(mesh) == {"service": 3, "slot": 4, "member": 1}
+    assert [(value["action"], value["hits"]) for _, value in policies.items()] == [(1, 41)]
     assert mesh.connect(VIP, count=20)["errors"] == {}
+    assert mesh.connect(VIP, port=81)["answers"] == {A: 1}
     assert mesh.ask(VIP)["answers"] == {A: 1}
+    assert not mesh.resync()
 
 
-def test_tables_that_nobody_names_are_swept_when_two_looks_have_found_them(mesh: Mesh) -> None:
-    mesh.start(4)
-    node = mesh.node
-    value = node.map("slot").items()[0][1]
+def test_a_table_that_nobody_names_is_swept_when_two_looks_have_found_it(mesh: Mesh) -> None:
+    mesh.start_here()
+    slot = mesh.node.map("slot")
+    value = slot.items()[0][1]
     for index in range(3):
-        node.map("slot")[{"table": 77, "index": index}] = value
-    mesh.lab.scratch.joinpath("services.yaml").touch()
-    mesh.next_event(event="config")
-    assert count_of(mesh, "slot") == 5, "another daemon may be about to name it"
-    mesh.lab.scratch.joinpath("services.yaml").touch()
-    mesh.next_event(event="config")
-    assert settled(mesh, slot=2)
+        slot[{"table": 77, "index": index}] = value
+    mesh.resync()
+    assert counts_of(mesh)["slot"] == 5, "another daemon may be about to name it"
+    mesh.resync()
+    assert counts_of(mesh)["slot"] == 2
 
 
 def test_a_restart_writes_nothing_that_is_there_already(mesh: Mesh) -> None:
-    mesh.write([service("web", VIP, A, (B, 7)), dns(A, B)], [denied("web")])
-    mesh.start(4)
-    before = sorted((key["addr"], value["table"]) for key, value in mesh.node.map("service").items())
+    mesh.write([service("web", VIP, A, (B, 7)), dns(A, B), service("none", VIP, port=9)], [denied("web")])
+    mesh.start_here()
+    before = tables_of(mesh)
     mesh.connect(VIP, cgroup="denied")
-    mesh.stop()
     mesh.start(4)
-    assert sorted((key["addr"], value["table"]) for key, value in mesh.node.map("service").items()) == before
+    assert tables_of(mesh) == before
     assert [value["hits"] for value in mesh.values("policy")] == [1]
 
 
-def test_the_newest_release_is_the_default(mesh: Mesh) -> None:
-    done = mesh.lab.run_python("-m", "meshd", "run", "--help")
-    assert "[default: 4]" in done.stdout
+def test_the_newest_release_is_the_default() -> None:
+    assert "[default: 4]" in CliRunner().invoke(main, ["run", "--help"]).output
