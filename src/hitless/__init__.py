@@ -32,7 +32,7 @@ from hitless.errors import (
 if TYPE_CHECKING:
     from hitless.bundle import Bundle
     from hitless.upgrade.gc import Garbage, gc
-    from hitless.upgrade.handle import MapHandle
+    from hitless.upgrade.handle import MapHandle, RingReader
     from hitless.upgrade.model import NodeState, Plan, Progress, Result
     from hitless.upgrade.node import Node
     from hitless.upgrade.pace import Pace
@@ -61,6 +61,7 @@ __all__ = [
     "PlanError",
     "Progress",
     "Result",
+    "RingReader",
     "UnsupportedError",
     "Verification",
     "VerifyError",
@@ -88,6 +89,7 @@ _ROOMS = {
     "Plan": "upgrade.model",
     "Progress": "upgrade.model",
     "Result": "upgrade.model",
+    "RingReader": "upgrade.handle",
     "Verification": "upgrade.verify",
     "apply": "upgrade.transaction",
     "gc": "upgrade.gc",

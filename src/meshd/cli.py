@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import ipaddress
 import sys
+import time
 from pathlib import Path
-from typing import cast
+from typing import Any, NoReturn, cast
 
 import click
+import msgspec
 
 from hitless.errors import HitlessError
 from meshd import config
 from meshd.config import ConfigError
 from meshd.events import Events
+from meshd.model import Address, Locality, Protocol
 from meshd.releases import RELEASES, Release
 
 __all__ = ["main"]
 
 _NEWEST = max(RELEASES)
+_POLL = 0.1  # s between looks at the access log
 _FILE = click.Path(path_type=Path)
 
 
 def _release(context: click.Context, parameter: click.Parameter, value: str) -> Release:
     return RELEASES[int(value)]
+
+
+def _locality(context: click.Context, parameter: click.Parameter, value: str) -> Locality:
+    parts = value.split("/")
+    if len(parts) > 3:
+        raise click.BadParameter(f"{value!r} has more parts than region/zone/node")
+    return Locality(*parts)
 
 
 _release_option = click.option(
@@ -51,6 +63,14 @@ def main() -> None:
     type=click.Choice(["restart", "normal"]),
     help="restart leaves the data path running, normal removes it; if not given: restart if the services file exists.",
 )
+@click.option(
+    "--locality",
+    metavar="REGION/ZONE/NODE",
+    default="",
+    callback=_locality,
+    help="Where this node is, for services whose clients are sent to near backends; parts may be left out: /zone-a.",
+)
+@click.option("--access-log", is_flag=True, help="Log connections into the ring buffer that `meshd access` reads.")
 @_json_option
 def run(
     release: Release,
@@ -59,6 +79,8 @@ def run(
     services: Path,
     allow_loss: tuple[str, ...],
     exit_type: str | None,
+    locality: Locality,
+    access_log: bool,
     json: bool,
 ) -> None:
     """Start the mesh, or upgrade the one that runs, and keep it as the services file says.
@@ -69,7 +91,8 @@ def run(
     from meshd.daemon import Daemon, ExitType, Settings
 
     events = Events(json)
-    settings = Settings(release, root, cgroup, services, frozenset(allow_loss), cast("ExitType | None", exit_type))
+    leave = cast("ExitType | None", exit_type)
+    settings = Settings(release, root, cgroup, services, frozenset(allow_loss), leave, locality, access_log)
     try:
         Daemon(settings, events).run()
     except ConfigError as error:
@@ -98,6 +121,84 @@ def check(file: Path, release: Release, cgroup: Path | None, json: bool) -> None
         sys.exit(1)
     counts = {"services": len(found.services), "policies": len(found.policies)}
     events.tell("config", file=str(file), **counts, cgroups_checked=cgroup is not None)
+
+
+@main.command(name="explain")
+@click.argument("where", metavar="ADDRESS:PORT[/udp]")
+@click.option("--root", type=_FILE, required=True, help="The mesh's pin root.")
+@click.option("--client", type=_FILE, help="The client's cgroup2 directory; without it, one that no policy names.")
+@_json_option
+def explain_command(where: str, root: Path, client: Path | None, json: bool) -> None:
+    """Say which backends a connect would get, with which share, and why: from the kernel's maps alone.
+
+    Example: meshd explain 10.96.0.10:80 --root /sys/fs/bpf/mesh
+    """
+    import hitless
+    from meshd.explain import explain, words
+
+    address, port, protocol = _where(where)
+    try:
+        found = explain(hitless.Node(root), address, port, protocol, client)
+    except HitlessError as error:
+        _fail(error, json)
+    if json:
+        click.echo(msgspec.json.encode(found, enc_hook=str).decode())
+    else:
+        click.echo("\n".join(words(found)))
+
+
+@main.command(name="access")
+@click.option("--root", type=_FILE, required=True, help="The mesh's pin root.")
+@_json_option
+def access_command(root: Path, json: bool) -> None:
+    """Print the access log as it comes, a line for each connection, until interrupted; there can be one reader.
+
+    Example: meshd access --root /sys/fs/bpf/mesh --json
+    """
+    import hitless
+    from meshd.access import AccessLog
+
+    try:
+        log = AccessLog(hitless.Node(root))
+        while True:
+            for one in log.take():
+                facts = msgspec.to_builtins(one, enc_hook=str)
+                click.echo(msgspec.json.encode(facts).decode() if json else _access_line(facts))
+            time.sleep(_POLL)
+    except HitlessError as error:
+        _fail(error, json)
+    except KeyboardInterrupt:
+        return
+
+
+def _access_line(facts: dict[str, Any]) -> str:
+    backend = facts["backend"] or {"address": "none", "port": "-"}
+    return (
+        f"{facts['end']:.6f} {facts['verdict']} {facts['protocol']} {facts['service']['address']} "
+        f"{facts['service']['port']} to {backend['address']} {backend['port']} client={facts['client']} "
+        f"seconds={facts['end'] - facts['start']:.6f} sent={facts['sent']} received={facts['received']} "
+        f"rtt={facts['rtt']:.6f} retransmits={facts['retransmits']}"
+    )
+
+
+def _where(text: str) -> tuple[Address, int, Protocol]:
+    place, _, protocol = text.partition("/")
+    host, _, port = place.rpartition(":")
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+        number = int(port)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no ADDRESS:PORT such as 10.96.0.10:80 or [fd00::10]:53/udp") from error
+    if not 0 < number < 65536:
+        raise click.BadParameter(f"{number} is no port")
+    if protocol not in ("", "tcp", "udp"):
+        raise click.BadParameter(f"{protocol!r} is neither tcp nor udp")
+    return address, number, "udp" if protocol == "udp" else "tcp"
+
+
+def _fail(error: HitlessError, json: bool) -> NoReturn:
+    Events(json).error(error)
+    sys.exit(1)
 
 
 def _tell_wrong(events: Events, error: ConfigError, json: bool) -> None:

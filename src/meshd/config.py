@@ -15,7 +15,7 @@ import msgspec
 import yaml
 
 from hitless.errors import HitlessError
-from meshd.model import Action, Address, Backend, Config, Policy, Service
+from meshd.model import Action, Address, Backend, Config, Locality, Network, Policy, Protocol, Service
 from meshd.releases import Release
 
 __all__ = [
@@ -27,13 +27,20 @@ __all__ = [
     "read",
 ]
 
-SIZE_LIMIT = 4 << 20  # bytes
+SIZE_LIMIT = 8 << 20  # bytes; 10,000 services with ten backends each take 6 MiB
 
 _SHOWN = 20
 _DEEPEST = 20
 _WEIGHT_MAX = 65535
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
+_TCP: Protocol = "tcp"
 _NUMBER = re.compile(r"[0-9]{1,18}")
+_AFFINITY_MAX = 86400  # s
+_SAME = {
+    "service": "the same source and service",
+    "destination": "the same source, destination, port and protocol",
+    "clients": "the same clients, port and protocol",
+}
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 T = TypeVar("T")
@@ -156,60 +163,91 @@ class _Reader:
             return Config(())
         services = self._each(fields.get("services"), "services", self._service, self._release.services)
         self._distinct(services, "name", lambda one: one.name)
-        self._distinct(services, "address", lambda one: (one.address, one.port), "the same address and port")
-        policies = self._each(fields.get("policies"), "policies", self._policy, self._release.policies)
         self._distinct(
-            policies, "service", lambda one: (one.source or one.cgroup, one.service), "the same source and service"
+            services, "address", lambda one: (one.address, one.port, one.protocol), "the same address and port"
         )
+        policies = self._each(fields.get("policies"), "policies", self._policy, self._release.policies)
+        for kind, what in _SAME.items():
+            of_kind = [one for one in policies if getattr(one[2], kind)]
+            self._distinct(of_kind, kind, _identity, what)
         for node, field, policy in policies:
-            if self._alone and policy.service not in self._names:
+            if self._alone and policy.service and policy.service not in self._names:
                 self._note(node, f"{field}.service", f"no service has the name {policy.service!r}")
         return Config(tuple(one for _, _, one in services), tuple(one for _, _, one in policies))
 
     def _service(self, node: yaml.Node, field: str) -> Service:
-        fields = self._fields(node, field, ("name", "address", "port", "backends"), ("protocol",))
+        optional = ("protocol", "affinity", "local")
+        fields = self._fields(node, field, ("name", "address", "port", "backends"), optional)
         name = self._try(self._name, fields.get("name"), f"{field}.name")
         address = self._try(self._address, fields.get("address"), f"{field}.address")
         port = self._try(self._port, fields.get("port"), f"{field}.port")
-        if "protocol" in fields:
-            self._try(self._protocol, fields["protocol"], f"{field}.protocol")
+        protocol = self._given(fields, field, "protocol", self._protocol, _TCP)
+        affinity = self._given(fields, field, "affinity", self._affinity, 0)
+        local = self._given(fields, field, "local", self._yes, False)
         if name is not None:
             self._names.add(name)
         limit = self._release.backends
         backends = self._each(fields.get("backends"), f"{field}.backends", self._backend, limit)
         self._distinct(backends, "address", lambda one: (one.address, one.port), "the same address and port")
-        if name is None or address is None or port is None:
+        if name is None or address is None or port is None or protocol is None or affinity is None or local is None:
             raise _Wrong
         for where, path, backend in backends:
             if backend.address.version != address.version:
                 what = f"{backend.address} cannot serve {address}: both must be IPv4 or both IPv6"
                 self._note(where, f"{path}.address", what)
-        return Service(name, address, port, "tcp", tuple(one for _, _, one in backends))
+        return Service(name, address, port, protocol, tuple(one for _, _, one in backends), affinity, local)
 
     def _backend(self, node: yaml.Node, field: str) -> Backend:
-        fields = self._fields(node, field, ("address", "port"), ("weight",))
+        fields = self._fields(node, field, ("address", "port"), ("weight", "healthy", "locality"))
         address = self._try(self._address, fields.get("address"), f"{field}.address")
         port = self._try(self._port, fields.get("port"), f"{field}.port")
-        weight: int | None = 1
-        if "weight" in fields:
-            weight = self._try(self._weight, fields["weight"], f"{field}.weight")
-        if address is None or port is None or weight is None:
+        weight = self._given(fields, field, "weight", self._weight, 1)
+        healthy = self._given(fields, field, "healthy", self._yes, True)
+        locality = self._given(fields, field, "locality", self._locality, Locality())
+        if address is None or port is None or weight is None or healthy is None or locality is None:
             raise _Wrong
-        return Backend(address, port, weight)
+        return Backend(address, port, weight, healthy, locality)
+
+    def _locality(self, node: yaml.Node, field: str) -> Locality:
+        fields = self._fields(node, field, (), ("region", "zone", "node"))
+        found = {name: self._try(self._name, value, f"{field}.{name}") for name, value in fields.items()}
+        if None in found.values():
+            raise _Wrong
+        return Locality(**{name: value for name, value in found.items() if value is not None})
 
     def _policy(self, node: yaml.Node, field: str) -> Policy:
-        fields = self._fields(node, field, ("action", "service"), ("source",))
+        optional = ("service", "destination", "clients", "source", "port", "protocol")
+        fields = self._fields(node, field, ("action",), optional)
         action = self._try(self._action, fields.get("action"), f"{field}.action")
-        service = self._try(self._name, fields.get("service"), f"{field}.service")
+        kinds = [name for name in ("service", "destination", "clients") if name in fields]
+        if len(kinds) != 1:
+            what = f"names {' and '.join(kinds)}, but a policy is for one" if kinds else "is missing"
+            raise self._wrong(node, f"{field}.service", f"{what}: give service, destination or clients")
+        if kinds == ["clients"] and "source" in fields:
+            what = "is of no use with clients, who come from other nodes as well"
+            raise self._wrong(fields["source"], f"{field}.source", what)
+        if kinds == ["service"]:
+            for name in ("port", "protocol"):
+                if name in fields:
+                    self._note(fields[name], f"{field}.{name}", "is of no use with service, which has its own")
+        elif not self._release.tables:
+            what = f"is a policy by addresses, which release {self._release.version} does not have"
+            raise self._wrong(fields[kinds[0]], f"{field}.{kinds[0]}", what)
         path: Path | None = None
         source: int | None = 0
         if "source" in fields:
             where = self._fields(fields["source"], f"{field}.source", ("cgroup",), ())
             found = self._try(self._source, where.get("cgroup"), f"{field}.source.cgroup")
             path, source = found if found else (None, None)
-        if action is None or service is None or source is None:
+        port = self._given(fields, field, "port", self._port, 0)
+        protocol = self._given(fields, field, "protocol", self._protocol, _TCP)
+        service = self._given(fields, field, "service", self._name, "")
+        ends = {name: self._try(self._network, fields[name], f"{field}.{name}") for name in kinds if name != "service"}
+        if action is None or service is None or source is None or port is None or protocol is None:
             raise _Wrong
-        return Policy(action, service, path, source)
+        if None in ends.values():
+            raise _Wrong
+        return Policy(action, service, path, source, ends.get("destination"), ends.get("clients"), port, protocol)
 
     def _source(self, node: yaml.Node, field: str) -> tuple[Path, int]:
         text = self._text(node, field)
@@ -236,10 +274,34 @@ class _Reader:
             return "deny"
         raise self._wrong(node, field, f"{text!r} is neither allow nor deny")
 
-    def _protocol(self, node: yaml.Node, field: str) -> None:
+    def _protocol(self, node: yaml.Node, field: str) -> Protocol:
         text = self._text(node, field)
-        if text != "tcp":
-            raise self._wrong(node, field, f"{text!r} is not supported: only tcp is")
+        for known in self._release.protocols:
+            if text == known:
+                return known
+        what = " or ".join(self._release.protocols)
+        raise self._wrong(node, field, f"{text[:60]!r} is not served by release {self._release.version}: give {what}")
+
+    def _affinity(self, node: yaml.Node, field: str) -> int:
+        if not self._release.tables:
+            raise self._wrong(node, field, f"is a thing that release {self._release.version} does not have")
+        return self._number(node, field, 0, _AFFINITY_MAX)
+
+    def _yes(self, node: yaml.Node, field: str) -> bool:
+        text = self._text(node, field)
+        if text not in ("true", "false"):
+            raise self._wrong(node, field, f"{text[:60]!r} is neither true nor false")
+        return text == "true"
+
+    def _network(self, node: yaml.Node, field: str) -> Network:
+        text = self._text(node, field)
+        try:
+            network = ipaddress.ip_network(text)
+        except ValueError as error:
+            raise self._wrong(node, field, f"{text[:60]!r} is no network such as 10.1.0.0/16: {error}") from error
+        if isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped:
+            raise self._wrong(node, field, f"{network} are IPv4 addresses: write them so")
+        return network
 
     def _name(self, node: yaml.Node, field: str) -> str:
         text = self._text(node, field)
@@ -333,6 +395,12 @@ class _Reader:
             else:
                 seen[key(value)] = _line_of(node)
 
+    def _given(
+        self, fields: dict[str, yaml.Node], field: str, name: str, read: Callable[[yaml.Node, str], T], default: T
+    ) -> T | None:
+        """What ``read`` makes of an optional field, ``default`` if it is not there, None if it is wrong."""
+        return self._try(read, fields[name], f"{field}.{name}") if name in fields else default
+
     def _try(self, read: Callable[[yaml.Node, str], T], node: yaml.Node | None, field: str) -> T | None:
         if node is None:
             return None  # missing, and noted so
@@ -347,6 +415,11 @@ class _Reader:
 
     def _note(self, node: yaml.Node, field: str, message: str) -> None:
         self.problems.append(Problem(_line_of(node), field, message))
+
+
+def _identity(policy: Policy) -> tuple[object, ...]:
+    who = policy.source or policy.cgroup
+    return who, policy.service, policy.destination, policy.clients, policy.port, policy.protocol
 
 
 def _line_of(node: yaml.Node) -> int:

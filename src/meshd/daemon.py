@@ -15,6 +15,7 @@ import msgspec
 import hitless
 from meshd.events import Events
 from meshd.keeper import Keeper
+from meshd.model import NOWHERE, Locality
 from meshd.releases import Release
 from meshd.sources.file import FileSource
 
@@ -30,7 +31,7 @@ class Settings(msgspec.Struct, frozen=True):
     """What a daemon is started with.
 
     ``exit_type`` None: decided at the end, by whether the services file still exists. ``allow_loss`` names maps that
-    may lose what the plan says they lose.
+    may lose what the plan says they lose. ``here`` is where the node is. With ``access_log`` the programs keep one.
     """
 
     release: Release
@@ -39,6 +40,8 @@ class Settings(msgspec.Struct, frozen=True):
     services: Path
     allow_loss: frozenset[str] = frozenset()
     exit_type: ExitType | None = None
+    here: Locality = NOWHERE
+    access_log: bool = False
 
 
 class Daemon:
@@ -50,7 +53,9 @@ class Daemon:
         self._node = hitless.Node(settings.root)
         self._stop = threading.Event()
         sources = [FileSource(settings.services, settings.release, settings.cgroup)]
-        self._keeper = Keeper(self._node, settings.release, sources, events, self._stop)
+        self._keeper = Keeper(
+            self._node, settings.release, sources, events, self._stop, settings.here, settings.access_log
+        )
         self._told: tuple[str, float] = ("", 0.0)
 
     def run(self) -> None:

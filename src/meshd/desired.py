@@ -13,9 +13,10 @@ from typing import Any
 
 import msgspec
 
-from meshd.model import Backend, Config, Policy, Service
+from meshd.model import NOWHERE, Backend, Config, Locality, Policy, Service
 from meshd.registry import Frontend
 from meshd.releases import Release
+from meshd.tables import choose
 
 __all__ = ["Desired", "PolicyKey", "ServiceKey", "desired", "entries", "policy_key", "service_key"]
 
@@ -65,11 +66,17 @@ def desired(config: Config, release: Release) -> Desired:
 
 
 def entries(
-    services: Iterable[Service], policies: Iterable[tuple[Policy, Frontend | None]], release: Release
+    services: Iterable[Service],
+    policies: Iterable[tuple[Policy, Frontend | None]],
+    release: Release,
+    here: Locality = NOWHERE,
 ) -> Desired:
-    """Return what services, and policies with the frontends that they are for, mean in the maps of ``release``."""
+    """Return what services, and policies with the frontends that they are for, mean in the maps of ``release``.
+
+    For releases before 4: see :mod:`meshd.tables` for what came then. ``here`` is where the node is.
+    """
     return Desired(
-        services={_endpoint(service): _service(service, release) for service in services},
+        services={_endpoint(service): _service(service, release, here) for service in services},
         policies={
             PolicyKey(one.source, _endpoint(frontend)): _ACTIONS[one.action]
             for one, frontend in policies
@@ -96,11 +103,12 @@ def _endpoint(of: Service | Backend | Frontend) -> ServiceKey:
     return ServiceKey(packed, socket.htons(of.port))
 
 
-def _service(service: Service, release: Release) -> dict[str, Any]:
-    room = [*service.backends, *[_NO_BACKEND] * (release.backends - len(service.backends))]
+def _service(service: Service, release: Release, here: Locality) -> dict[str, Any]:
+    chosen = choose(service, here).backends
+    room = [*chosen, *[_NO_BACKEND] * (release.backends - len(chosen))]
     return {
-        "total_weight": sum(backend.weight for backend in service.backends),
-        "count": len(service.backends),
+        "total_weight": sum(backend.weight for backend in chosen),
+        "count": len(chosen),
         "backends": [_backend(backend, release) for backend in room],
     }
 

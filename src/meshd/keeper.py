@@ -11,7 +11,7 @@ import hitless
 from hitless.errors import BusyError, HitlessError
 from meshd.config import ConfigError
 from meshd.events import Events
-from meshd.model import Config, Service
+from meshd.model import NOWHERE, Config, Locality, Service
 from meshd.reconcile import Changes, Writer, sweep_flows
 from meshd.registry import Registry
 from meshd.releases import Release
@@ -30,7 +30,8 @@ class Keeper:
     """Keeps the maps of ``node`` as the ``sources`` say, of which the first wins where two claim the same.
 
     What is wrong or away changes nothing, and an event says so. Stops by itself when another release than ``release``
-    turns out to be live, since its maps are not ours to write: then ``superseded`` is true.
+    turns out to be live, since its maps are not ours to write: then ``superseded`` is true. ``here`` and ``access_log``
+    are the :class:`Writer`'s.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class Keeper:
         sources: Sequence[Source],
         events: Events,
         stop: threading.Event,
+        here: Locality = NOWHERE,
+        access_log: bool = False,
     ) -> None:
         self.superseded = False
         self._node = node
@@ -50,7 +53,7 @@ class Keeper:
         self._registry = Registry([source.name for source in sources], release)
         self._heard = threading.Condition()  # guards the registry and what follows
         self._whole = True  # somebody told all it has: the maps are to be read, too
-        self._writer = Writer(node, release)
+        self._writer = Writer(node, release, here, access_log)
         self._problems: list[str] = []
         self._settled = False
         self._sweep_at = float("inf")

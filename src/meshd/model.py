@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["Action", "Address", "Backend", "Config", "Locality", "Network", "Policy", "Protocol", "Service"]
+__all__ = ["NOWHERE", "Action", "Address", "Backend", "Config", "Locality", "Network", "Policy", "Protocol", "Service"]
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -24,6 +24,9 @@ class Locality(msgspec.Struct, frozen=True):
     node: str = ""
 
 
+NOWHERE = Locality()
+
+
 class Backend(msgspec.Struct, frozen=True):
     """Where connections to a service may go; ``weight`` is its share, 0 for none (it drains).
 
@@ -34,7 +37,7 @@ class Backend(msgspec.Struct, frozen=True):
     port: int
     weight: int = 1
     healthy: bool = True
-    locality: Locality = Locality()
+    locality: Locality = NOWHERE
 
 
 class Service(msgspec.Struct, frozen=True):

@@ -9,12 +9,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, cast
 
-import msgspec
-
 from meshd.desired import Desired, entries, policy_key, service_key
-from meshd.model import Policy, Service
+from meshd.model import NOWHERE, Locality, Policy, Service
 from meshd.registry import Frontend, News
 from meshd.releases import Release
+from meshd.switching import Changes, TableWriter
 
 if TYPE_CHECKING:
     import hitless
@@ -27,28 +26,27 @@ _CONNECTING = 1
 _CONNECT_NS = 180 * 10**9
 
 
-class Changes(msgspec.Struct, frozen=True):
-    """How many entries were added, changed and removed, over services and policies."""
-
-    added: int
-    changed: int
-    removed: int
-
-    def __bool__(self) -> bool:
-        return bool(self.added or self.changed or self.removed)
-
-
 class Writer:
-    """Keeps the maps of ``node`` as the news say that it hears, in the layout of ``release``."""
+    """Keeps the maps of ``node`` as the news say that it hears, in the layout of ``release``.
 
-    def __init__(self, node: hitless.Node, release: Release) -> None:
+    ``here`` is where the node is, by which near backends are told; ``access_log`` says whether the programs write
+    one, where the release has it.
+    """
+
+    def __init__(
+        self, node: hitless.Node, release: Release, here: Locality = NOWHERE, access_log: bool = False
+    ) -> None:
+        self._by_table = TableWriter(node, here, access_log) if release.tables else None
         self._node = node
         self._release = release
+        self._here = here
         self._services: dict[Frontend, Service] = {}
         self._policies: tuple[tuple[Policy, Frontend | None], ...] = ()
 
     def write(self, news: News) -> Changes:
         """Bring the news into the maps and return what that took. After an error :meth:`resync` puts all right."""
+        if self._by_table is not None:
+            return self._by_table.write(news)
         for frontend, service in news.services.items():
             if service is None:
                 self._services.pop(frontend, None)
@@ -56,10 +54,13 @@ class Writer:
                 self._services[frontend] = service
         if news.policies is not None:
             self._policies = news.policies
-        return reconcile(self._node, entries(self._services.values(), self._policies, self._release))
+        wanted = entries(self._services.values(), self._policies, self._release, self._here)
+        return reconcile(self._node, wanted)
 
     def resync(self, everything: News) -> Changes:
         """Read the maps, make them hold ``everything`` and nothing else, and return what that took."""
+        if self._by_table is not None:
+            return self._by_table.resync(everything)
         self._services.clear()
         return self.write(everything)
 

@@ -55,6 +55,7 @@ class Registry:
         self._policies: dict[str, tuple[Policy, ...]] = dict.fromkeys(sources, ())
         self._claims: dict[Frontend, list[Claim]] = defaultdict(list)
         self._changed: set[Frontend] = set()
+        self._doubtful: set[Frontend] = set()  # claimed by several, or by nobody who could have it
         self._policies_changed = False
         self._said = False
         self._told: dict[Frontend, Service] = {}
@@ -113,11 +114,18 @@ class Registry:
                 services[frontend] = winner
         for frontend, winner_or_none in services.items():
             self._tell(frontend, winner_or_none)
+        asked_of = tuple(self._changed)
         room = max(self._release.services - len(self._told), 0)
         for frontend, winner in coming[:room]:
             services[frontend] = winner
             self._tell(frontend, winner)
         self._changed = {frontend for frontend, _ in coming[room:]}  # until others go
+        for frontend in asked_of:
+            claims = self._claims.get(frontend, ())
+            if len(claims) > 1 or (claims and frontend not in self._told):
+                self._doubtful.add(frontend)
+            else:
+                self._doubtful.discard(frontend)
         policies = tuple(self._resolved()) if self._policies_changed else None
         self._policies_changed = self._said = False
         return News(services, policies)
@@ -144,7 +152,8 @@ class Registry:
     def problems(self) -> list[str]:
         """What was left out and why, one sentence each, in a stable order."""
         found = []
-        for frontend, claims in self._claims.items():
+        for frontend in self._doubtful | self._changed:
+            claims = self._claims.get(frontend, [])
             services = [self._claimed(claim) for claim in claims]
             fitting = [one for one in services if self._unfit(one) is None]
             for claim, service in zip(claims, services, strict=True):

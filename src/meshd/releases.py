@@ -16,9 +16,9 @@ class Release(msgspec.Struct, frozen=True):
     """One release: its number, its version, and how much of the control plane's wishes it can hold.
 
     ``services`` and ``policies`` are the sizes of its maps in entries, ``backends`` is per service; ``protocols`` are
-    those it serves. ``backend_unused``
-    and ``policy_new`` are fields of its layout that the control plane has no opinion about, with the value that a
-    new entry gets.
+    those it serves. With ``tables`` a service's backends are in a table of slots (:mod:`meshd.tables`), and there are
+    affinity and policies by addresses; without, they are in the service's entry. ``backend_unused`` and ``policy_new``
+    are fields of that layout that the control plane has no opinion about, with the value that a new entry gets.
     """
 
     number: int
@@ -27,6 +27,7 @@ class Release(msgspec.Struct, frozen=True):
     policies: int
     backends: int
     protocols: tuple[Protocol, ...] = ("tcp",)
+    tables: bool = False
     backend_unused: dict[str, Any] = {}
     policy_new: dict[str, Any] = {}
 
@@ -51,6 +52,10 @@ RELEASES = {
             backends=16,
             backend_unused={"zone": 0},
             policy_new={"hits": 0, "last_ns": 0},
+        ),
+        # Its slots are one million, and a table that is written beside another takes room as well.
+        Release(
+            4, "4.0.0", services=65536, policies=16384, backends=16384, protocols=("tcp", "udp"), tables=True
         ),
     )
 }

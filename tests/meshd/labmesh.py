@@ -14,8 +14,13 @@ from typing import Any
 import yaml
 
 import hitless
+from meshd import config
 from meshd.demo.lab import BACKENDS4, BACKENDS6, Lab
 from meshd.demo.mesh import Lines
+from meshd.model import NOWHERE, Config, Locality
+from meshd.reconcile import Changes, Writer
+from meshd.registry import Registry
+from meshd.releases import RELEASES
 
 PEER = str(Path(__file__).parent / "peer.py")
 PORT = 8080
@@ -31,6 +36,8 @@ class Mesh:
         self.file = lab.scratch / "services.yaml"
         self.root = lab.bpffs / "mesh"
         self.daemon: Meshd | None = None
+        self._registry: Registry | None = None
+        self._writer: Writer | None = None
         server = Lines(self.python("serve", A, B, A6))
         server.wait_for({"ready": (True,)}, 10)
 
@@ -49,6 +56,37 @@ class Mesh:
         new = self.file.with_suffix(".new")
         new.write_text(text)
         new.rename(self.file)
+
+    def start_here(self, here: Locality = NOWHERE, access_log: bool = False) -> None:
+        """Start the newest release in this process, which is quicker; then :meth:`set` says what it does."""
+        release = RELEASES[max(RELEASES)]
+        self._registry = Registry(["file"], release)
+        node = self.node
+        self._writer = Writer(node, release, here, access_log)
+        self._registry.replace("file", self._parsed())
+        bundle = hitless.Bundle.load(release.bundle, {"cgroup": str(self.lab.cgroup)})
+
+        def prepare(_: hitless.Node) -> None:
+            self.resync()
+
+        hitless.apply(node, bundle, prepare=prepare)
+
+    def set(self, services: Sequence[dict[str, Any]], policies: Sequence[dict[str, Any]] = ()) -> Changes:
+        """Say what the mesh is to do, by news of what changed alone."""
+        assert self._registry is not None
+        assert self._writer is not None
+        self.write(services, policies)
+        self._registry.replace("file", self._parsed())
+        return self._writer.write(self._registry.take_news())
+
+    def resync(self) -> Changes:
+        """Read the maps and put them right."""
+        assert self._registry is not None
+        assert self._writer is not None
+        return self._writer.resync(self._registry.all())
+
+    def _parsed(self) -> Config:
+        return config.parse(self.file.read_text(), "services.yaml", RELEASES[max(RELEASES)], self.lab.cgroup)
 
     def start(self, release: int, *allow_loss: str, options: Sequence[str] = ()) -> dict[str, Any]:
         """Start meshd and return the event that says the release is live."""
@@ -76,8 +114,26 @@ class Mesh:
         assert self.daemon.stop() == 0
         return self.next_event(event="stopped")
 
-    def connect(self, address: str = VIP, count: int = 1, cgroup: str = "clients", port: int = 80) -> dict[str, Any]:
-        done = self.lab.run_python(PEER, "connect", address, str(port), str(count), cgroup=cgroup)
+    def connect(
+        self, address: str = VIP, count: int = 1, cgroup: str = "clients", port: int = 80, seconds: float = 10
+    ) -> dict[str, Any]:
+        done = self.lab.run_python(PEER, "connect", address, str(port), str(count), str(seconds), cgroup=cgroup)
+        assert done.returncode == 0, done.stderr
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
+
+    def transfer(self, *sizes: int, address: str = VIP) -> dict[str, int]:
+        """Send so many bytes on connections and get them back: what the client itself counted."""
+        done = self.lab.run_python(PEER, "transfer", address, "80", *map(str, sizes), cgroup="clients")
+        assert done.returncode == 0, done.stderr
+        result: dict[str, int] = json.loads(done.stdout)
+        return result
+
+    def ask(
+        self, address: str = VIP, count: int = 1, way: str = "fresh", cgroup: str = "clients", port: int = 53
+    ) -> dict[str, Any]:
+        """Send datagrams: each by a `connected` socket of its own, or a `fresh` one, or all by `one`."""
+        done = self.lab.run_python(PEER, "ask", address, str(port), str(count), way, cgroup=cgroup)
         assert done.returncode == 0, done.stderr
         result: dict[str, Any] = json.loads(done.stdout)
         return result
@@ -144,15 +200,18 @@ class Held:
         self._lines.process.wait(10)
 
 
-def service(name: str, address: str, *backends: str | tuple[str, int], port: int = 80) -> dict[str, Any]:
+def service(
+    name: str, address: str, *backends: str | tuple[str, int], port: int = 80, protocol: str = "tcp", **more: object
+) -> dict[str, Any]:
     """A service of the file; a backend is an address, or an address and a weight."""
     weighted = [(one, 1) if isinstance(one, str) else one for one in backends]
     return {
         "name": name,
         "address": address,
         "port": port,
-        "protocol": "tcp",
+        "protocol": protocol,
         "backends": [{"address": where, "port": PORT, "weight": weight} for where, weight in weighted],
+        **more,
     }
 
 

@@ -1,6 +1,8 @@
-"""Both ends of a connection, as processes in a lab: `serve ADDRESS...`, `connect ADDRESS PORT COUNT`, `hold ...`.
+"""Both ends of a connection, as processes in a lab: `serve ADDRESS...`, `connect ADDRESS PORT COUNT`, `hold ...`,
+`transfer ADDRESS PORT SIZE...`, `ask ADDRESS PORT COUNT WAY`, `asking ADDRESS PORT`.
 
-The server sends its own address and then whatever it is sent. A client prints one JSON object a line.
+The server sends its own address and then whatever it is sent; to a datagram it answers with its address. A client
+prints one JSON object a line.
 """
 
 from __future__ import annotations
@@ -22,6 +24,12 @@ def main() -> None:
         serve(*args)
     elif what == "connect":
         connect(*args)
+    elif what == "transfer":
+        transfer(*args)
+    elif what == "ask":
+        ask(*args)
+    elif what == "asking":
+        asking(*args)
     else:
         hold(*args)
 
@@ -31,6 +39,9 @@ def serve(*addresses: str) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         listener = socket.create_server((address, PORT), family=family, backlog=512)
         threading.Thread(target=accept, args=(listener, address)).start()
+        heard = socket.socket(family, socket.SOCK_DGRAM)
+        heard.bind((address, PORT))
+        threading.Thread(target=reply, args=(heard, address)).start()
     print(json.dumps({"ready": True}), flush=True)
 
 
@@ -40,6 +51,12 @@ def accept(listener: socket.socket, address: str) -> None:
         threading.Thread(target=answer, args=(connection, address)).start()
 
 
+def reply(heard: socket.socket, address: str) -> None:
+    while True:
+        _, client = heard.recvfrom(4096)
+        heard.sendto(address.encode(), client)
+
+
 def answer(connection: socket.socket, address: str) -> None:
     with connection:
         connection.sendall(address.encode() + b"\n")
@@ -47,7 +64,7 @@ def answer(connection: socket.socket, address: str) -> None:
             connection.sendall(data)
 
 
-def connect(address: str, port: str, count: str) -> None:
+def connect(address: str, port: str, count: str, seconds: str = "10") -> None:
     """Open connections one after the other, until SIGINT at most."""
     answers: collections.Counter[str] = collections.Counter()
     errors: collections.Counter[str] = collections.Counter()
@@ -63,7 +80,7 @@ def connect(address: str, port: str, count: str) -> None:
         if not go:
             break
         try:
-            connection, backend = opened(address, int(port))
+            connection, backend = opened(address, int(port), float(seconds))
         except OSError as error:
             errors[errno.errorcode.get(error.errno or 0, str(error))] += 1
             continue
@@ -87,8 +104,68 @@ def hold(address: str, port: str, count: str) -> None:
         print(json.dumps({"alive": alive}), flush=True)
 
 
-def opened(address: str, port: int) -> tuple[socket.socket, str]:
-    connection = socket.create_connection((address, port), timeout=10)
+def transfer(address: str, port: str, *sizes: str) -> None:
+    """Send so many bytes on a connection each and get them back; the way to end it differs from one to the next."""
+    sent = received = 0
+    for number, size in enumerate(map(int, sizes)):
+        connection, greeting = opened(address, int(port))
+        received += len(greeting) + 1
+        with connection:
+            sender = threading.Thread(target=connection.sendall, args=(bytes(size),))
+            sender.start()
+            left = size
+            while left:
+                data = connection.recv(min(left, 65536))
+                left -= len(data)
+            sender.join()
+            sent, received = sent + size, received + size
+            if number % 2:
+                connection.shutdown(socket.SHUT_WR)
+                assert not connection.recv(1)
+    print(json.dumps({"sent": sent, "received": received}), flush=True)
+
+
+def ask(address: str, port: str, count: str, way: str) -> None:
+    """Send datagrams and wait for the answers: each by a `connected` socket of its own, or a `fresh` one, or `one`."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    answers: collections.Counter[str] = collections.Counter()
+    errors: collections.Counter[str] = collections.Counter()
+    sources, peers = set(), set()
+    asker: socket.socket | None = None
+    for _ in range(int(count)):
+        if asker is None or way != "one":
+            asker = socket.socket(family, socket.SOCK_DGRAM)
+            asker.settimeout(1)
+        try:
+            if way == "connected":
+                asker.connect((address, int(port)))
+                peers.add(str(asker.getpeername()[:2]))
+                asker.send(b"?")
+            else:
+                asker.sendto(b"?", (address, int(port)))
+            data, source = asker.recvfrom(100)
+        except OSError as error:
+            errors[errno.errorcode.get(error.errno or 0, str(error))] += 1
+            continue
+        answers[data.decode()] += 1
+        sources.add(str(source[:2]))
+    said = {"answers": answers, "errors": errors, "sources": sorted(sources), "peers": sorted(peers)}
+    print(json.dumps(said), flush=True)
+
+
+def asking(address: str, port: str) -> None:
+    """Ask by one socket, and once more for every line on standard input."""
+    asker = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+    asker.settimeout(5)
+    while True:
+        asker.sendto(b"?", (address, int(port)))
+        print(json.dumps({"answer": asker.recvfrom(100)[0].decode()}), flush=True)
+        if not sys.stdin.readline():
+            return
+
+
+def opened(address: str, port: int, seconds: float = 10) -> tuple[socket.socket, str]:
+    connection = socket.create_connection((address, port), timeout=seconds)
     answer = b""
     while not answer.endswith(b"\n"):
         data = connection.recv(100)

@@ -44,7 +44,7 @@ def problems(text: str, release: int = 1, cgroup: Path | None = None) -> list[tu
 
 
 def backends(count: int) -> str:
-    return "[" + ", ".join(f"{{address: 10.1.0.{n + 1}, port: 1}}" for n in range(count)) + "]"
+    return "[" + ", ".join(f"{{address: 10.1.{n >> 8}.{n & 255}, port: 1}}" for n in range(count)) + "]"
 
 
 def service(**fields: str) -> str:

@@ -33,7 +33,7 @@ def test_an_address_is_sixteen_bytes_and_a_port_is_in_network_order() -> None:
     }
 
 
-@pytest.mark.parametrize("number", RELEASES)
+@pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_service_fills_the_whole_value_of_its_release(number: int) -> None:
     release = RELEASES[number]
     (value,) = desired(Config((WEB,)), release).services.values()

@@ -6,8 +6,8 @@ import pytest
 
 from tests.meshd.labmesh import A6, VIP, VIP6, A, B, Mesh, denied, service, until
 
-RELEASES = pytest.mark.parametrize("release", [1, 2, 3])
-COUNTER = {1: "counter", 2: "service_counter", 3: "service_counter"}
+RELEASES = pytest.mark.parametrize("release", [1, 2, 3, 4])
+COUNTER = {1: "counter", 2: "service_counter", 3: "service_counter", 4: "service_counter"}
 
 
 @RELEASES

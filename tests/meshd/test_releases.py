@@ -16,6 +16,9 @@ from meshd.model import Backend, Config, Policy, Service
 from meshd.releases import RELEASES, Release
 
 EACH = pytest.mark.parametrize("release", RELEASES.values(), ids=lambda release: release.version)
+BY_VALUE = pytest.mark.parametrize(
+    "release", [one for one in RELEASES.values() if not one.tables], ids=lambda release: release.version
+)
 
 
 def load(number: int) -> hitless.Bundle:
@@ -37,6 +40,8 @@ def test_the_table_of_releases_agrees_with_the_objects(bundles: Path, release: R
     assert (bundle.name, bundle.version) == ("mesh", release.version)
     assert bundle.maps["service"].max_entries == release.services
     assert bundle.maps["policy"].max_entries == release.policies
+    if release.tables:
+        return
     value = bundle.maps["service"].value
     assert isinstance(value, Record)
     room = next(field.type for field in value.fields if field.name == "backends")
@@ -44,7 +49,7 @@ def test_the_table_of_releases_agrees_with_the_objects(bundles: Path, release: R
     assert room.count == release.backends
 
 
-@EACH
+@BY_VALUE
 def test_what_is_desired_is_read_back_as_it_was_written(bundles: Path, release: Release) -> None:
     """Otherwise every look at the maps would find a difference."""
     maps = hitless.Bundle.load(release.bundle).maps
@@ -67,7 +72,7 @@ def test_what_follows_connections_is_switched_before_what_begins_them(bundles: P
 
 
 def test_going_forward_loses_nothing_that_the_release_did_not_give_up(bundles: Path) -> None:
-    for old, new in ((1, 2), (2, 3), (1, 3)):
+    for old, new in ((1, 2), (2, 3), (1, 3), (3, 4), (1, 4)):
         rules = load(new).rules
         lossy = {name for name, diff in changes(old, new).items() if any(change.loss for change in diff.changes)}
         assert lossy <= {name for name, rule in rules.items() if rule.on_loss == "discard"}
@@ -94,7 +99,7 @@ def test_from_2_to_3_an_array_and_a_map_grow_and_programs_are_added(bundles: Pat
     assert set(load(3).programs) - set(load(2).programs) == {"mesh_peername4", "mesh_peername6"}
 
 
-@pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 3), (1, 3), (3, 1), (3, 2), (2, 1)])
+@pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 3), (1, 3), (3, 4), (4, 3), (3, 1), (3, 2), (2, 1)])
 def test_where_a_socket_wanted_to_go_is_the_same_bytes_in_every_release(bundles: Path, old: int, new: int) -> None:
     assert changes(old, new)["origin"].verdict == "identical"
 

@@ -14,8 +14,12 @@ from tests.meshd.labmesh import A6, VIP, VIP6, A, B, Mesh, denied, service, unti
 
 # What release 1 has no place for, given up by name.
 BACK_TO_1 = ("service", "policy", "flow", "service_counter", "denial")
-COUNTER = {1: "counter", 2: "service_counter", 3: "service_counter"}
-STEPS = [(2, ()), (3, ()), (1, BACK_TO_1), (2, ())]
+# What release 3 has no place for; its service entries are written anew before a hook runs it.
+BACK_TO_3 = (
+    "service", "slot", "member", "service_counter", "affinity", "reply", "outbound", "inbound", "settings", "access",
+)  # fmt: skip
+COUNTER = {1: "counter", 2: "service_counter", 3: "service_counter", 4: "service_counter"}
+STEPS = [(2, ()), (3, ()), (4, ()), (3, BACK_TO_3), (1, BACK_TO_1), (2, ()), (4, ())]
 
 
 @contextmanager
@@ -104,7 +108,7 @@ def test_a_file_that_changes_all_the_time_is_obeyed_during_upgrades(mesh: Mesh) 
             assert until(lambda: mesh.connect(VIP, port=109)["errors"] == {})
     assert result["errors"] == {}
     assert len(mesh.values("service")) == 2
-    assert set(mesh.connect(VIP, count=20)["answers"]) == {B}
+    assert set(mesh.connect(VIP, count=20)["answers"]) == {(A, B)[turn % 2]}
 
 
 @pytest.mark.parametrize("step", ["stage", "copy", "prepare", "cutover", "catch-up", "commit", "clean-up"])

@@ -14,11 +14,12 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from hitless.errors import KernelError, NodeError
+from hitless.errors import KernelError, LayoutError, NodeError
 from hitless.kernel.base import padded
 from hitless.kernel.bpffs import require_private
 from hitless.kernel.libbpf import ENOTSUPP
 from hitless.kernel.maps import Map, Rows, possible_cpus
+from hitless.kernel.rings import RingMemory
 from hitless.layout.codec import Codec
 from hitless.layout.model import MapSpec
 from hitless.upgrade.carrier import Carrier
@@ -28,7 +29,7 @@ from hitless.upgrade.mirror import Mirror
 from hitless.upgrade.record import map_pin, read_record
 from hitless.upgrade.writers import WriterLock
 
-__all__ = ["Access", "MapHandle", "Staged"]
+__all__ = ["Access", "MapHandle", "RingReader", "Staged"]
 
 
 class Staged(msgspec.Struct, eq=False):
@@ -166,7 +167,7 @@ class Access:
         return seen.st_dev, seen.st_ino
 
     def _open(self, name: str) -> _Opened:
-        opened = self._open_live(name) if self._staged is None else self._open_staged(self._staged, name)
+        opened = self.open_live(name) if self._staged is None else self._open_staged(self._staged, name)
         self._opened[name] = opened
         return opened
 
@@ -182,7 +183,12 @@ class Access:
             )
         return _Opened(staged, staged.maps[name], spec, carrier)
 
-    def _open_live(self, name: str) -> _Opened:
+    def is_live(self, name: str, token: object) -> bool:
+        """Whether the map that was opened with ``token`` is still the running generation's."""
+        return self._pin(name) == token
+
+    def open_live(self, name: str) -> _Opened:
+        """The map of the running generation, whatever is being built. Raises NodeError if it is absent."""
         while True:
             token = self._pin(name)
             if token is None:
@@ -250,6 +256,16 @@ class MapHandle:
             key = opened.key.decode
             return [(key(k.tobytes()), opened.decode(v.tobytes())) for k, v in zip(keys, values, strict=True)]
 
+    def rows(self) -> tuple[Rows, Rows]:
+        """All entries as the kernel's bytes, keys and values in rows of two arrays; otherwise as :meth:`items`.
+
+        A hundred times as fast, for who knows the layout: see :attr:`spec`.
+        """
+        with self._access.to_read(self._name) as opened:
+            if opened.carrier is not None:
+                opened.carrier.catch_up()
+            return opened.map.entries()
+
     def __setitem__(self, key: Any, value: Any) -> None:
         with self._access.to_write(self._name) as opened:
             _write(opened, opened.key.encode(key), opened.encode(value))
@@ -276,6 +292,19 @@ class MapHandle:
                     _write_many(now, keys, values)
                     return
 
+    def update_rows(self, keys: Rows, values: Rows) -> None:
+        """Set many entries, given as :meth:`rows` gives them; otherwise as :meth:`update_many`."""
+        with self._access.to_write(self._name) as opened:
+            _check_rows(opened, keys, opened.map.info.key_size)
+            _check_rows(opened, values, opened.map.info.entry_size)
+            _write_many(opened, keys, values)
+
+    def delete_rows(self, keys: Rows) -> int:
+        """Delete many entries, given as :meth:`rows` gives them; otherwise as :meth:`delete_many`."""
+        with self._access.to_write(self._name) as opened:
+            _check_rows(opened, keys, opened.map.info.key_size)
+            return _delete_many(opened, keys)
+
     def delete_many(self, keys: Iterable[Any]) -> int:
         """Delete many entries, and return how many of them were there; otherwise as :meth:`update_many`."""
         given = list(keys)
@@ -292,6 +321,39 @@ class MapHandle:
             with self._access.to_read(self._name) as opened:
                 pass
             yield opened
+
+
+class RingReader:
+    """Takes the records of one ring buffer of the running release; it follows upgrades, by whichever process.
+
+    A ring buffer has one reader: what it takes, no other one gets.
+    """
+
+    def __init__(self, access: Access, name: str) -> None:
+        self._access = access
+        self._name = name
+        self._opened: _Opened | None = None
+        self._memory: RingMemory | None = None
+
+    def take(self) -> list[bytes]:
+        """The records that are complete and not taken yet, in their order; those of an older release's ring first.
+
+        Raises NodeError if there is no such map.
+        """
+        found = self._memory.take() if self._memory is not None else []
+        if self._opened is None or not self._access.is_live(self._name, self._opened.token):
+            # The programs that wrote there are gone: what came until now was the last.
+            found += self._memory.take() if self._memory is not None else []
+            self._opened = self._access.open_live(self._name)
+            self._memory = RingMemory(self._opened.map)
+            found += self._memory.take()
+        return found
+
+
+def _check_rows(opened: _Opened, rows: Rows, size: int) -> None:
+    if rows.ndim != 2 or rows.shape[1] != size or rows.dtype != np.uint8:
+        shape, name = "x".join(map(str, rows.shape)), opened.spec.name
+        raise LayoutError(f"map {name}: rows of {size} bytes are wanted, not {shape} of {rows.dtype}", map=name)
 
 
 def _rows(records: Iterable[bytes], size: int) -> Rows:

@@ -39,7 +39,7 @@ from hitless.kernel.rings import holders, unread_bytes
 from hitless.kernel.switchboard import PARTS
 from hitless.layout.model import MapSpec
 from hitless.upgrade.attached import open_attached
-from hitless.upgrade.handle import Access, MapHandle
+from hitless.upgrade.handle import Access, MapHandle, RingReader
 from hitless.upgrade.model import Generation, LeftRing, LiveMap, NodeState, Record
 from hitless.upgrade.record import advice, map_pin, read_record
 
@@ -162,6 +162,10 @@ class Node:
                     path=str(path),
                 )
         return read_generation(self.previous)
+
+    def ring(self, name: str) -> RingReader:
+        """A reader of the running release's ring buffer ``name``; see :class:`RingReader`."""
+        return RingReader(self.access, name)
 
     def map(self, name: str) -> MapHandle:
         """A handle on the map ``name`` of the running release; writes reach both releases during an upgrade."""
