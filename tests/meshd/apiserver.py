@@ -42,7 +42,7 @@ class ApiServer:
             json.dumps(
                 {
                     "current-context": "test",
-                    "clusters": [{"name": "test", "cluster": {"server": self.url}}],
+                    "clusters": [{"name": "test", "cluster": {"server": self.url, "insecure-skip-tls-verify": True}}],
                     "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
                     "users": [{"name": "test", "user": {"token": "secret"}}],
                 }
@@ -122,6 +122,7 @@ class ApiServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
