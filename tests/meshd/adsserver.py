@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -25,25 +26,22 @@ _METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregat
 class AdsServer:
     """Tells its resources to who asks for them, and again when they change."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, socket: Path | None = None) -> None:
+        self._socket = socket
         self.requests: list[DiscoveryRequest] = []
         self.silent: set[str] = set()  # kinds that are not answered
         self.refusing = False  # end each stream at once
         self._resources: dict[str, dict[str, AnyMessage]] = {CLUSTERS: {}, ENDPOINTS: {}, LISTENERS: {}}
         self._version = dict.fromkeys(self._resources, 1)
         self._changed = threading.Condition()
-        self._port = port
+        self._port = 0
         self._server: grpc.Server | None = None
         self.streams = 0
         self.back()
 
     @property
     def target(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    @property
-    def port(self) -> int:
-        return self._port
+        return f"unix:{self._socket}" if self._socket else f"127.0.0.1:{self._port}"
 
     def set(self, *resources: Any) -> None:
         """Make these messages what there is of their names."""
@@ -85,7 +83,7 @@ class AdsServer:
         )
         service, method = _METHOD.strip("/").split("/")
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
-        self._port = self._server.add_insecure_port(f"127.0.0.1:{self._port}")
+        self._port = self._server.add_insecure_port(self.target)
         self._server.start()
 
     def nacks(self) -> list[str]:

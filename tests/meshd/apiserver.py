@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +22,8 @@ Object = dict[str, Any]
 class ApiServer:
     """Holds objects, tells who watches, forgets history when told to; changes may be made while it is ``away``."""
 
-    def __init__(self) -> None:
+    def __init__(self, netns: Path | None = None) -> None:
+        self._netns = netns
         self.requests: list[str] = []
         self.override: Callable[[str, dict[str, str]], tuple[int, bytes] | None] = lambda path, query: None
         self._changed = threading.Condition()
@@ -103,9 +106,21 @@ class ApiServer:
             self.end_watches()
 
     def back(self) -> None:
-        self._server = _Server(("127.0.0.1", self._port), self._handler())
-        self._port = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        thread = threading.Thread(target=self._serve, daemon=True)  # it alone enters the namespace
+        with self._changed:
+            thread.start()
+            assert self._changed.wait_for(lambda: self._server is not None, 5)
+
+    def _serve(self) -> None:
+        if self._netns is not None:
+            with self._netns.open() as file:
+                if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0):
+                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        server = _Server(("127.0.0.1", self._port), self._handler())
+        with self._changed:
+            self._server, self._port = server, server.server_address[1]
+            self._changed.notify_all()
+        server.serve_forever(0.02)
 
     def _tell(self, what: str, key: tuple[str, str, str], thing: Object) -> None:
         self._version += 1

@@ -28,7 +28,7 @@ from meshd.sources import Sink, SourceAwayError, SourceError, checks
 
 __all__ = ["KubernetesSource"]
 
-_PATIENCE = 10.0  # s that a start waits for a server that does not answer, and a request for one that falls silent
+_PATIENCE = 5.0  # s that a start waits for a server that does not answer, and a request for one that falls silent
 _LONGEST = 60.0  # s that all lists together may take
 _WATCH = 60  # s after which the server ends a watch, so that a silent one is noticed
 _PAGE = 100  # objects
@@ -402,13 +402,14 @@ class KubernetesSource:
         self._server = self._config.cluster.server
 
     def load(self) -> Config:
-        """See :class:`Source`. Waits up to 10 s for a server that does not answer."""
+        """See :class:`Source`. Waits up to 5 s for a server that does not answer."""
         asyncio.run(self._first())
         self._mirror.take_changes()
         return self._mirror.config()
 
     def follow(self, sink: Sink, stop: threading.Event) -> None:
         """See :class:`Source`."""
+        self._pace.reset()
         asyncio.run(_until(stop, self._follow(sink)))
 
     async def _first(self) -> None:

@@ -42,7 +42,7 @@ LISTENERS = _TYPE + "listener.v3.Listener"
 _MESSAGES = {CLUSTERS: Cluster, ENDPOINTS: ClusterLoadAssignment, LISTENERS: Listener}
 _WORDS = {CLUSTERS: "cluster", ENDPOINTS: "endpoints", LISTENERS: "listener"}
 
-_PATIENCE = 10.0  # s that a start waits for a server, and a first picture for endpoints that do not come
+_PATIENCE = 5.0  # s that a start waits for a server, and a first picture for endpoints that do not come
 _HELD = 1.0  # s after which a stream counts as one that works
 _STOP = 0.1  # s between looks whether to stop
 _MESSAGE_BYTES = 64 << 20
@@ -365,7 +365,7 @@ class XdsSource:
         self._complete = False
 
     def load(self) -> Config:
-        """See :class:`Source`. Waits up to 10 s for a server that does not answer."""
+        """See :class:`Source`. Waits up to 5 s for a server that does not answer."""
         pace = checks.Pace()
         until = time.monotonic() + _PATIENCE
         last: SourceAwayError | None = None
