@@ -29,6 +29,7 @@ class ApiServer:
         self._changed = threading.Condition()
         self._objects: dict[tuple[str, str, str], Object] = {}
         self._history: list[tuple[int, str, str, Object]] = []  # version, kind, type of event, object
+        self._lists: dict[tuple[str, str], list[Object]] = {}
         self._version = 100
         self._oldest = 100
         self._generation = 0  # watches of an older one end
@@ -168,8 +169,10 @@ class ApiServer:
 
             def list(self, kind: str, namespace: str, limit: int, begin: int) -> None:
                 with api._changed:
-                    mine = [one for key, one in sorted(api._objects.items()) if key[0] == kind]
-                    mine = [one for one in mine if namespace in ("", one["metadata"]["namespace"])]
+                    if begin == 0:  # later pages are of the same list, as a real server's are
+                        mine = [one for key, one in sorted(api._objects.items()) if key[0] == kind]
+                        api._lists[kind, namespace] = [one for one in mine if namespace in ("", one["metadata"]["namespace"])]
+                    mine = api._lists[kind, namespace]
                     metadata = {"resourceVersion": str(api._version)}
                 if begin + limit < len(mine):
                     metadata["continue"] = str(begin + limit)

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import meshd.sources.kubernetes as module
-from meshd.model import Backend, Locality, Service
+from meshd.model import Backend, Config, Locality, Service
+from meshd.registry import Registry
+from meshd.releases import RELEASES
 from meshd.sources import SourceAwayError, SourceError, checks
 from meshd.sources.kubernetes import KubernetesSource, Mirror
 from tests.meshd.apiserver import SERVICES, SLICES, ApiServer, Object, endpoint, endpoints, service
@@ -137,7 +139,7 @@ def test_what_the_cluster_says_at_the_start_is_read_page_by_page(api: ApiServer,
     config = source.load()
     assert len(config.services) == 150
     assert all(one.backends == (backend(A),) for one in config.services)
-    assert len(api.requests) == 4
+    assert len(api.requests) == 3
 
 
 def test_only_one_namespace_is_asked_for_if_that_is_wanted(api: ApiServer, tmp_path: Path) -> None:
@@ -330,6 +332,22 @@ def test_endless_events_are_followed_in_bounded_memory() -> None:
         mirror.service(b'{"metadata": {"name": "bad-%d"}, "spec": 1}' % number)
     assert len(mirror.take_changes()) == 1
     assert len(mirror.take_problems()) == module._PROBLEMS
+
+
+def test_a_service_with_more_endpoints_than_a_release_holds_is_left_out_by_name_and_others_are_served() -> None:
+    many = [
+        endpoints("huge", *(f"10.{slice}.{number // 250}.{number % 250}" for number in range(1000)), name=f"huge-{slice}")
+        for slice in range(10)
+    ]
+    services = [service("huge", "10.96.0.11"), service("twin", VIP), service("web", VIP)]
+    found = meaning(services, [*many, endpoints("twin", A), endpoints("web", B)])
+    registry = Registry(["kubernetes"], RELEASES[3])
+    registry.replace("kubernetes", Config(tuple(found.values())))
+    assert [one.name for one in registry.take_news().services.values() if one] == ["shop.twin.http"]
+    assert registry.problems() == [
+        "kubernetes: service shop.huge.http is left out: it has 10000 backends, but release 3.0.0 holds 16",
+        f"kubernetes: service {NAME} is left out: {VIP} port 80 (tcp) is shop.twin.http's already",
+    ]
 
 
 def test_a_kubeconfig_that_cannot_be_used_is_one_error(tmp_path: Path) -> None:

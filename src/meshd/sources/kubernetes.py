@@ -29,9 +29,10 @@ from meshd.sources import Sink, SourceAwayError, SourceError, checks
 __all__ = ["KubernetesSource"]
 
 _PATIENCE = 5.0  # s that a start waits for a server that does not answer, and a request for one that falls silent
-_LONGEST = 60.0  # s that all lists together may take
+_LONGEST = 60.0  # s that all lists together may take at the start
+_LONGEST_LATER = 600.0
 _WATCH = 60  # s after which the server ends a watch, so that a silent one is noticed
-_PAGE = 100  # objects
+_PAGES = (500, 100)  # objects, of Services and of EndpointSlices, which are larger
 _PAGE_BYTES = 64 << 20
 _LIST_BYTES = 256 << 20
 _LINE_BYTES = 8 << 20
@@ -417,7 +418,7 @@ class KubernetesSource:
         while True:
             try:
                 async with self._client() as client:
-                    await self._list(client)
+                    await self._list(client, _LONGEST)
                 return
             except SourceAwayError:
                 if time.monotonic() >= until:
@@ -429,7 +430,7 @@ class KubernetesSource:
             try:
                 async with self._client() as client:
                     if self._versions is None:
-                        await self._list(client)
+                        await self._list(client, _LONGEST_LATER)
                         self._mirror.take_changes()
                         sink.replace(self._mirror.config())
                     self._complain(sink)
@@ -447,20 +448,20 @@ class KubernetesSource:
         client.headers["Accept-Encoding"] = "identity"
         return client
 
-    async def _list(self, client: httpx2.AsyncClient) -> None:
+    async def _list(self, client: httpx2.AsyncClient, seconds: float) -> None:
         try:
-            async with asyncio.timeout(_LONGEST):
-                services, first = await self._pages(client, _SERVICES)
-                slices, second = await self._pages(client, _SLICES)
+            async with asyncio.timeout(seconds):
+                services, first = await self._pages(client, _SERVICES, _PAGES[0])
+                slices, second = await self._pages(client, _SLICES, _PAGES[1])
         except TimeoutError:
-            raise self._away(f"its lists took more than {_LONGEST:.0f} s") from None
+            raise self._away(f"its lists took more than {seconds:.0f} s") from None
         self._mirror.replace(services, slices)
         self._versions = [first, second]
 
-    async def _pages(self, client: httpx2.AsyncClient, path: str) -> tuple[list[msgspec.Raw], str]:
+    async def _pages(self, client: httpx2.AsyncClient, path: str, limit: int) -> tuple[list[msgspec.Raw], str]:
         found: list[msgspec.Raw] = []
         size = 0
-        params = {"limit": str(_PAGE)}
+        params = {"limit": str(limit)}
         while True:
             body = await self._body(client, path.format(self._where), params)
             try:

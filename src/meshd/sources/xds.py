@@ -111,6 +111,7 @@ class Picture:
     def __init__(self) -> None:
         self._known = {kind: _Known() for kind in _MESSAGES}
         self._wanted: set[str] = set()  # whose endpoints to ask for
+        self._names_wanted: list[str] = []  # the same in order
         self._hosts = 0
         self._names: dict[tuple[str, Place], str] = {}  # of the services, by listener and place
         self._users: dict[str, set[tuple[str, Place]]] = defaultdict(set)  # of endpoints
@@ -169,7 +170,7 @@ class Picture:
         known = self._known[kind]
         request = DiscoveryRequest(type_url=kind, version_info=known.version, response_nonce=known.nonce)
         if kind == ENDPOINTS:
-            request.resource_names.extend(sorted(self._wanted))
+            request.resource_names.extend(self._names_wanted)
         if refused:
             more = f"; and {len(refused) - _TOLD} more" if len(refused) > _TOLD else ""
             request.error_detail.code = _INVALID_ARGUMENT
@@ -207,6 +208,7 @@ class Picture:
             known.resources = {**kept_values, **found}
         if kind == CLUSTERS:
             self._wanted = {one.eds for one in known.resources.values() if one.eds}
+            self._names_wanted = sorted(self._wanted)
             assigned = self._known[ENDPOINTS]
             for name in assigned.resources.keys() - self._wanted:
                 self._hosts -= _size(assigned.resources.pop(name))
