@@ -170,8 +170,10 @@ class ApiServer:
             def list(self, kind: str, namespace: str, limit: int, begin: int) -> None:
                 with api._changed:
                     if begin == 0:  # later pages are of the same list, as a real server's are
-                        mine = [one for key, one in sorted(api._objects.items()) if key[0] == kind]
-                        api._lists[kind, namespace] = [one for one in mine if namespace in ("", one["metadata"]["namespace"])]
+                        ordered = [one for key, one in sorted(api._objects.items()) if key[0] == kind]
+                        api._lists[kind, namespace] = [
+                            one for one in ordered if namespace in ("", one["metadata"]["namespace"])
+                        ]
                     mine = api._lists[kind, namespace]
                     metadata = {"resourceVersion": str(api._version)}
                 if begin + limit < len(mine):

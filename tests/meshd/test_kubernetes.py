@@ -336,8 +336,8 @@ def test_endless_events_are_followed_in_bounded_memory() -> None:
 
 def test_a_service_with_more_endpoints_than_a_release_holds_is_left_out_by_name_and_others_are_served() -> None:
     many = [
-        endpoints("huge", *(f"10.{slice}.{number // 250}.{number % 250}" for number in range(1000)), name=f"huge-{slice}")
-        for slice in range(10)
+        endpoints("huge", *(f"10.{part}.{number // 250}.{number % 250}" for number in range(1000)), name=f"huge-{part}")
+        for part in range(10)
     ]
     services = [service("huge", "10.96.0.11"), service("twin", VIP), service("web", VIP)]
     found = meaning(services, [*many, endpoints("twin", A), endpoints("web", B)])
