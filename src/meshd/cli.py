@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,13 @@ def _locality(context: click.Context, parameter: click.Parameter, value: str) ->
     return Locality(*parts)
 
 
+def _target(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    host, _, port = (value or "").rpartition(":")
+    if value is None or value.startswith("unix:/") or (host and port.isdigit() and 0 < int(port) < 65536):
+        return value
+    raise click.BadParameter(f"{value!r} is neither HOST:PORT nor unix:/PATH")
+
+
 _release_option = click.option(
     "--release",
     type=click.Choice([str(number) for number in RELEASES]),
@@ -56,7 +64,14 @@ def main() -> None:
 @_release_option
 @click.option("--root", type=_FILE, required=True, help="Pin root: a directory on a bpffs, made if missing.")
 @click.option("--cgroup", type=_FILE, required=True, help="cgroup2 directory whose processes are in the mesh.")
-@click.option("--services", type=_FILE, required=True, help="The services file (YAML); changes are followed.")
+@click.option("--services", type=_FILE, help="The services file (YAML); changes are followed.")
+@click.option("--kubernetes", is_flag=True, help="Follow the Services and EndpointSlices of the cluster of this pod.")
+@click.option("--kubeconfig", type=_FILE, help="With --kubernetes: the cluster of this file's current context.")
+@click.option("--namespace", default="", help="With --kubernetes: only this namespace.")
+@click.option("--node", envvar="NODE_NAME", default="", help="With --kubernetes: this node's name (else NODE_NAME).")
+@click.option("--xds", metavar="HOST:PORT", callback=_target, help="Follow an xDS server (ADS), in plain text.")
+@click.option("--xds-node-id", metavar="ID", help="With --xds: what to call itself; the host name if not given.")
+@click.option("--xds-ca", type=_FILE, help="With --xds: speak TLS with a server of this authority (PEM).")
 @click.option("--allow-loss", metavar="MAP", multiple=True, help="This map may lose what the release has no place for.")
 @click.option(
     "--exit-type",
@@ -76,23 +91,42 @@ def run(
     release: Release,
     root: Path,
     cgroup: Path,
-    services: Path,
+    services: Path | None,
+    kubernetes: bool,
+    kubeconfig: Path | None,
+    namespace: str,
+    node: str,
+    xds: str | None,
+    xds_node_id: str | None,
+    xds_ca: Path | None,
     allow_loss: tuple[str, ...],
     exit_type: str | None,
     locality: Locality,
     access_log: bool,
     json: bool,
 ) -> None:
-    """Start the mesh, or upgrade the one that runs, and keep it as the services file says.
+    """Start the mesh, or upgrade the one that runs, and keep it as the services file and the cluster say.
+
+    Where two say different things about one address, the file wins, then Kubernetes. A file beside a cluster may have
+    only policies.
 
     Example: meshd run --root /sys/fs/bpf/mesh --cgroup /sys/fs/cgroup/apps --services services.yaml
     """
+    if services is None and not kubernetes and xds is None:
+        raise click.UsageError("Nothing says which services there are: give --services, --kubernetes or --xds.")
+    if not kubernetes and (kubeconfig is not None or namespace):
+        raise click.UsageError("--kubeconfig and --namespace are for --kubernetes, which is not given.")
+    if xds is None and (xds_node_id is not None or xds_ca is not None):
+        raise click.UsageError("--xds-node-id and --xds-ca are for --xds, which is not given.")
     # Late: it loads libbpf, which `meshd check` and --help do without.
     from meshd.daemon import Daemon, ExitType, Settings
+    from meshd.sources.wanted import Wanted
 
     events = Events(json)
     leave = cast("ExitType | None", exit_type)
-    settings = Settings(release, root, cgroup, services, frozenset(allow_loss), leave, locality, access_log)
+    node_id = xds_node_id or socket.gethostname()
+    wanted = Wanted(services, kubernetes, kubeconfig, namespace, node, xds, node_id, xds_ca)
+    settings = Settings(release, root, cgroup, wanted, frozenset(allow_loss), leave, locality, access_log)
     try:
         Daemon(settings, events).run()
     except ConfigError as error:

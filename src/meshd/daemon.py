@@ -1,4 +1,4 @@
-"""The daemon: put a release of the mesh on the node, keep its maps as the services file says, leave in order."""
+"""The daemon: put a release of the mesh on the node, keep its maps as the control planes say, leave in order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from meshd.events import Events
 from meshd.keeper import Keeper
 from meshd.model import NOWHERE, Locality
 from meshd.releases import Release
-from meshd.sources.file import FileSource
+from meshd.sources.wanted import Wanted, sources
 
 __all__ = ["Daemon", "ExitType", "Settings"]
 
@@ -30,14 +30,15 @@ _LOOK = 0.05  # s between looks whether a signal came, and whether the keeper is
 class Settings(msgspec.Struct, frozen=True):
     """What a daemon is started with.
 
-    ``exit_type`` None: decided at the end, by whether the services file still exists. ``allow_loss`` names maps that
-    may lose what the plan says they lose. ``here`` is where the node is. With ``access_log`` the programs keep one.
+    ``exit_type`` None: decided at the end, by whether the services file, if there is one, still exists. ``allow_loss``
+    names maps that may lose what the plan says they lose. ``here`` is where the node is. With ``access_log`` the
+    programs keep one.
     """
 
     release: Release
     root: Path
     cgroup: Path
-    services: Path
+    wanted: Wanted
     allow_loss: frozenset[str] = frozenset()
     exit_type: ExitType | None = None
     here: Locality = NOWHERE
@@ -45,21 +46,21 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 class Daemon:
-    """One run of meshd in the main thread, from start to end."""
+    """One run of meshd in the main thread, from start to end. Raises SourceError if a source cannot be set up."""
 
     def __init__(self, settings: Settings, events: Events) -> None:
         self._settings = settings
         self._events = events
         self._node = hitless.Node(settings.root)
         self._stop = threading.Event()
-        sources = [FileSource(settings.services, settings.release, settings.cgroup)]
+        heard = sources(settings.wanted, settings.release, settings.cgroup)
         self._keeper = Keeper(
-            self._node, settings.release, sources, events, self._stop, settings.here, settings.access_log
+            self._node, settings.release, heard, events, self._stop, settings.here, settings.access_log
         )
         self._told: tuple[str, float] = ("", 0.0)
 
     def run(self) -> None:
-        """Start, restart or upgrade the mesh, follow the services file until SIGTERM or SIGINT, then leave.
+        """Start, restart or upgrade the mesh, follow the control planes until SIGTERM or SIGINT, then leave.
 
         A signal during an upgrade takes effect when the upgrade is done. Raises HitlessError when the mesh cannot
         be started: what was live before is live still.
@@ -102,7 +103,10 @@ class Daemon:
 
     def _leave(self) -> None:
         settings = self._settings
-        exit_type: ExitType = settings.exit_type or ("restart" if settings.services.exists() else "normal")
+        services = settings.wanted.services
+        exit_type: ExitType = settings.exit_type or (
+            "restart" if services is None or services.exists() else "normal"
+        )
         if self._keeper.superseded:
             exit_type = "restart"  # what is live is another daemon's
         if exit_type == "normal":

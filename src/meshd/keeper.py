@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import hitless
@@ -12,8 +12,9 @@ from hitless.errors import BusyError, HitlessError
 from meshd.config import ConfigError
 from meshd.events import Events
 from meshd.model import NOWHERE, Config, Locality, Service
+from meshd.recall import recall
 from meshd.reconcile import Changes, Writer, sweep_flows
-from meshd.registry import Registry
+from meshd.registry import LIVE, Registry
 from meshd.releases import Release
 from meshd.sources import Source, SourceAwayError
 
@@ -43,6 +44,7 @@ class Keeper:
         stop: threading.Event,
         here: Locality = NOWHERE,
         access_log: bool = False,
+        recall: Callable[[hitless.Node], Config] = recall,
     ) -> None:
         self.superseded = False
         self._node = node
@@ -55,15 +57,39 @@ class Keeper:
         self._whole = True  # somebody told all it has: the maps are to be read, too
         self._writer = Writer(node, release, here, access_log)
         self._problems: list[str] = []
+        self._recall = recall
+        self._awaited: set[str] = set()  # sources that have not said anything yet
         self._settled = False
         self._sweep_at = float("inf")
         self._pool = ThreadPoolExecutor(len(sources) + 1, "keeper")
         self._threads: list[Future[None]] = []
 
     def load(self) -> None:
-        """Ask every source for the first time. Raises what :meth:`Source.load` raises."""
+        """Ask every source for the first time.
+
+        Until one that is away has come, what is live stays. Raises what else :meth:`Source.load` raises.
+        """
         for source in self._sources:
-            self._registry.replace(source.name, source.load())
+            self._events.tell("loading", source=source.name)
+            self._awaited.add(source.name)
+            try:
+                config = source.load()
+            except SourceAwayError as error:
+                self.hear_trouble(source, error)
+            else:
+                self.hear(source, config)
+        if self._awaited and self._node.root.exists() and self._node.observe().current is not None:
+            live = self._recall(self._node)
+            # Policies for no service come from a file alone, and a file is never awaited.
+            policies = tuple(policy for policy in live.policies if policy.service)
+            self._registry.replace(LIVE, Config(live.services, policies))
+            self._events.tell(
+                "recalled",
+                services=len(live.services),
+                policies=len(policies),
+                message=f"what is live stays until {' and '.join(sorted(self._awaited))} can be heard: "
+                f"{len(live.services)} services, {len(policies)} policies",
+            )
 
     def reconcile(self) -> None:
         """Bring the maps to what the sources said. Raises HitlessError."""
@@ -97,17 +123,32 @@ class Keeper:
     def hear(self, source: Source, config: Config) -> None:
         """Take ``config`` for all that ``source`` says."""
         with self._heard:
-            if not config.services and not source.may_be_empty and self._registry.services_of(source.name):
+            lost = self._lost(source, config)
+            if lost:
                 self._events.tell(
                     "source-empty",
                     source=source.name,
-                    message=f"{source.name} says that there is no service at all, which is taken for its own failure: "
-                    f"its {len(self._registry.services_of(source.name))} services stay until it names one",
+                    message=f"{source.name} says that there is no {lost} at all, which is taken for its own failure: "
+                    "what is live stays until it names one",
                 )
                 return
             self._registry.replace(source.name, config)
+            self._awaited.discard(source.name)
+            if not self._awaited:
+                self._registry.replace(LIVE, Config(()))
             self._whole = True
             self._heard.notify()
+
+    def _lost(self, source: Source, config: Config) -> str:
+        """What a source lost that it cannot mean to have lost, empty for nothing."""
+        if source.may_be_empty:
+            return ""
+        before = self._registry.services_of(source.name)
+        if not config.services:
+            return "service" if before or source.name in self._awaited else ""
+        if any(service.backends for service in config.services):
+            return ""
+        return "endpoint" if any(service.backends for service in before.values()) else ""
 
     def hear_of(self, source: Source, services: Mapping[str, Service | None]) -> None:
         """Take these services of ``source`` for changed."""
@@ -161,7 +202,7 @@ class Keeper:
             whole, self._whole = due or self._whole, False
             is_news = self._registry.has_news
             news = self._registry.all() if whole else self._registry.take_news()
-            problems = self._registry.problems() if is_news else self._problems
+            problems = self._registry.problems() if is_news or whole else self._problems
         changes = self._writer.resync(news) if whole else self._writer.write(news)
         for problem in problems:
             if problem not in self._problems:

@@ -10,7 +10,9 @@ import msgspec
 from meshd.model import Address, Config, Policy, Protocol, Service
 from meshd.releases import Release
 
-__all__ = ["Frontend", "News", "Registry"]
+__all__ = ["LIVE", "Frontend", "News", "Registry"]
+
+LIVE = "what is live"  # a source that every registry has, after all others
 
 Claim = tuple[int, str]  # the source's place in the order of sources, the service's name
 
@@ -45,14 +47,14 @@ class Registry:
     """Services and policies by source; the first of ``sources`` wins over later ones, then the first by name.
 
     A service that cannot be had (its frontend is another's already, or ``release`` has no room for it) is left out
-    and named by :meth:`problems` for as long as that is so.
+    and named by :meth:`problems` for as long as that is so. What nobody else speaks of may be said by LIVE.
     """
 
     def __init__(self, sources: Sequence[str], release: Release) -> None:
-        self._sources = list(sources)
+        self._sources = [*sources, LIVE]
         self._release = release
-        self._services: dict[str, dict[str, Service]] = {name: {} for name in sources}
-        self._policies: dict[str, tuple[Policy, ...]] = dict.fromkeys(sources, ())
+        self._services: dict[str, dict[str, Service]] = {name: {} for name in self._sources}
+        self._policies: dict[str, tuple[Policy, ...]] = dict.fromkeys(self._sources, ())
         self._claims: dict[Frontend, list[Claim]] = defaultdict(list)
         self._changed: set[Frontend] = set()
         self._doubtful: set[Frontend] = set()  # claimed by several, or by nobody who could have it
@@ -158,6 +160,8 @@ class Registry:
             fitting = [one for one in services if self._unfit(one) is None]
             for claim, service in zip(claims, services, strict=True):
                 why = self._unfit(service)
+                if self._sources[claim[0]] == LIVE:
+                    continue  # it is there only for want of others
                 if why is None and service is not fitting[0]:
                     where = f"{frontend.address} port {frontend.port} ({frontend.protocol})"
                     why = f"{where} is {fitting[0].name}'s already"

@@ -7,7 +7,7 @@ import ipaddress
 import msgspec
 
 from meshd.model import Backend, Config, Policy, Service
-from meshd.registry import Frontend, News, Registry
+from meshd.registry import LIVE, Frontend, News, Registry
 from meshd.releases import RELEASES
 
 SMALL = msgspec.structs.replace(RELEASES[3], services=2)
@@ -91,3 +91,22 @@ def test_a_change_of_backends_is_no_news_of_policies() -> None:
     heard.take_news()
     heard.update("file", {"web": service("web", backends=3)})
     assert heard.take_news().policies is None
+
+
+def test_what_is_live_serves_only_where_nobody_else_says_anything() -> None:
+    heard = registry()
+    recalled = service("10.0.0.1.80.tcp", backends=2)
+    heard.replace(LIVE, Config((recalled, DB), (Policy("deny", recalled.name), Policy("deny", "db"))))
+    heard.replace("file", Config((), (Policy("deny", "web", source=7),)))
+    news = heard.take_news()
+    assert news.services == {Frontend.of(WEB): recalled, Frontend.of(DB): DB}
+    assert news.policies is not None
+    assert [where for _, where in news.policies] == [Frontend.of(WEB), Frontend.of(DB)]
+    heard.update("cluster", {"web": WEB})
+    news = heard.take_news()
+    assert news.services == {Frontend.of(WEB): WEB}
+    ours = (Policy("deny", "web", source=7), Frontend.of(WEB))
+    assert news.policies == (ours, (Policy("deny", "db"), Frontend.of(DB)))
+    assert heard.problems() == []
+    heard.replace(LIVE, Config(()))
+    assert heard.take_news().services == {Frontend.of(DB): None}

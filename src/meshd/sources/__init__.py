@@ -9,13 +9,19 @@ from typing import Protocol
 from hitless.errors import HitlessError
 from meshd.model import Config, Service
 
-__all__ = ["Sink", "Source", "SourceAwayError"]
+__all__ = ["Sink", "Source", "SourceAwayError", "SourceError"]
 
 
 class SourceAwayError(HitlessError):
     """A control plane does not answer; what it said before stays in force."""
 
     code = "source-away"
+
+
+class SourceError(HitlessError):
+    """A control plane cannot be set up, or says something that cannot be used; what it said before stays in force."""
+
+    code = "source"
 
 
 class Sink(Protocol):
