@@ -62,6 +62,7 @@ class Daemon:
         with _signals_noted() as noted:
             self._keeper.load()
             try:
+                self._keeper.listen()
                 self._start()
                 while not noted and not self._keeper.ended():
                     time.sleep(_LOOK)
@@ -83,8 +84,7 @@ class Daemon:
 
     def _prepare(self, node: hitless.Node) -> None:
         # The maps are right before any hook runs the new programs, and stay so however long the upgrade takes.
-        self._keeper.reconcile()
-        self._keeper.start()
+        self._keeper.take_over()
 
     def _tell_progress(self, progress: hitless.Progress) -> None:
         what = f"{progress.step} {progress.map}"

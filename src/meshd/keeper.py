@@ -16,9 +16,12 @@ from meshd.reconcile import Changes, Writer, sweep_flows
 from meshd.registry import Registry
 from meshd.releases import Release
 from meshd.sources import Source, SourceAwayError
+from meshd.turn import Turn
 
 __all__ = ["Keeper"]
 
+_SEIZE = 3.0  # s to wait for a write of the daemon that is taken over from
+_YIELD = 0.02  # s between looks whether one that takes over has succeeded
 _GLANCE = 1.0  # s between looks at the live release
 _RESYNC = 10.0  # s between looks at all the maps even if nothing seems to have changed
 _RETRY = 1.0  # s until what failed is tried again
@@ -29,8 +32,9 @@ _SWEEP = 10.0  # s
 class Keeper:
     """Keeps the maps of ``node`` as the ``sources`` say, of which the first wins where two claim the same.
 
-    What is wrong or away changes nothing, and an event says so. Stops by itself when another release than ``release``
-    turns out to be live, since its maps are not ours to write: then ``superseded`` is true.
+    What is wrong or away changes nothing, and an event says so. Stops by itself when another daemon took over, or
+    another release than ``release`` turns out to be live, since its maps are not ours to write: then ``superseded``
+    is true. ``kept_at`` is when (CLOCK_MONOTONIC) the maps last were as the sources said, as far as one can know.
     """
 
     def __init__(
@@ -42,7 +46,9 @@ class Keeper:
         stop: threading.Event,
     ) -> None:
         self.superseded = False
+        self.kept_at = 0.0
         self._node = node
+        self._turn = Turn(node.root)
         self._release = release
         self._sources = sources
         self._events = events
@@ -62,20 +68,26 @@ class Keeper:
         for source in self._sources:
             self._registry.replace(source.name, source.load())
 
-    def reconcile(self) -> None:
-        """Bring the maps to what the sources said. Raises HitlessError."""
-        with self._heard:
-            everything = self._registry.all()
-        self._tell_config(self._writer.resync(everything))
-
-    def start(self) -> None:
+    def listen(self) -> None:
         """Begin to follow the sources, until the stop event is set."""
-        self._threads = [self._pool.submit(self._keep)]
         for source in self._sources:
             self._threads.append(self._pool.submit(source.follow, _Ear(self, source), self._stop))
 
+    def take_over(self) -> None:
+        """Bring the maps to what the sources say, and keep them so until the stop event is set.
+
+        Another daemon of this root stops writing. Raises HitlessError; if this one ends before :meth:`upgraded`, the
+        other goes on.
+        """
+        self._turn.seize(_SEIZE)
+        with self._heard:
+            everything = self._registry.all()
+        self._tell_config(self._writer.resync(everything))
+        self._threads.append(self._pool.submit(self._keep))
+
     def upgraded(self) -> None:
-        """Say that the upgrade is done, so that what it leaves behind may be swept."""
+        """Say that the upgrade is done: another daemon ends, and what the upgrade leaves behind may be swept."""
+        self._turn.settle()
         self._sweep_at = time.monotonic() + _SWEEP_FIRST
         self._settled = True
 
@@ -132,12 +144,22 @@ class Keeper:
                     self._look_at_node()
                     if self.superseded:
                         return
-                if self._write(now >= resync_at):
-                    resync_at = now + _RESYNC
-                if now >= self._sweep_at:
-                    self._sweep_at = now + _SWEEP
-                    self._sweep()
+                with self._turn.writing() as whose:
+                    if whose == "lost":
+                        self._give_way(self._node.observe().version)
+                        return
+                    if whose == "mine":
+                        if self._write(now >= resync_at):
+                            resync_at = now + _RESYNC
+                        if now >= self._sweep_at:
+                            self._sweep_at = now + _SWEEP
+                            self._sweep()
+                        self.kept_at = now
                 told = ""
+                if whose == "wait":
+                    resync_at = 0.0  # who takes over writes, too
+                    self._stop.wait(_YIELD)
+                    continue
             except HitlessError as error:
                 # What the maps hold is unsure now: everything is looked at, after a while.
                 if error.message != told:
@@ -181,8 +203,11 @@ class Keeper:
             except FileNotFoundError:
                 pass  # unloaded in between
         if version != self._release.version:
-            self.superseded = True
-            self._events.tell("superseded", version=version)
+            self._give_way(version)
+
+    def _give_way(self, version: str | None) -> None:
+        self.superseded = True
+        self._events.tell("superseded", version=version)
 
     def _tell_config(self, changes: Changes) -> None:
         with self._heard:

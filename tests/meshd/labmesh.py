@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,11 @@ class Mesh:
         launched = self.launch(release, *options, *(f"--allow-loss={name}" for name in allow_loss))
         return launched.lines.wait_for({"event": ("ready", "upgraded", "error", "config-error")}, 30)
 
-    def launch(self, release: int, *options: str) -> Meshd:
-        """Start meshd and do not wait for anything."""
-        self.daemon = Meshd(self, release, options)
+    def launch(
+        self, release: int, *options: str, command: Sequence[str] = ("-m", "meshd"), env: Mapping[str, str] = {}
+    ) -> Meshd:
+        """Start meshd, or another ``command`` of this Python that is like it, and do not wait for anything."""
+        self.daemon = Meshd(self, release, options, command, env)
         return self.daemon
 
     def next_event(self, **wanted: object) -> dict[str, Any]:
@@ -100,11 +102,13 @@ class Mesh:
 class Meshd:
     """`meshd run` as a process in the lab but outside of the mesh."""
 
-    def __init__(self, mesh: Mesh, release: int, options: Sequence[str]) -> None:
+    def __init__(
+        self, mesh: Mesh, release: int, options: Sequence[str], command: Sequence[str], env: Mapping[str, str]
+    ) -> None:
         lab = mesh.lab
         args = ["--release", str(release), "--root", str(mesh.root), "--cgroup", str(lab.cgroup)]
         args += ["--services", str(mesh.file), "--json", *options]
-        self.process = lab.popen([sys.executable, "-m", "meshd", "run", *args], stdout=subprocess.PIPE)
+        self.process = lab.popen([sys.executable, *command, "run", *args], stdout=subprocess.PIPE, env=os.environ | env)
         self.lines = Lines(self.process)
 
     def stop_reading(self) -> None:
