@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import sys
 from pathlib import Path
 from typing import cast
@@ -22,6 +23,27 @@ _FILE = click.Path(path_type=Path)
 
 def _release(context: click.Context, parameter: click.Parameter, value: str) -> Release:
     return RELEASES[int(value)]
+
+
+def _pod(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and [bool(part) for part in value.split("/")] != [True, True]:
+        raise click.BadParameter(f"'{value}' is not of the form NAMESPACE/NAME")
+    return value
+
+
+def _listen(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, int] | None:
+    if value is None:
+        return None
+    address, _, port = value.rpartition(":")
+    try:
+        where = ipaddress.ip_address(address.removeprefix("[").removesuffix("]"))
+        if not 0 <= int(port) < 65536:
+            raise ValueError
+    except ValueError:
+        raise click.BadParameter(
+            f"'{value}' is not of the form ADDRESS:PORT, as in 127.0.0.1:9102 or [::]:9102"
+        ) from None
+    return str(where), int(port)
 
 
 _release_option = click.option(
@@ -49,8 +71,22 @@ def main() -> None:
 @click.option(
     "--exit-type",
     type=click.Choice(["restart", "normal"]),
-    help="restart leaves the data path running, normal removes it; if not given: restart if the services file exists.",
+    help="restart leaves the data path running, normal removes it; if not given, that is found out at the end.",
 )
+@click.option(
+    "--kubernetes-pod",
+    "pod",
+    metavar="NAMESPACE/NAME",
+    callback=_pod,
+    help="The pod that this runs in (else POD_NAMESPACE and POD_NAME): its DaemonSet decides what the end is.",
+)
+@click.option(
+    "--listen",
+    metavar="ADDRESS:PORT",
+    callback=_listen,
+    help="Serve /metrics, /healthz and /readyz there; nowhere if not given.",
+)
+@click.option("--node", envvar="NODE_NAME", help="Name of this machine in events; the host name if not given.")
 @_json_option
 def run(
     release: Release,
@@ -59,6 +95,9 @@ def run(
     services: Path,
     allow_loss: tuple[str, ...],
     exit_type: str | None,
+    pod: str | None,
+    listen: tuple[str, int] | None,
+    node: str | None,
     json: bool,
 ) -> None:
     """Start the mesh, or upgrade the one that runs, and keep it as the services file says.
@@ -68,8 +107,10 @@ def run(
     # Late: it loads libbpf, which `meshd check` and --help do without.
     from meshd.daemon import Daemon, ExitType, Settings
 
-    events = Events(json)
-    settings = Settings(release, root, cgroup, services, frozenset(allow_loss), cast("ExitType | None", exit_type))
+    events = Events(json, node=node)
+    settings = Settings(
+        release, root, cgroup, services, frozenset(allow_loss), cast("ExitType | None", exit_type), pod, listen
+    )
     try:
         Daemon(settings, events).run()
     except ConfigError as error:

@@ -7,18 +7,20 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import msgspec
+
 import hitless
 from hitless.errors import BusyError, HitlessError
 from meshd.config import ConfigError
 from meshd.events import Events
 from meshd.model import Config, Service
 from meshd.reconcile import Changes, Writer, sweep_flows
-from meshd.registry import Registry
+from meshd.registry import Frontend, Registry
 from meshd.releases import Release
 from meshd.sources import Source, SourceAwayError
 from meshd.turn import Turn
 
-__all__ = ["Keeper"]
+__all__ = ["Keeper", "KeeperState"]
 
 _SEIZE = 3.0  # s to wait for a write of the daemon that is taken over from
 _YIELD = 0.02  # s between looks whether one that takes over has succeeded
@@ -27,6 +29,20 @@ _RESYNC = 10.0  # s between looks at all the maps even if nothing seems to have 
 _RETRY = 1.0  # s until what failed is tried again
 _SWEEP_FIRST = 0.5  # s after an upgrade, from when on nothing brings back what is over
 _SWEEP = 10.0  # s
+
+
+class KeeperState(msgspec.Struct, frozen=True):
+    """How keeping goes: the ``names`` of services in force, how many services and policies are, how many ``left_out``.
+
+    ``sources`` tells when each was heard last, in seconds since the epoch; ``away`` are those that do not answer, or
+    say what cannot be used.
+    """
+
+    names: dict[Frontend, str]
+    counts: dict[str, int]
+    left_out: int
+    sources: dict[str, float]
+    away: frozenset[str]
 
 
 class Keeper:
@@ -58,15 +74,23 @@ class Keeper:
         self._whole = True  # somebody told all it has: the maps are to be read, too
         self._writer = Writer(node, release)
         self._problems: list[str] = []
+        self._last: dict[str, float] = {}
+        self._away: set[str] = set()
         self._settled = False
         self._sweep_at = float("inf")
         self._pool = ThreadPoolExecutor(len(sources) + 1, "keeper")
         self._threads: list[Future[None]] = []
 
+    @property
+    def version(self) -> str:
+        """Of the release whose maps are kept."""
+        return self._release.version
+
     def load(self) -> None:
         """Ask every source for the first time. Raises what :meth:`Source.load` raises."""
         for source in self._sources:
             self._registry.replace(source.name, source.load())
+            self._note(source)
 
     def listen(self) -> None:
         """Begin to follow the sources, until the stop event is set."""
@@ -103,9 +127,21 @@ class Keeper:
         for thread in self._threads:
             thread.result()
 
+    def state(self) -> KeeperState:
+        """How keeping goes right now."""
+        with self._heard:
+            return KeeperState(
+                names=self._registry.names(),
+                counts=self._registry.counts(),
+                left_out=len(self._problems),
+                sources={source.name: self._last.get(source.name, 0.0) for source in self._sources},
+                away=frozenset(self._away),
+            )
+
     def hear(self, source: Source, config: Config) -> None:
         """Take ``config`` for all that ``source`` says."""
         with self._heard:
+            self._note(source)
             if not config.services and not source.may_be_empty and self._registry.services_of(source.name):
                 self._events.tell(
                     "source-empty",
@@ -121,17 +157,24 @@ class Keeper:
     def hear_of(self, source: Source, services: Mapping[str, Service | None]) -> None:
         """Take these services of ``source`` for changed."""
         with self._heard:
+            self._note(source)
             self._registry.update(source.name, services)
             self._heard.notify()
 
     def hear_trouble(self, source: Source, error: HitlessError) -> None:
         """Tell of it; nothing else changes."""
+        with self._heard:
+            self._away.add(source.name)
         if isinstance(error, ConfigError):
             self._events.tell("config-error", message=error.message, **error.facts)
         elif isinstance(error, SourceAwayError):
             self._events.tell("source-away", source=source.name, message=error.message)
         else:
             self._events.error(error)
+
+    def _note(self, source: Source) -> None:
+        self._last[source.name] = time.time()
+        self._away.discard(source.name)
 
     def _keep(self) -> None:
         resync_at = glance_at = 0.0
@@ -154,7 +197,7 @@ class Keeper:
                         if now >= self._sweep_at:
                             self._sweep_at = now + _SWEEP
                             self._sweep()
-                        self.kept_at = now
+                self.kept_at = now
                 told = ""
                 if whose == "wait":
                     resync_at = 0.0  # who takes over writes, too
