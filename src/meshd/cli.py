@@ -141,6 +141,38 @@ def check(file: Path, release: Release, cgroup: Path | None, json: bool) -> None
     events.tell("config", file=str(file), **counts, cgroups_checked=cgroup is not None)
 
 
+@main.command()
+@click.option("--root", type=_FILE, required=True, help="Pin root of the mesh.")
+@click.option("--every", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds between two looks.")
+@click.option("--once", is_flag=True, help="Look once; exit code 1 if no mesh is live.")
+@_json_option
+def top(root: Path, every: float, once: bool, json: bool) -> None:
+    """Show services, connections and a running upgrade, as the kernel has them; no daemon is needed.
+
+    Plain lines where standard output is no terminal.
+
+    Example: meshd top --root /sys/fs/bpf/mesh
+    """
+    import hitless
+    from meshd.top import show
+
+    sys.exit(show(hitless.Node(root), every, once, json))
+
+
+@main.command()
+def metrics() -> None:
+    """List the metrics that the daemon serves at /metrics, as a table in Markdown.
+
+    Example: meshd metrics
+    """
+    from meshd.metrics import METRICS
+
+    click.echo("| metric | kind | labels | meaning |\n|---|---|---|---|")
+    for name, defined in METRICS.items():
+        labels = ", ".join(f"`{label}`" for label in defined.labels)
+        click.echo(f"| `{name}` | {defined.kind} | {labels} | {defined.help} |")
+
+
 def _tell_wrong(events: Events, error: ConfigError, json: bool) -> None:
     if json:
         events.tell("config-error", message=error.message, **error.facts)
