@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,11 @@ from typing import Any
 import yaml
 
 import hitless
+from meshd import config
 from meshd.demo.lab import BACKENDS4, BACKENDS6, Lab
 from meshd.demo.mesh import Lines
+from meshd.desired import desired, policy_key, service_key
+from meshd.releases import RELEASES
 
 PEER = str(Path(__file__).parent / "peer.py")
 PORT = 8080
@@ -97,6 +101,45 @@ class Mesh:
             for field, count in value.items():
                 sums[field] = sums.get(field, 0) + count
         return sums
+
+
+class Churn:
+    """Meanwhile backends, a service and a policy in the file come and go; the last file stays."""
+
+    def __init__(self, mesh: Mesh, every: float = 0.05) -> None:
+        self._mesh = mesh
+        self._every = every
+        self._number = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread()
+
+    def __enter__(self) -> None:
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            self._number += 1
+            number = self._number
+            services = [service("web", VIP, (A, 1 + number % 7), B), service("web6", VIP6, A6)]
+            extra = [service(f"x{number % 5}", "10.96.1.1", A, port=1 + number % 5)] if number % 3 else []
+            self._mesh.write([*services, *extra], [denied("web6")] if number % 2 else [])
+            if self._stop.wait(self._every):
+                return
+
+
+def is_as_the_file_says(mesh: Mesh, release: int) -> bool:
+    """Whether the live maps hold what the services file says, and nothing else."""
+    found = config.parse(mesh.file.read_text(), str(mesh.file), RELEASES[release], mesh.lab.cgroup)
+    wanted = desired(found, RELEASES[release])
+    services = {service_key(key): value for key, value in mesh.node.map("service").items()}
+    policies = {policy_key(key): value["action"] for key, value in mesh.node.map("policy").items()}
+    return services == wanted.services and policies == wanted.policies
 
 
 class Meshd:

@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from meshd import config
-from meshd.desired import desired, service_key
-from meshd.releases import RELEASES
 from meshd.turn import Turn
-from tests.meshd.labmesh import A6, VIP, VIP6, A, B, Mesh, Meshd, denied, service, until
+from tests.meshd.labmesh import VIP, B, Churn, Mesh, Meshd, is_as_the_file_says, service, until
 
 FAULTY = str(Path(__file__).parent / "faulty.py")
-
-
-@contextmanager
-def changing(mesh: Mesh, every: float = 0.05) -> Iterator[None]:
-    """Meanwhile backends, a service and a policy in the file come and go; the last file stays."""
-    stop = threading.Event()
-
-    def change() -> None:
-        for number in itertools.count():
-            services = [service("web", VIP, (A, 1 + number % 7), B), service("web6", VIP6, A6)]
-            extra = [service(f"x{number % 5}", "10.96.1.1", A, port=1 + number % 5)] if number % 3 else []
-            mesh.write([*services, *extra], [denied("web6")] if number % 2 else [])
-            if stop.wait(every):
-                return
-
-    thread = threading.Thread(target=change)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def is_as_the_file_says(mesh: Mesh, release: int) -> bool:
-    found = config.parse(mesh.file.read_text(), str(mesh.file), RELEASES[release], mesh.lab.cgroup)
-    services = {service_key(key): value for key, value in mesh.node.map("service").items()}
-    wanted = desired(found, RELEASES[release])
-    return services == wanted.services and len(mesh.values("policy")) == len(wanted.policies)
 
 
 def ended(older: Meshd | None) -> dict[str, object]:
@@ -58,7 +22,7 @@ def ended(older: Meshd | None) -> dict[str, object]:
 
 @pytest.mark.parametrize(("first", "second", "how"), [(2, 2, "restart"), (2, 3, "update")])
 def test_a_second_daemon_takes_over_while_the_file_changes(mesh: Mesh, first: int, second: int, how: str) -> None:
-    with changing(mesh):
+    with Churn(mesh):
         mesh.start(first)
         older = mesh.daemon
         clients = mesh.python("connect", VIP, "80", "100000", cgroup="clients")
