@@ -1,8 +1,9 @@
 """meshd killed at random moments: ``python -m tests.mesh_kills --seconds 300`` says what clients saw of that: nothing.
 
 Under traffic, and while the services file changes every 50 ms, meshd is started and killed (SIGKILL) after a random
-while, some of the time in the middle of an upgrade or of going back. Every now and then one may live until it has
-verified the mesh: then the maps hold what the file says, and nothing else. Clients count what failed for them.
+while, some of the time in the middle of an upgrade or of going back, or while it takes over from one that lives. Every
+now and then one may live until it has verified the mesh: then the maps hold what the file says, and nothing else, and
+the one before has ended by itself. Clients count what failed for them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import Counter
 import msgspec
 
 from meshd.demo.lab import Lab
-from tests.meshd.labmesh import VIP, VIP6, Churn, Mesh, is_as_the_file_says, until
+from tests.meshd.labmesh import VIP, VIP6, Churn, Mesh, Meshd, is_as_the_file_says, until
 
 _RELEASES = (2, 3)
 _LOSS = ("flow", "service_counter", "service", "policy")
@@ -32,6 +33,7 @@ class Summary(msgspec.Struct):
     seed: int
     killed: dict[str, int]
     checks: int = 0
+    taken_over: int = 0
     slowest: float = 0.0
     connections: int = 0
     failed: int = 0
@@ -60,14 +62,14 @@ def run(lab: Lab, seconds: float, seed: int) -> Summary:
     summary = Summary(seed, {}, held=20)
     end = time.monotonic() + seconds
     lives = 0
-    assert mesh.daemon is not None
-    mesh.daemon.process.kill()
+    older: Meshd | None = mesh.daemon
     while time.monotonic() < end and not summary.problems:
         lives += 1
         release = chance.choice(_RELEASES) if chance.random() < 0.4 else release
         daemon = mesh.launch(release, *(f"--allow-loss={name}" for name in _LOSS))
+        stays = chance.random() < 0.3  # until the next one has taken over
         with churn:
-            if lives % _CHECK_EVERY:
+            if lives % _CHECK_EVERY and not stays:
                 if chance.random() < 0.8:
                     daemon.lines.wait_for({}, 30)  # its first word: a good part of a short life is the start of Python
                 time.sleep(chance.uniform(0, _LIFE))
@@ -79,11 +81,23 @@ def run(lab: Lab, seconds: float, seed: int) -> Summary:
                 summary.problems.append(f"life {lives}: the maps of release {release} are not as the file says")
             summary.slowest = max(summary.slowest, time.monotonic() - began)
             summary.checks += 1
+            if older is not None:
+                summary.taken_over += 1
+                if older.process.wait(10) != 0:
+                    summary.problems.append(f"the life before {lives} did not end well: {older.lines.last}")
         if daemon.process.poll() is not None:
             summary.problems.append(f"life {lives} ended by itself: {daemon.lines.last}")
-        daemon.process.send_signal(signal.SIGKILL)
+        if older is not None:
+            older.process.kill()
+        if stays:
+            older = daemon
+            continue
+        older = None
+        daemon.process.kill()
         daemon.process.wait(10)
         killed[str(daemon.lines.last.get("step") or daemon.lines.last.get("event") or "start")] += 1
+    if older is not None:
+        older.process.kill()
     for client in clients:
         client.send_signal(signal.SIGINT)
         said = msgspec.json.decode(client.communicate(timeout=20)[0])
@@ -107,8 +121,9 @@ def main() -> None:
         summary = run(lab, args.seconds, args.seed)
     print(
         f"{sum(summary.killed.values())} kills (seed {summary.seed}; last word before: {summary.killed})\n"
-        f"{summary.connections} connections, {summary.failed} failed; of {summary.held} held ones {summary.alive} live\n"
-        f"{summary.checks} times all maps were as the file says, {summary.slowest:.2f} s after its last change at most"
+        f"{summary.connections} connections, {summary.failed} failed; {summary.alive} of {summary.held} held live\n"
+        f"{summary.checks} times all maps were as the file says, {summary.slowest:.2f} s after its last change at most,\n"
+        f"{summary.taken_over} of these times by a daemon that took over from one that lived"
     )
     for problem in summary.problems:
         print(problem, file=sys.stderr)

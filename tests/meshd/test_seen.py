@@ -14,9 +14,11 @@ from typing import Any, cast
 from urllib.error import HTTPError, URLError
 
 import pytest
+from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
 from hitless.errors import UnsupportedError
+from meshd.cli import main
 from meshd.events import Events
 from meshd.health import Health
 from meshd.keeper import Keeper
@@ -227,6 +229,15 @@ def test_the_daemon_is_alive_while_its_threads_are_and_the_maps_are_kept(
     found = Health(cast("Any", None), cast("Keeper", keeper)).alive()
     assert len(found) == len(says)
     assert all(one.startswith(start) for one, start in zip(found, says, strict=True))
+
+
+OPERATING = Path(__file__).parents[2] / "docs" / "operating.md"
+
+
+def test_the_document_has_the_metrics_as_the_command_prints_them() -> None:
+    done = CliRunner().invoke(main, ["metrics"])
+    assert done.exit_code == 0
+    assert done.stdout in OPERATING.read_text(), "write what `meshd metrics` prints into docs/operating.md"
 
 
 DASHBOARD = Path(__file__).parents[2] / "packaging" / "grafana" / "meshd.json"
