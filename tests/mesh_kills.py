@@ -122,7 +122,7 @@ def main() -> None:
     print(
         f"{sum(summary.killed.values())} kills (seed {summary.seed}; last word before: {summary.killed})\n"
         f"{summary.connections} connections, {summary.failed} failed; {summary.alive} of {summary.held} held live\n"
-        f"{summary.checks} times all maps were as the file says, {summary.slowest:.2f} s after its last change at most,\n"
+        f"{summary.checks} times all maps were as the file says, {summary.slowest:.2f} s after it changed at most,\n"
         f"{summary.taken_over} of these times by a daemon that took over from one that lived"
     )
     for problem in summary.problems:
