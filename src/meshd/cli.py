@@ -44,6 +44,27 @@ def _target(context: click.Context, parameter: click.Parameter, value: str | Non
     raise click.BadParameter(f"{value!r} is neither HOST:PORT nor unix:/PATH")
 
 
+def _pod(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and [bool(part) for part in value.split("/")] != [True, True]:
+        raise click.BadParameter(f"'{value}' is not of the form NAMESPACE/NAME")
+    return value
+
+
+def _listen(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, int] | None:
+    if value is None:
+        return None
+    address, _, port = value.rpartition(":")
+    try:
+        where = ipaddress.ip_address(address.removeprefix("[").removesuffix("]"))
+        if not 0 <= int(port) < 65536:
+            raise ValueError
+    except ValueError:
+        raise click.BadParameter(
+            f"'{value}' is not of the form ADDRESS:PORT, as in 127.0.0.1:9102 or [::]:9102"
+        ) from None
+    return str(where), int(port)
+
+
 _release_option = click.option(
     "--release",
     type=click.Choice([str(number) for number in RELEASES]),
@@ -68,7 +89,12 @@ def main() -> None:
 @click.option("--kubernetes", is_flag=True, help="Follow the Services and EndpointSlices of the cluster of this pod.")
 @click.option("--kubeconfig", type=_FILE, help="With --kubernetes: the cluster of this file's current context.")
 @click.option("--namespace", default="", help="With --kubernetes: only this namespace.")
-@click.option("--node", envvar="NODE_NAME", default="", help="With --kubernetes: this node's name (else NODE_NAME).")
+@click.option(
+    "--node",
+    envvar="NODE_NAME",
+    default="",
+    help="This node's name in events and in the cluster (else NODE_NAME, then the host name).",
+)
 @click.option("--xds", metavar="HOST:PORT", callback=_target, help="Follow an xDS server (ADS), in plain text.")
 @click.option("--xds-node-id", metavar="ID", help="With --xds: what to call itself; the host name if not given.")
 @click.option("--xds-ca", type=_FILE, help="With --xds: speak TLS with a server of this authority (PEM).")
@@ -76,7 +102,7 @@ def main() -> None:
 @click.option(
     "--exit-type",
     type=click.Choice(["restart", "normal"]),
-    help="restart leaves the data path running, normal removes it; if not given: restart if the services file exists.",
+    help="restart leaves the data path running, normal removes it; if not given, that is found out at the end.",
 )
 @click.option(
     "--locality",
@@ -86,6 +112,19 @@ def main() -> None:
     help="Where this node is, for services whose clients are sent to near backends; parts may be left out: /zone-a.",
 )
 @click.option("--access-log", is_flag=True, help="Log connections into the ring buffer that `meshd access` reads.")
+@click.option(
+    "--kubernetes-pod",
+    "pod",
+    metavar="NAMESPACE/NAME",
+    callback=_pod,
+    help="The pod that this runs in (else POD_NAMESPACE and POD_NAME): its DaemonSet decides what the end is.",
+)
+@click.option(
+    "--listen",
+    metavar="ADDRESS:PORT",
+    callback=_listen,
+    help="Serve /metrics, /healthz and /readyz there; nowhere if not given.",
+)
 @_json_option
 def run(
     release: Release,
@@ -103,6 +142,8 @@ def run(
     exit_type: str | None,
     locality: Locality,
     access_log: bool,
+    pod: str | None,
+    listen: tuple[str, int] | None,
     json: bool,
 ) -> None:
     """Start the mesh, or upgrade the one that runs, and keep it as the services file and the cluster say.
@@ -122,11 +163,13 @@ def run(
     from meshd.daemon import Daemon, ExitType, Settings
     from meshd.sources.wanted import Wanted
 
-    events = Events(json)
+    events = Events(json, node=node or None)
     leave = cast("ExitType | None", exit_type)
     node_id = xds_node_id or socket.gethostname()
     wanted = Wanted(services, kubernetes, kubeconfig, namespace, node, xds, node_id, xds_ca)
-    settings = Settings(release, root, cgroup, wanted, frozenset(allow_loss), leave, locality, access_log)
+    settings = Settings(
+        release, root, cgroup, wanted, frozenset(allow_loss), leave, locality, access_log, pod, listen
+    )
     try:
         Daemon(settings, events).run()
     except ConfigError as error:
@@ -233,6 +276,38 @@ def _where(text: str) -> tuple[Address, int, Protocol]:
 def _fail(error: HitlessError, json: bool) -> NoReturn:
     Events(json).error(error)
     sys.exit(1)
+
+
+@main.command()
+@click.option("--root", type=_FILE, required=True, help="Pin root of the mesh.")
+@click.option("--every", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds between two looks.")
+@click.option("--once", is_flag=True, help="Look once; exit code 1 if no mesh is live.")
+@_json_option
+def top(root: Path, every: float, once: bool, json: bool) -> None:
+    """Show services, connections and a running upgrade, as the kernel has them; no daemon is needed.
+
+    Plain lines where standard output is no terminal.
+
+    Example: meshd top --root /sys/fs/bpf/mesh
+    """
+    import hitless
+    from meshd.top import show
+
+    sys.exit(show(hitless.Node(root), every, once, json))
+
+
+@main.command()
+def metrics() -> None:
+    """List the metrics that the daemon serves at /metrics, as a table in Markdown.
+
+    Example: meshd metrics
+    """
+    from meshd.metrics import METRICS
+
+    click.echo("| metric | kind | labels | meaning |\n|---|---|---|---|")
+    for name, defined in METRICS.items():
+        labels = ", ".join(f"`{label}`" for label in defined.labels)
+        click.echo(f"| `{name}` | {defined.kind} | {labels} | {defined.help} |")
 
 
 def _tell_wrong(events: Events, error: ConfigError, json: bool) -> None:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import msgspec
+
 import hitless
 from hitless.errors import BusyError, HitlessError
 from meshd.config import ConfigError
@@ -14,12 +16,15 @@ from meshd.events import Events
 from meshd.model import NOWHERE, Config, Locality, Service
 from meshd.recall import recall
 from meshd.reconcile import Changes, Writer, sweep_flows
-from meshd.registry import LIVE, Registry
+from meshd.registry import LIVE, Frontend, Registry
 from meshd.releases import Release
 from meshd.sources import Source, SourceAwayError
+from meshd.turn import Turn
 
-__all__ = ["Keeper"]
+__all__ = ["Keeper", "KeeperState"]
 
+_SEIZE = 3.0  # s to wait for a write of the daemon that is taken over from
+_YIELD = 0.02  # s between looks whether one that takes over has succeeded
 _GLANCE = 1.0  # s between looks at the live release
 _RESYNC = 10.0  # s between looks at all the maps even if nothing seems to have changed
 _RETRY = 1.0  # s until what failed is tried again
@@ -27,12 +32,27 @@ _SWEEP_FIRST = 0.5  # s after an upgrade, from when on nothing brings back what 
 _SWEEP = 10.0  # s
 
 
+class KeeperState(msgspec.Struct, frozen=True):
+    """How keeping goes: the ``names`` of services in force, how many services and policies are, how many ``left_out``.
+
+    ``sources`` tells when each was heard last, in seconds since the epoch; ``away`` are those that do not answer, or
+    say what cannot be used.
+    """
+
+    names: dict[Frontend, str]
+    counts: dict[str, int]
+    left_out: int
+    sources: dict[str, float]
+    away: frozenset[str]
+
+
 class Keeper:
     """Keeps the maps of ``node`` as the ``sources`` say, of which the first wins where two claim the same.
 
-    What is wrong or away changes nothing, and an event says so. Stops by itself when another release than ``release``
-    turns out to be live, since its maps are not ours to write: then ``superseded`` is true. ``here`` and ``access_log``
-    are the :class:`Writer`'s.
+    What is wrong or away changes nothing, and an event says so. Stops by itself when another daemon took over, or
+    another release than ``release`` turns out to be live, since its maps are not ours to write: then ``superseded``
+    is true. ``kept_at`` is when (CLOCK_MONOTONIC) the maps last were as the sources said, as far as one can know.
+    ``here`` and ``access_log`` are the :class:`Writer`'s.
     """
 
     def __init__(
@@ -47,7 +67,9 @@ class Keeper:
         recall: Callable[[hitless.Node], Config] = recall,
     ) -> None:
         self.superseded = False
+        self.kept_at = 0.0
         self._node = node
+        self._turn = Turn(node.root)
         self._release = release
         self._sources = sources
         self._events = events
@@ -59,10 +81,17 @@ class Keeper:
         self._problems: list[str] = []
         self._recall = recall
         self._awaited: set[str] = set()  # sources that have not said anything yet
+        self._last: dict[str, float] = {}
+        self._away: set[str] = set()
         self._settled = False
         self._sweep_at = float("inf")
         self._pool = ThreadPoolExecutor(len(sources) + 1, "keeper")
         self._threads: list[Future[None]] = []
+
+    @property
+    def version(self) -> str:
+        """Of the release whose maps are kept."""
+        return self._release.version
 
     def load(self) -> None:
         """Ask every source for the first time.
@@ -91,20 +120,26 @@ class Keeper:
                 f"{len(live.services)} services, {len(policies)} policies",
             )
 
-    def reconcile(self) -> None:
-        """Bring the maps to what the sources said. Raises HitlessError."""
-        with self._heard:
-            everything = self._registry.all()
-        self._tell_config(self._writer.resync(everything))
-
-    def start(self) -> None:
+    def listen(self) -> None:
         """Begin to follow the sources, until the stop event is set."""
-        self._threads = [self._pool.submit(self._keep)]
         for source in self._sources:
             self._threads.append(self._pool.submit(source.follow, _Ear(self, source), self._stop))
 
+    def take_over(self) -> None:
+        """Bring the maps to what the sources say, and keep them so until the stop event is set.
+
+        Another daemon of this root stops writing. Raises HitlessError; if this one ends before :meth:`upgraded`, the
+        other goes on.
+        """
+        self._turn.seize(_SEIZE)
+        with self._heard:
+            everything = self._registry.all()
+        self._tell_config(self._writer.resync(everything))
+        self._threads.append(self._pool.submit(self._keep))
+
     def upgraded(self) -> None:
-        """Say that the upgrade is done, so that what it leaves behind may be swept."""
+        """Say that the upgrade is done: another daemon ends, and what the upgrade leaves behind may be swept."""
+        self._turn.settle()
         self._sweep_at = time.monotonic() + _SWEEP_FIRST
         self._settled = True
 
@@ -120,11 +155,23 @@ class Keeper:
         for thread in self._threads:
             thread.result()
 
+    def state(self) -> KeeperState:
+        """How keeping goes right now."""
+        with self._heard:
+            return KeeperState(
+                names=self._registry.names(),
+                counts=self._registry.counts(),
+                left_out=len(self._problems),
+                sources={source.name: self._last.get(source.name, 0.0) for source in self._sources},
+                away=frozenset(self._away),
+            )
+
     def hear(self, source: Source, config: Config) -> None:
         """Take ``config`` for all that ``source`` says."""
         with self._heard:
             lost = self._lost(source, config)
             if lost:
+                self._away.add(source.name)
                 self._events.tell(
                     "source-empty",
                     source=source.name,
@@ -132,6 +179,7 @@ class Keeper:
                     "what is live stays until it names one",
                 )
                 return
+            self._note(source)
             self._registry.replace(source.name, config)
             self._awaited.discard(source.name)
             if not self._awaited:
@@ -153,17 +201,24 @@ class Keeper:
     def hear_of(self, source: Source, services: Mapping[str, Service | None]) -> None:
         """Take these services of ``source`` for changed."""
         with self._heard:
+            self._note(source)
             self._registry.update(source.name, services)
             self._heard.notify()
 
     def hear_trouble(self, source: Source, error: HitlessError) -> None:
         """Tell of it; nothing else changes."""
+        with self._heard:
+            self._away.add(source.name)
         if isinstance(error, ConfigError):
             self._events.tell("config-error", message=error.message, **error.facts)
         elif isinstance(error, SourceAwayError):
             self._events.tell("source-away", source=source.name, message=error.message)
         else:
             self._events.error(error)
+
+    def _note(self, source: Source) -> None:
+        self._last[source.name] = time.time()
+        self._away.discard(source.name)
 
     def _keep(self) -> None:
         resync_at = glance_at = 0.0
@@ -176,12 +231,22 @@ class Keeper:
                     self._look_at_node()
                     if self.superseded:
                         return
-                if self._write(now >= resync_at):
-                    resync_at = now + _RESYNC
-                if now >= self._sweep_at:
-                    self._sweep_at = now + _SWEEP
-                    self._sweep()
+                with self._turn.writing() as whose:
+                    if whose == "lost":
+                        self._give_way(self._node.observe().version)
+                        return
+                    if whose == "mine":
+                        if self._write(now >= resync_at):
+                            resync_at = now + _RESYNC
+                        if now >= self._sweep_at:
+                            self._sweep_at = now + _SWEEP
+                            self._sweep()
+                self.kept_at = now
                 told = ""
+                if whose == "wait":
+                    resync_at = 0.0  # who takes over writes, too
+                    self._stop.wait(_YIELD)
+                    continue
             except HitlessError as error:
                 # What the maps hold is unsure now: everything is looked at, after a while.
                 if error.message != told:
@@ -225,8 +290,11 @@ class Keeper:
             except FileNotFoundError:
                 pass  # unloaded in between
         if version != self._release.version:
-            self.superseded = True
-            self._events.tell("superseded", version=version)
+            self._give_way(version)
+
+    def _give_way(self, version: str | None) -> None:
+        self.superseded = True
+        self._events.tell("superseded", version=version)
 
     def _tell_config(self, changes: Changes) -> None:
         with self._heard:

@@ -147,6 +147,10 @@ class Registry:
         self.take_news()
         return News(dict(self._told), tuple(self._resolved()))
 
+    def names(self) -> dict[Frontend, str]:
+        """The services in force, by what clients connect to."""
+        return {frontend: service.name for frontend, service in self._told.items()}
+
     def counts(self) -> dict[str, int]:
         """How many services and policies are in force."""
         return {"services": len(self._told), "policies": sum(1 for _ in self._resolved())}

@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from meshd import config
 from meshd.demo.lab import BACKENDS4, BACKENDS6, Lab
 from meshd.demo.mesh import Lines
 from meshd.model import NOWHERE, Config, Locality
+from meshd.recall import has_tables, recall
 from meshd.reconcile import Changes, Writer
-from meshd.registry import Registry
+from meshd.registry import Frontend, Registry
 from meshd.releases import RELEASES
 
 PEER = str(Path(__file__).parent / "peer.py")
@@ -99,9 +101,11 @@ class Mesh:
         launched = self.launch(release, *options, *(f"--allow-loss={name}" for name in allow_loss))
         return launched.lines.wait_for({"event": ("ready", "upgraded", "error", "config-error")}, 30)
 
-    def launch(self, release: int, *options: str) -> Meshd:
-        """Start meshd and do not wait for anything."""
-        self.daemon = Meshd(self, release, options)
+    def launch(
+        self, release: int, *options: str, command: Sequence[str] = ("-m", "meshd"), env: Mapping[str, str] = {}
+    ) -> Meshd:
+        """Start meshd, or another ``command`` of this Python that is like it, and do not wait for anything."""
+        self.daemon = Meshd(self, release, options, command, env)
         return self.daemon
 
     def next_event(self, **wanted: object) -> dict[str, Any]:
@@ -153,14 +157,63 @@ class Mesh:
         return sums
 
 
+class Churn:
+    """Meanwhile backends, a service and a policy in the file come and go; the last file stays."""
+
+    def __init__(self, mesh: Mesh, every: float = 0.05) -> None:
+        self._mesh = mesh
+        self._every = every
+        self._number = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread()
+
+    def __enter__(self) -> None:
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            self._number += 1
+            number = self._number
+            services = [service("web", VIP, (A, 1 + number % 7), B), service("web6", VIP6, A6)]
+            extra = [service(f"x{number % 5}", "10.96.1.1", A, port=1 + number % 5)] if number % 3 else []
+            self._mesh.write([*services, *extra], [denied("web6")] if number % 2 else [])
+            if self._stop.wait(self._every):
+                return
+
+
+def is_as_the_file_says(mesh: Mesh, release: int) -> bool:
+    """Whether the live maps hold what the services file says, and nothing else."""
+    found = config.parse(mesh.file.read_text(), str(mesh.file), RELEASES[release], mesh.lab.cgroup)
+    live = recall(mesh.node)
+    if has_tables(mesh.node) and len(mesh.node.map("slot")) != sum(len(one.backends) for one in live.services):
+        return False  # slots that no service has
+    return _meaning(live) == _meaning(found)
+
+
+def _meaning(found: Config) -> tuple[dict[Frontend, set[Any]], set[Any]]:
+    """What a configuration comes to, whatever its services are called."""
+    frontends = {one.name: Frontend.of(one) for one in found.services}
+    services = {Frontend.of(one): {(b.address, b.port, b.weight) for b in one.backends} for one in found.services}
+    policies = {(one.action, one.source, frontends[one.service]) for one in found.policies}
+    return services, policies
+
+
 class Meshd:
     """`meshd run` as a process in the lab but outside of the mesh."""
 
-    def __init__(self, mesh: Mesh, release: int, options: Sequence[str]) -> None:
+    def __init__(
+        self, mesh: Mesh, release: int, options: Sequence[str], command: Sequence[str], env: Mapping[str, str]
+    ) -> None:
         lab = mesh.lab
         args = ["--release", str(release), "--root", str(mesh.root), "--cgroup", str(lab.cgroup)]
         args += ["--services", str(mesh.file), "--json", *options]
-        self.process = lab.popen([sys.executable, "-m", "meshd", "run", *args], stdout=subprocess.PIPE)
+        self.process = lab.popen([sys.executable, *command, "run", *args], stdout=subprocess.PIPE, env=os.environ | env)
         self.lines = Lines(self.process)
 
     def stop_reading(self) -> None:

@@ -49,7 +49,7 @@ def test_how_many_backends_fit_depends_on_the_release(file: Path) -> None:
         assert CliRunner().invoke(main, ["check", str(file), "--release", release]).exit_code == code
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["check"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["check"], ["top"], ["metrics"]])
 def test_every_command_has_help_with_an_example(command: list[str]) -> None:
     done = CliRunner().invoke(main, [*command, "--help"])
     assert done.exit_code == 0

@@ -61,6 +61,13 @@ def test_an_upgrade_carries_every_entry_into_the_new_layout(node: hitless.Node, 
     assert status(node).problems == ()
 
 
+def test_a_handle_counts_the_entries_of_its_map(node: hitless.Node, release: Release) -> None:
+    hitless.apply(node, release(1))
+    assert node.map("tally").count() == 0
+    node.map("tally").update_many((port, {"count": 1, "last": 9, "label": b"abcdef"}) for port in range(1000))
+    assert node.map("tally").count() == 1000
+
+
 def test_a_plan_shows_the_same_actions_that_apply_then_reports(node: hitless.Node, release: Release) -> None:
     hitless.apply(node, release(1))
     planned = hitless.plan(node, release(2))

@@ -247,6 +247,11 @@ class MapHandle:
             found = opened.map.lookup(raw)
             return None if found is None else opened.decode(found)
 
+    def count(self) -> int:
+        """How many entries there are, by reading them; nothing is decoded. In an upgrade it may be a few less."""
+        with self._access.to_read(self._name) as opened:
+            return sum(len(keys) for keys, _ in opened.map.batches())
+
     def items(self) -> list[tuple[Any, Any]]:
         """All entries as (key, value) pairs. In an upgrade they include what the old release's programs just wrote."""
         with self._access.to_read(self._name) as opened:
