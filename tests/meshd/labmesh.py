@@ -191,7 +191,7 @@ def is_as_the_file_says(mesh: Mesh, release: int) -> bool:
     """Whether the live maps hold what the services file says, and nothing else."""
     found = config.parse(mesh.file.read_text(), str(mesh.file), RELEASES[release], mesh.lab.cgroup)
     live = recall(mesh.node)
-    if has_tables(mesh.node) and len(mesh.node.map("slot")) != sum(len(one.backends) for one in live.services):
+    if has_tables(mesh.node) and mesh.node.map("slot").count() != sum(len(one.backends) for one in live.services):
         return False  # slots that no service has
     return _meaning(live) == _meaning(found)
 

@@ -150,7 +150,8 @@ def test_every_event_of_an_upgrade_carries_its_id_and_no_other_one_does(mesh: Me
     assert {event["node"] for event in events} == {"n7"}
     names = [event["event"] for event in events]
     until_done = names.index("upgraded") + 1
-    during = [event.get("upgrade") for event in events[:until_done]]
+    assert names[0] == "loading"
+    during = [event.get("upgrade") for event in events[1:until_done]]
     assert len(set(during)) == 1
     assert len(during[0] or "") == 32
     assert "upgrade" not in events[-1]
