@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ OTHERWISE: dict[str, Any] = {
     "nodeSelector": {"kubernetes.io/os": "linux"},
     "podAnnotations": {"prometheus.io/scrape": "true"},
 }
-# Others build these at this time; the list is to become empty.
+# Not in meshd yet: the list is to become empty.
 IN_PREPARATION = {"--kubernetes", "--listen"}
 
 
@@ -92,8 +93,6 @@ def test_values_that_mean_nothing_are_refused(values: dict[str, Any]) -> None:
 
 
 def test_the_chart_is_of_the_release_that_it_installs() -> None:
-    import tomllib
-
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["appVersion"] == project["version"]
