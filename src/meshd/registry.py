@@ -61,6 +61,7 @@ class Registry:
         self._policies_changed = False
         self._said = False
         self._told: dict[Frontend, Service] = {}
+        self._backends = 0  # of all that are told
         self._named: dict[str, Frontend] = {}
 
     def services_of(self, source: str) -> Mapping[str, Service]:
@@ -110,21 +111,23 @@ class Registry:
         coming = []
         for frontend in sorted(self._changed, key=_order):
             winner, told = self._winner(frontend), self._told.get(frontend)
-            if winner is not None and told is None:
+            if winner is not None and len(winner.backends) > (len(told.backends) if told is not None else -1):
                 coming.append((frontend, winner))
             elif winner != told:
                 services[frontend] = winner
         for frontend, winner_or_none in services.items():
             self._tell(frontend, winner_or_none)
         asked_of = tuple(self._changed)
-        room = max(self._release.services - len(self._told), 0)
-        for frontend, winner in coming[:room]:
-            services[frontend] = winner
-            self._tell(frontend, winner)
-        self._changed = {frontend for frontend, _ in coming[room:]}  # until others go
+        self._changed = set()
+        for frontend, winner in coming:
+            if self._full(frontend, winner) is None:
+                services[frontend] = winner
+                self._tell(frontend, winner)
+            else:
+                self._changed.add(frontend)  # until others go
         for frontend in asked_of:
             claims = self._claims.get(frontend, ())
-            if len(claims) > 1 or (claims and frontend not in self._told):
+            if len(claims) > 1 or (claims and (frontend not in self._told or frontend in self._changed)):
                 self._doubtful.add(frontend)
             else:
                 self._doubtful.discard(frontend)
@@ -132,8 +135,19 @@ class Registry:
         self._policies_changed = self._said = False
         return News(services, policies)
 
+    def _full(self, frontend: Frontend, service: Service) -> str | None:
+        """Why there is no room for the service now."""
+        told, release = self._told.get(frontend), self._release
+        if told is None and len(self._told) >= release.services:
+            return f"release {release.version} holds {release.services} services at most"
+        more = len(service.backends) - (len(told.backends) if told is not None else 0)
+        if release.all_backends is not None and self._backends + more > release.all_backends:
+            return f"release {release.version} holds {release.all_backends} backends at most, over all services"
+        return None
+
     def _tell(self, frontend: Frontend, service: Service | None) -> None:
         before = self._told.pop(frontend, None)
+        self._backends += (len(service.backends) if service else 0) - (len(before.backends) if before else 0)
         if before is not None and self._named.get(before.name) == frontend:
             del self._named[before.name]
         if service is not None:
@@ -169,8 +183,8 @@ class Registry:
                 if why is None and service is not fitting[0]:
                     where = f"{frontend.address} port {frontend.port} ({frontend.protocol})"
                     why = f"{where} is {fitting[0].name}'s already"
-                if why is None and frontend not in self._told:
-                    why = f"release {self._release.version} holds {self._release.services} services at most"
+                if why is None and self._told.get(frontend) != service:
+                    why = self._full(frontend, service)
                 if why is not None:
                     found.append(f"{self._sources[claim[0]]}: service {service.name} is left out: {why}")
         return sorted(found)

@@ -19,6 +19,7 @@ class Release(msgspec.Struct, frozen=True):
     those it serves. With ``tables`` a service's backends are in a table of slots (:mod:`meshd.tables`), and there are
     affinity and policies by addresses; without, they are in the service's entry. ``backend_unused`` and ``policy_new``
     are fields of that layout that the control plane has no opinion about, with the value that a new entry gets.
+    ``all_backends`` is over all services, None where each may have as many as fit in its entry.
     """
 
     number: int
@@ -28,6 +29,7 @@ class Release(msgspec.Struct, frozen=True):
     backends: int
     protocols: tuple[Protocol, ...] = ("tcp",)
     tables: bool = False
+    all_backends: int | None = None
     backend_unused: dict[str, Any] = {}
     policy_new: dict[str, Any] = {}
 
@@ -53,9 +55,16 @@ RELEASES = {
             backend_unused={"zone": 0},
             policy_new={"hits": 0, "last_ns": 0},
         ),
-        # Its slots are one million, and a table that is written beside another takes room as well.
+        # Half of its slots are for tables that are written beside those that they replace.
         Release(
-            4, "4.0.0", services=65536, policies=16384, backends=16384, protocols=("tcp", "udp"), tables=True
+            4,
+            "4.0.0",
+            services=65536,
+            policies=16384,
+            backends=16384,
+            protocols=("tcp", "udp"),
+            tables=True,
+            all_backends=1 << 19,
         ),
     )
 }

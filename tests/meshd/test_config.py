@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from meshd import config
 from meshd.config import ConfigError, Problem
-from meshd.model import Backend, Config, Policy, Service
+from meshd.model import Backend, Config, Locality, Policy, Service
 from meshd.releases import RELEASES
 
 GOOD = """\
@@ -254,3 +254,83 @@ def test_any_text_is_values_or_an_error(text: str) -> None:
         parse(text)
     except ConfigError as error:
         assert error.message.startswith("services.yaml:")
+
+
+RICH = """\
+services:
+  - name: dns
+    address: 10.96.0.10
+    port: 53
+    protocol: udp
+    affinity: 600
+    local: true
+    backends:
+      - {address: 10.1.0.1, port: 53, healthy: false, locality: {region: eu, zone: eu-1, node: n1}}
+  - {name: dns-tcp, address: 10.96.0.10, port: 53, backends: []}
+policies:
+  - {action: deny, destination: 10.0.0.0/8, port: 22}
+  - {action: deny, destination: 10.0.0.0/8, port: 22, protocol: udp}
+  - {action: allow, clients: "fd00::/16"}
+"""
+
+
+def test_what_release_4_brought_becomes_values() -> None:
+    found = parse(RICH, 4)
+    backend = Backend(ip_address("10.1.0.1"), 53, 1, False, Locality("eu", "eu-1", "n1"))
+    assert found.services[0] == Service("dns", ip_address("10.96.0.10"), 53, "udp", (backend,), 600, True)
+    assert found.services[1].protocol == "tcp"
+    assert found.policies == (
+        Policy("deny", destination=ip_network("10.0.0.0/8"), port=22),
+        Policy("deny", destination=ip_network("10.0.0.0/8"), port=22, protocol="udp"),
+        Policy("allow", clients=ip_network("fd00::/16")),
+    )
+
+
+@pytest.mark.parametrize("release", [1, 2, 3])
+def test_what_an_older_release_has_no_place_for_is_named_by_line(release: int) -> None:
+    assert problems(RICH, release) == [
+        (5, "services[0].protocol"),
+        (6, "services[0].affinity"),
+        (12, "policies[0].destination"),
+        (13, "policies[1].destination"),
+        (14, "policies[2].clients"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("policy", "field"),
+    [
+        ("{action: deny}", "service"),
+        ("{action: deny, service: web, destination: 10.0.0.0/8}", "service"),
+        ("{action: deny, service: web, port: 80}", "port"),
+        ("{action: deny, clients: 10.0.0.0/8, source: {cgroup: x}}", "source"),
+        ("{action: deny, clients: 10.0.0.1/8}", "clients"),
+        ("{action: deny, clients: web}", "clients"),
+        ('{action: deny, destination: "::ffff:10.0.0.0/104"}', "destination"),
+        ("{action: deny, destination: 10.0.0.0/8, port: 0}", "port"),
+        ("{action: deny, destination: 10.0.0.0/8, protocol: icmp}", "protocol"),
+        ("{action: deny, destination: [10.0.0.0/8]}", "destination"),
+    ],
+)
+def test_a_policy_that_makes_no_sense_is_named(policy: str, field: str) -> None:
+    assert problems(service() + f"policies: [{policy}]", 4) == [(6, f"policies[0].{field}")]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("affinity", "-1"), ("affinity", "86401"), ("local", "maybe"), ("protocol", "sctp"), ("local", "[]")],
+)
+def test_a_field_of_a_service_that_makes_no_sense_is_named(name: str, value: str) -> None:
+    assert problems(service(**{name: value}), 4) == [(6, f"services[0].{name}")]
+
+
+@pytest.mark.parametrize("more", ["healthy: 2", "locality: eu", "locality: {city: x}", "locality: {zone: ''}"])
+def test_a_field_of_a_backend_that_makes_no_sense_is_named(more: str) -> None:
+    ((line, field),) = problems(service(backends=f"[{{address: 10.1.0.1, port: 1, {more}}}]"), 4)
+    assert line == 5
+    assert field.startswith(f"services[0].backends[0].{more.partition(':')[0]}")
+
+
+def test_the_same_policy_by_addresses_may_not_be_given_twice() -> None:
+    one = "{action: deny, destination: 10.0.0.0/8}"
+    assert problems(service() + f"policies: [{one}, {one}]", 4) == [(6, "policies[1].destination")]

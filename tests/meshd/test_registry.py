@@ -73,6 +73,21 @@ def test_a_service_that_finds_no_room_comes_when_another_goes() -> None:
     assert heard.take_news().services == {Frontend.of(many[0]): None, Frontend.of(many[2]): many[2]}
 
 
+def test_a_service_that_grows_beyond_the_room_of_all_stays_as_it_was_until_there_is_room() -> None:
+    heard = Registry(["file"], msgspec.structs.replace(RELEASES[4], all_backends=5))
+    small, other, large = service("a", backends=2), service("b", port=81, backends=2), service("a", backends=4)
+    heard.replace("file", Config((small, other)))
+    heard.take_news()
+    heard.update("file", {"a": large})
+    assert heard.take_news().services == {}
+    full = "release 4.0.0 holds 5 backends at most, over all services"
+    assert heard.problems() == [f"file: service a is left out: {full}"]
+    assert heard.all().services[Frontend.of(small)] == small, "what was in force is"
+    heard.update("file", {"b": None})
+    assert heard.take_news().services == {Frontend.of(other): None, Frontend.of(large): large}
+    assert heard.problems() == []
+
+
 def test_a_policy_follows_the_service_that_it_names_to_another_address_and_source() -> None:
     heard = registry()
     policy = Policy("deny", "web")

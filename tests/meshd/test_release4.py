@@ -222,6 +222,32 @@ def test_a_policy_by_clients_is_obeyed_by_servers_in_the_mesh(mesh: Mesh) -> Non
     assert hits == {6: 1, 17: 2}, "a connection is judged once, and of datagrams the answer as well as the question"
 
 
+# A destination option that says nothing, before the segment or datagram.
+HIDDEN = """
+import socket, sys
+kind = socket.SOCK_STREAM if sys.argv[3] == "tcp" else socket.SOCK_DGRAM
+with socket.socket(socket.AF_INET6, kind) as one:
+    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_DSTOPTS, bytes([0, 0, 1, 4, 0, 0, 0, 0]))
+    one.settimeout(float(sys.argv[4]))
+    one.connect((sys.argv[1], int(sys.argv[2])))
+    one.send(b"?")
+    assert one.recv(1)
+"""
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_a_policy_by_clients_sees_through_extension_headers(mesh: Mesh, protocol: str) -> None:
+    server = Lines(mesh.python("serve", BACKENDS6[2], cgroup="mesh"))
+    server.wait_for({"ready": (True,)}, 10)
+    mesh.write([])
+    mesh.start_here()
+    hidden = ("-c", HIDDEN, BACKENDS6[2], str(PORT), protocol)
+    assert mesh.lab.run_python(*hidden, "5", cgroup="outside").returncode == 0
+    mesh.set([], [{"action": "deny", "clients": "fd00:1::/64", "port": PORT, "protocol": protocol}])
+    assert "timed out" in mesh.lab.run_python(*hidden, "0.3", cgroup="outside").stderr
+    assert [value["hits"] > 0 for value in mesh.values("inbound")] == [True]
+
+
 def test_an_answer_to_a_client_in_the_mesh_is_not_taken_for_a_question(mesh: Mesh) -> None:
     mesh.write([dns(A)], [{"action": "deny", "clients": "0.0.0.0/0", "protocol": "udp"}])
     mesh.start_here()
