@@ -447,12 +447,13 @@ class XdsSource:
     def _complain(self, sink: Sink, settled: bool) -> None:
         problems = self._picture.take_problems(settled)
         for problem in problems[:_TOLD]:
-            sink.trouble(SourceError(f"xds: {problem}", source=self.name))
+            sink.trouble(SourceError(f"xds: {checks.plain(problem)}", source=self.name))
         if len(problems) > _TOLD:
             sink.trouble(SourceError(f"xds: and {len(problems) - _TOLD} more of that kind", source=self.name))
 
     def _away(self, why: str) -> SourceAwayError:
-        return SourceAwayError(f"the xDS server at {self._target} cannot be used: {why}", source=self.name)
+        what = f"the xDS server at {self._target} cannot be used: {checks.plain(why)}"
+        return SourceAwayError(what, source=self.name)
 
 
 class _Stream:
