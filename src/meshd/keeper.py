@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
@@ -64,7 +64,6 @@ class Keeper:
         stop: threading.Event,
         here: Locality = NOWHERE,
         access_log: bool = False,
-        recall: Callable[[hitless.Node], Config] = recall,
     ) -> None:
         self.superseded = False
         self.kept_at = 0.0
@@ -79,7 +78,6 @@ class Keeper:
         self._whole = True  # somebody told all it has: the maps are to be read, too
         self._writer = Writer(node, release, here, access_log)
         self._problems: list[str] = []
-        self._recall = recall
         self._awaited: set[str] = set()  # sources that have not said anything yet
         self._last: dict[str, float] = {}
         self._away: set[str] = set()
@@ -108,7 +106,7 @@ class Keeper:
             else:
                 self.hear(source, config)
         if self._awaited and self._node.root.exists() and self._node.observe().current is not None:
-            live = self._recall(self._node)
+            live = recall(self._node)
             # Policies for no service come from a file alone, and a file is never awaited.
             policies = tuple(policy for policy in live.policies if policy.service)
             self._registry.replace(LIVE, Config(live.services, policies))

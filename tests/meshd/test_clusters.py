@@ -129,6 +129,7 @@ def test_a_real_envoy_and_meshd_serve_the_same_from_the_same_resources(mesh: Mes
         assert until(lambda: mesh.connect(cgroup="outside")["answers"] == {B: 1})
         assert until(lambda: mesh.connect()["answers"] == {B: 1})
         assert ads.nacks() == []
+        assert mesh.stop()["exit_type"] == "restart"
     finally:
         envoy.terminate()
         envoy.wait(10)
@@ -182,7 +183,7 @@ RUN = ["run", "--root", "/nowhere", "--cgroup", "/nowhere"]
         (["--services", "x", "--xds-ca", "y"], "are for --xds, which is not given"),
         (["--kubernetes"], "outside of a cluster, name a file with --kubeconfig"),
         (["--kubernetes", "--kubeconfig", "/none"], "Configuration file /none not found"),
-        (["--xds", "localhost:1", "--xds-ca", "/none"], "/none: No such file"),
+        (["--xds", "localhost:1", "--xds-ca", "/none"], "No such file or directory: '/none'"),
     ],
 )
 def test_a_wish_that_cannot_be_met_is_one_error(options: list[str], why: str) -> None:

@@ -242,6 +242,28 @@ def test_a_refusal_is_told_in_the_servers_words(api: ApiServer, source: Kubernet
         source.load()
 
 
+def test_credentials_that_cannot_be_had_are_told_as_a_server_that_is_away(api: ApiServer, tmp_path: Path) -> None:
+    file = api.kubeconfig(tmp_path / "config")
+    config = json.loads(file.read_text())
+    for command in ("/bin/true", "/bin/false", "/none"):
+        config["users"][0]["user"] = {
+            "exec": {"apiVersion": "client.authentication.k8s.io/v1beta1", "command": command}
+        }
+        file.write_text(json.dumps(config))
+        with pytest.raises(SourceAwayError, match="cannot be used"):
+            KubernetesSource(file).load()
+
+
+def test_a_servers_words_are_one_line_that_changes_no_terminal(api: ApiServer, source: KubernetesSource) -> None:
+    api.put(SERVICES, {"metadata": {"name": "a\n\x1b[31m", "namespace": "shop"}, "spec": 1})
+    api.put(SERVICES, service("web", VIP))
+    with following(source, source.load()) as heard:
+        assert until(lambda: "Service shop/a??[31m: " in heard.words)
+        api.override = lambda path, query: (500, b'{"message": "x\\ny"}')
+        api.end_watches()
+        assert until(lambda: "500: x?y" in heard.words)
+
+
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [

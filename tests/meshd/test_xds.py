@@ -343,8 +343,12 @@ def test_a_server_that_ends_each_stream_is_asked_ever_more_rarely(ads: AdsServer
 
 
 def test_an_authority_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="certificate authority of the xDS server"):
-        XdsSource("127.0.0.1:1", "x", tmp_path / "none")
+    (tmp_path / "empty").touch()
+    (tmp_path / "text").write_text("no certificate")
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    for name in ("none", "empty", "text", "bytes"):
+        with pytest.raises(SourceError, match="certificate authority of the xDS server cannot be read"):
+            XdsSource("127.0.0.1:1", "x", tmp_path / name)
 
 
 _HOSTS = st.lists(st.sampled_from([A, B, C]), max_size=3)

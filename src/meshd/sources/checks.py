@@ -8,10 +8,11 @@ import re
 
 from meshd.model import Address
 
-__all__ = ["Pace", "address", "name", "port", "virtual_address"]
+__all__ = ["Pace", "address", "name", "plain", "port", "virtual_address"]
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 _SLOWEST = 30.0  # s
+_LONGEST = 600  # signs
 
 
 class Pace:
@@ -50,6 +51,11 @@ def virtual_address(text: str) -> Address:
     if found.is_loopback or found.is_link_local:
         raise ValueError(f"{found} is every host's own, and no address of a service")
     return found
+
+
+def plain(text: str) -> str:
+    """A server's words as a log and a terminal can be trusted with: one line, not too long."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text[:_LONGEST])
 
 
 def port(number: int) -> int:

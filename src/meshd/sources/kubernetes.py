@@ -12,7 +12,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +55,7 @@ _NEAR = _ZONE | {"PreferSameNode"}
 _PROTOCOLS: dict[str, Protocol] = {"TCP": "tcp", "UDP": "udp"}
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, ssl.SSLError)
 _AWAY = (OSError, httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL, lightkube.core.exceptions.ConfigError)
+_NO_CREDENTIALS = (ValueError, KeyError, TypeError)  # from a program that gives them and said something else
 
 Key = tuple[str, str]  # namespace and name
 
@@ -481,8 +482,7 @@ class KubernetesSource:
     async def _body(self, client: httpx2.AsyncClient, path: str, params: dict[str, str]) -> bytes:
         body = bytearray()
         try:
-            async with client.stream("GET", path, params=params) as response:
-                await self._check(response)
+            async with self._answer(client, path, params, _PATIENCE) as response:
                 async for chunk in response.aiter_raw():
                     body += chunk
                     if len(body) > _PAGE_BYTES:
@@ -490,6 +490,22 @@ class KubernetesSource:
         except _AWAY as error:
             raise self._away(_words(error)) from error
         return bytes(body)
+
+    @asynccontextmanager
+    async def _answer(
+        self, client: httpx2.AsyncClient, path: str, params: dict[str, str], silence: float | None
+    ) -> AsyncIterator[httpx2.Response]:
+        timeout = httpx2.Timeout(_PATIENCE, read=silence)
+        request = client.build_request("GET", path, params=params, timeout=timeout)
+        try:
+            response = await client.send(request, stream=True)
+        except _NO_CREDENTIALS as error:
+            raise self._away(f"no credentials: {_words(error)}") from error
+        try:
+            await self._check(response)
+            yield response
+        finally:
+            await response.aclose()
 
     async def _check(self, response: httpx2.Response) -> None:
         if response.status_code == 200 and response.headers.get("Content-Encoding", "identity") == "identity":
@@ -504,7 +520,7 @@ class KubernetesSource:
         why = response.reason_phrase if response.status_code != 200 else "its answer is compressed"
         with suppress(msgspec.MsgspecError, UnicodeDecodeError):  # a proxy may answer in words of its own
             why = msgspec.json.decode(bytes(body), type=_Status).message or why
-        raise self._away(f"{response.status_code}: {why[:300]}")
+        raise self._away(f"{response.status_code}: {why}")
 
     async def _watch(self, client: httpx2.AsyncClient, at: int, sink: Sink) -> None:
         """Follow one kind for ever. Raises _StaleError, or SourceAwayError if the server refuses."""
@@ -538,9 +554,7 @@ class KubernetesSource:
             "timeoutSeconds": str(_WATCH),
             "resourceVersion": self._versions[at],
         }
-        timeout = httpx2.Timeout(_PATIENCE, read=None)
-        async with client.stream("GET", path, params=params, timeout=timeout) as response:
-            await self._check(response)
+        async with self._answer(client, path, params, None) as response:
             async for lines in self._lines(response):
                 for line in lines:
                     self._event(at, line)
@@ -580,12 +594,13 @@ class KubernetesSource:
     def _complain(self, sink: Sink) -> None:
         problems = self._mirror.take_problems()
         for problem in problems[:_TOLD]:
-            sink.trouble(SourceError(f"kubernetes: {problem}", source=self.name))
+            sink.trouble(SourceError(f"kubernetes: {checks.plain(problem)}", source=self.name))
         if len(problems) > _TOLD:
             sink.trouble(SourceError(f"kubernetes: and {len(problems) - _TOLD} more of that kind", source=self.name))
 
     def _away(self, why: str) -> SourceAwayError:
-        return SourceAwayError(f"the Kubernetes API at {self._server} cannot be used: {why}", source=self.name)
+        what = f"the Kubernetes API at {self._server} cannot be used: {checks.plain(why)}"
+        return SourceAwayError(what, source=self.name)
 
 
 def _of_pod() -> lightkube.KubeConfig:

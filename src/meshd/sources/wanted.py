@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,8 @@ def sources(wanted: Wanted, release: Release, cgroup: Path) -> list[Source]:
             from meshd.sources.kubernetes import KubernetesSource
         clusters.append(KubernetesSource(wanted.kubeconfig, wanted.namespace, wanted.node))
     if wanted.xds is not None:
+        # What goes wrong comes as an error of a call; gRPC's own words would go to standard error, past the events.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         with _extra("xds"):
             from meshd.sources.xds import XdsSource
         clusters.append(XdsSource(wanted.xds, wanted.xds_node_id, wanted.xds_ca))

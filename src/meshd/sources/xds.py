@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import queue
 import re
+import ssl
 import threading
 import time
 from collections import defaultdict
@@ -348,7 +349,7 @@ class XdsSource:
     """The services of an xDS server at ``target`` (HOST:PORT, or unix:PATH): see :class:`Source`.
 
     ``node_id`` is what this client calls itself; istiod wants its own form. With ``ca``, a file, TLS is spoken and
-    the server's certificate has to be of that authority. Raises SourceError if the file cannot be read.
+    the server's certificate has to be of that authority. Raises SourceError if the file holds none.
     """
 
     name = "xds"
@@ -361,8 +362,9 @@ class XdsSource:
         if ca is not None:
             try:
                 self._ca = ca.read_bytes()
-            except OSError as error:
-                raise SourceError(f"the certificate authority of the xDS server: {ca}: {error.strerror}") from error
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=self._ca.decode("ascii"))
+            except (OSError, ValueError) as error:
+                raise SourceError(f"the certificate authority of the xDS server cannot be read: {error}") from error
         self._picture = Picture()
         self._complete = False
 
@@ -445,12 +447,13 @@ class XdsSource:
     def _complain(self, sink: Sink, settled: bool) -> None:
         problems = self._picture.take_problems(settled)
         for problem in problems[:_TOLD]:
-            sink.trouble(SourceError(f"xds: {problem}", source=self.name))
+            sink.trouble(SourceError(f"xds: {checks.plain(problem)}", source=self.name))
         if len(problems) > _TOLD:
             sink.trouble(SourceError(f"xds: and {len(problems) - _TOLD} more of that kind", source=self.name))
 
     def _away(self, why: str) -> SourceAwayError:
-        return SourceAwayError(f"the xDS server at {self._target} cannot be used: {why}", source=self.name)
+        what = f"the xDS server at {self._target} cannot be used: {checks.plain(why)}"
+        return SourceAwayError(what, source=self.name)
 
 
 class _Stream:
