@@ -48,7 +48,7 @@ class Summary(msgspec.Struct):
 
 
 def run(lab: Lab, seconds: float, seed: int) -> Summary:
-    """Kill for so many seconds, and some more until the last life has ended."""
+    """Kill for so many seconds, and some more until the last life has ended and the maps were looked at once."""
     chance = random.Random(seed)
     mesh = Mesh(lab)
     churn = Churn(mesh)

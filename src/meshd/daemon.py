@@ -160,9 +160,9 @@ class Daemon:
             if self._health.look():
                 self._tell_ready()
             time.sleep(_LOOK)
-        if self._keeper.superseded and (self._pod is not None or self._unit is not None):
+        if self._keeper.successor is not None and (self._pod is not None or self._unit is not None):
             # Whoever ends there is started again, and would take the mesh back to this release.
-            self._notifier.tell("STATUS=another daemon took over")
+            self._notifier.tell(f"STATUS={self._health.ready()[0]}")
             while not noted:
                 time.sleep(_LOOK)
 

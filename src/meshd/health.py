@@ -10,6 +10,7 @@ from meshd.keeper import Keeper
 
 __all__ = ["Health"]
 
+_SUPERSEDED = "another daemon or release took over, or the mesh was unloaded"
 _SILENCE = 30.0  # s after which the keeper is taken for stuck
 _LOOK = 10.0  # s between looks while all is well
 _LOOK_AGAIN = 1.0  # s while it is not
@@ -39,7 +40,7 @@ class Health:
     def ready(self) -> tuple[str, ...]:
         """Why the mesh on this node is not to be relied on."""
         if self._keeper.superseded:
-            return ("another daemon took over",)
+            return (_SUPERSEDED,)
         return self._problems
 
     def look(self) -> bool:

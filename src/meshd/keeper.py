@@ -51,7 +51,8 @@ class Keeper:
 
     What is wrong or away changes nothing, and an event says so. Stops by itself when another daemon took over, or
     another release than ``release`` turns out to be live, since its maps are not ours to write: then ``superseded``
-    is true. ``kept_at`` is when (CLOCK_MONOTONIC) the maps last were as the sources said, as far as one can know.
+    is true, and ``successor`` the version that is live, if any. ``kept_at`` is when (CLOCK_MONOTONIC) the maps last
+    were as the sources said, as far as one can know; 0 before that.
     ``here`` and ``access_log`` are the :class:`Writer`'s.
     """
 
@@ -66,6 +67,7 @@ class Keeper:
         access_log: bool = False,
     ) -> None:
         self.superseded = False
+        self.successor: str | None = None
         self.kept_at = 0.0
         self._node = node
         self._turn = Turn(node.root)
@@ -291,6 +293,7 @@ class Keeper:
             self._give_way(version)
 
     def _give_way(self, version: str | None) -> None:
+        self.successor = version
         self.superseded = True
         self._events.tell("superseded", version=version)
 

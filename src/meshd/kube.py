@@ -196,8 +196,6 @@ def announcement(event: Mapping[str, Any]) -> tuple[str, str, str] | None:
             return "NotReady", "Warning", message
         case "source-away" | "source-empty":
             return "SourceAway", "Warning", message
-        case "unloaded":
-            return "Unloaded", "Normal", message
     return None
 
 

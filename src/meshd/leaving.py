@@ -40,7 +40,7 @@ def leaving(
     ``unit`` is the systemd service that runs the daemon, ``services`` the services file.
     """
     if superseded:
-        return Leaving("restart", "another daemon took over")
+        return Leaving("restart", "what is live is no longer this daemon's")
     if given is not None:
         return Leaving(given, "as --exit-type says")
     if pod is not None:

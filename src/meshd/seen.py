@@ -31,13 +31,15 @@ class Seen(msgspec.Struct, frozen=True):
     """A mesh at one moment; ``version`` is None if none is live.
 
     ``counters`` are what the programs counted, by what clients connected to. ``going_to`` and ``phase`` are those of an
-    upgrade that has begun and not ended. ``attached`` of the ``hooks`` run the programs that they should.
+    upgrade that has begun and not ended, ``upgrading`` the id of the process that is at it; None if that was killed.
+    ``attached`` of the ``hooks`` run the programs that they should.
     """
 
     version: str | None = None
     generation: int = 0
     going_to: str | None = None
     phase: str | None = None
+    upgrading: int | None = None
     hooks: int = 0
     attached: int = 0
     maps: dict[str, Filled] = {}
@@ -49,8 +51,9 @@ def look(node: hitless.Node) -> Seen:
     state = node.observe()
     going_to = state.unfinished.version if state.unfinished is not None else None
     phase = state.unfinished.phase if state.unfinished is not None else None
+    upgrading = node.holder() if going_to is not None else None
     if state.current is None:
-        return Seen(going_to=going_to, phase=phase)
+        return Seen(going_to=going_to, phase=phase, upgrading=upgrading)
     record, programs = state.current.record, state.current.programs
     running = {link: info.program_id for link, info in state.links.items() if not info.is_dead}
     countable = {name: live.info for name, live in state.current.maps.items() if live.info.type in _COUNTABLE}
@@ -66,6 +69,7 @@ def look(node: hitless.Node) -> Seen:
         generation=record.generation,
         going_to=going_to,
         phase=phase,
+        upgrading=upgrading,
         hooks=len(record.hooks),
         attached=sum(running.get(hook.link) == programs[hook.program].id for hook in record.hooks),
         maps=maps,

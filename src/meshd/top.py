@@ -134,7 +134,8 @@ def _head(view: View) -> list[tuple[str, str]]:
         hooks = f"hooks {seen.attached} of {seen.hooks}"
         what = [("state", f"{view.root}: release {seen.version}, generation {seen.generation}, {hooks}")]
     if seen.going_to is not None:
-        what.append(("upgrade", f"upgrade to {seen.going_to}: {seen.phase}"))
+        was = "" if seen.upgrading is not None else " was interrupted; the next start of meshd finishes or undoes it"
+        what.append(("upgrade", f"upgrade to {seen.going_to}: {seen.phase}{was}"))
     if view.error:
         what.append(("error", view.error))
     return what

@@ -28,7 +28,7 @@ def test_a_second_daemon_takes_over_while_the_file_changes(mesh: Mesh, first: in
         clients = mesh.python("connect", VIP, "80", "100000", cgroup="clients")
         assert mesh.start(second)["start_type"] == how
         assert ended(older)["exit_type"] == "restart"
-        for _ in range(5):  # and it is followed still
+        for _ in range(3):  # and it is followed still
             mesh.next_event(event="config")
         clients.send_signal(signal.SIGINT)
         said, _ = clients.communicate(timeout=10)

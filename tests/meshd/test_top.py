@@ -13,7 +13,7 @@ from meshd.seen import Filled, Seen
 from tests.meshd.labmesh import VIP, VIP6, Mesh
 
 SEEN = Seen(
-    version="1.0.0", generation=4, going_to="2.0.0", phase="copying", hooks=3, attached=2,
+    version="1.0.0", generation=4, going_to="2.0.0", phase="copying", upgrading=1, hooks=3, attached=2,
     maps={"flow": Filled(62000, 65536), "service": Filled(2, 1024)},
     counters={
         Frontend(ipaddress.ip_address(VIP6), 80, "tcp"): {"opened": 10, "denied": 1, "established": 9, "closed": 8},
