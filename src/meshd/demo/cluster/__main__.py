@@ -132,9 +132,9 @@ def _print(report: Report) -> None:
         assert end is not None
         print(
             f"{name} ({end.version}): {short.tried:,} connections, {sum(short.failed.values()):,} failed, "
-            f"{short.reset:,} reset, slowest {short.slowest * 1000:.0f} ms; {held.alive} of {held.connections} held alive, "
-            f"{held.received:,} of {held.sent:,} messages; {denied.denied:,} of {denied.tried:,} denied, "
-            f"{denied.through:,} got through; the mesh counted {end.counters.get('opened', 0):,} opened of "
+            f"{short.reset:,} reset, slowest {short.slowest * 1000:.0f} ms; "
+            f"{held.alive} of {held.connections} held alive, {held.received:,} of {held.sent:,} messages; "
+            f"{denied.denied:,} of {denied.tried:,} denied, {denied.through:,} got through; the mesh counted {end.counters.get('opened', 0):,} opened of "
             f"{one.opened:,}, {end.hits:,} denials of {denied.denied:,}"
         )
     print(

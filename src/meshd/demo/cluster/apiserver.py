@@ -70,7 +70,7 @@ class ApiServer:
         with self._changed:
             return self._objects.get((kind, namespace, name))
 
-    def list(self, kind: str, namespace: str | None) -> dict[str, Any]:
+    def all_of(self, kind: str, namespace: str | None) -> dict[str, Any]:
         """All of a kind, of one namespace or of all, in the form of a list of the API."""
         with self._changed:
             items = [
@@ -114,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
             seconds = float(asked.get("timeoutSeconds", [_WATCH])[0])
             self._watch(kind, namespace, int(asked.get("resourceVersion", ["0"])[0] or 0), seconds)
         else:
-            self._answer(HTTPStatus.OK, api.list(kind, namespace))
+            self._answer(HTTPStatus.OK, api.all_of(kind, namespace))
 
     def do_POST(self) -> None:
         """Take an object, as the Events that meshd tells."""
