@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from rich.table import Table
 
 import hitless
 from hitless.errors import HitlessError, NodeError
+from meshd.demo.clients import Traffic
 from meshd.demo.faults import FAULTS
 from meshd.demo.lab import BACKENDS4, BACKENDS6, Lab
 from meshd.demo.mesh import (
@@ -27,67 +27,18 @@ from meshd.demo.mesh import (
     RELEASES,
     WEB,
     Churn,
-    Lines,
     MeshdProcess,
     Snapshot,
     bundle_of,
     take_snapshot,
 )
-from meshd.demo.report import Denials, HeldTraffic, Report, ShortTraffic, Upgrade, print_report
+from meshd.demo.report import Report, Upgrade, print_report
 from meshd.demo.servers import start_echo, start_nginx
-from meshd.demo.traffic import Target
 
 __all__ = ["main"]
 
-_SHORT_CLIENTS = 2
 _REFRESH = 0.1
 _DRAIN = 3.0
-
-
-class Traffic:
-    """The client processes of one run."""
-
-    def __init__(self, lab: Lab, held: int) -> None:
-        self._lab = lab
-        # Connections are held before the others come, so that each upgrade finds all of them.
-        http = held // 5
-        counts = ["--count", str(held - http), "--http", str(http)]
-        self.held = self._start("clients", "held", [*counts], [*ECHO, WEB[0]])
-        first = self.held.wait_for({"kind": ("held",)}, 30.0)
-        self.cookies: tuple[int, ...] = tuple(first["cookies"])
-        self.held.wait_for({"connections": (held,)}, 10.0)
-        self.short = [self._start("clients", "short", [], WEB) for _ in range(_SHORT_CLIENTS)]
-        self.denied = self._start("denied", "denied", [], DENIED)
-
-    def _start(self, cgroup: str, kind: str, options: Sequence[str], targets: Sequence[Target]) -> Lines:
-        args = [sys.executable, "-m", "meshd.demo.traffic", kind, *options, *map(str, targets)]
-        return Lines(self._lab.popen(args, cgroup, stdin=subprocess.PIPE, stdout=subprocess.PIPE), f"the {kind} client")
-
-    @property
-    def short_now(self) -> ShortTraffic:
-        """Totals of the short connections so far."""
-        return ShortTraffic.sum([lines.last for lines in self.short])
-
-    @property
-    def held_now(self) -> HeldTraffic:
-        """Totals of the held connections so far."""
-        return msgspec.convert(self.held.last, HeldTraffic)
-
-    @property
-    def denied_now(self) -> Denials:
-        """Totals of the denied client so far."""
-        return msgspec.convert(self.denied.last, Denials)
-
-    def stop(self, *lines: Lines) -> list[str]:
-        """End these clients, wait for their last word, and return what went wrong with them."""
-        trouble = []
-        for client in lines:
-            assert client.process.stdin is not None
-            client.process.stdin.close()
-        for client in lines:
-            if not client.closed.wait(20.0) or client.process.wait(5.0) or not client.last.get("final"):
-                trouble.append(f"{client.name} did not end well (exit code {client.process.poll()})")
-        return trouble
 
 
 class Screen:
@@ -141,6 +92,7 @@ class Demo:
         self.options = options
         self.node = hitless.Node(lab.bpffs / "mesh")
         self.services = lab.scratch / "services.yaml"
+        self._options = ("--services", str(self.services))
         self.upgrades: list[Upgrade] = []
         self.trouble: list[str] = []
 
@@ -151,10 +103,10 @@ class Demo:
         start_nginx(self.lab, (*BACKENDS4, *BACKENDS6))
         start_echo(self.lab, (*BACKENDS4, *BACKENDS6))
         churn = Churn(self.services)
-        self.meshd = MeshdProcess(self.lab, RELEASES[0], self.services)
+        self.meshd = MeshdProcess(self.lab, RELEASES[0], self._options)
         ready = self.meshd.wait_until_ready()
         say(f"meshd {ready.get('version')} is live (start type {ready.get('start_type')}), with nginx behind it.")
-        self.traffic = Traffic(self.lab, options.held)
+        self.traffic = Traffic(self.lab, options.held, WEB, ECHO, DENIED)
         start = time.monotonic()
         with churn, self.screen.showing():
             done = self._keep_upgrading(start)
@@ -209,7 +161,7 @@ class Demo:
         start = time.monotonic()
         if code := self.meshd.stop():
             self.trouble.append(f"meshd (release {before_release}) ended with exit code {code}")
-        self.meshd = MeshdProcess(self.lab, release, self.services, allowed, self.options.fault)
+        self.meshd = MeshdProcess(self.lab, release, self._options, allowed, self.options.fault)
         event = self.meshd.wait_until_ready()
         seconds = time.monotonic() - start
         after = take_snapshot(self.node, self.traffic.cookies)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
+import hitless
 from hitless.kernel.links import Link
 from hitless.kernel.programs import Program
 from hitless.upgrade import transaction
@@ -69,7 +70,19 @@ def _overwrite() -> None:
     mock.patch.object(Carriage, "catch_up", catch_up).start()
 
 
+def _lost_pin() -> None:
+    """Somebody removes the pin of a map right after the upgrade: the mesh serves, but it cannot be verified."""
+    verify = hitless.verify
+
+    def lose_and_verify(node: hitless.Node) -> hitless.Verification:
+        (node.root / "maps" / "origin").unlink(missing_ok=True)
+        return verify(node)
+
+    mock.patch.object(hitless, "verify", lose_and_verify).start()
+
+
 FAULTS: dict[str, Callable[[], None]] = {
+    "lost-pin": _lost_pin,
     "overwrite": _overwrite,
     "reattach": _reattach,
     "skip-catch-up": _skip_catch_up,

@@ -210,17 +210,17 @@ class Lines:
 
 
 class MeshdProcess:
-    """``meshd run`` of one release, as a process in the lab but outside of the mesh.
+    """``meshd run`` of one release with ``options``, as a process in the lab but outside of the mesh.
 
-    ``wrapper`` is a module that runs meshd's command after it planted a fault, with its name.
+    ``fault`` is planted before it runs (:mod:`meshd.demo.faults`).
     """
 
     def __init__(
-        self, lab: Lab, release: str, services: Path, allow_loss: Sequence[str] = (), fault: str | None = None
+        self, lab: Lab, release: str, options: Sequence[str], allow_loss: Sequence[str] = (), fault: str | None = None
     ) -> None:
         module = ["meshd.cli"] if fault is None else ["meshd.demo.faults", fault]
         args = ["run", "--release", release, "--root", str(lab.bpffs / "mesh"), "--cgroup", str(lab.cgroup)]
-        args += ["--services", str(services), "--json"]
+        args += [*options, "--json"]
         for name in allow_loss:
             args += ["--allow-loss", name]
         self.release = release

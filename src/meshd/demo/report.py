@@ -13,7 +13,7 @@ from rich.table import Table
 
 from meshd.demo.mesh import Snapshot
 
-__all__ = ["Denials", "HeldTraffic", "Report", "ShortTraffic", "Upgrade", "print_report"]
+__all__ = ["Counted", "Denials", "HeldTraffic", "Report", "ShortTraffic", "Upgrade", "print_report"]
 
 _RESETS = ("ECONNRESET", "EPIPE")
 
@@ -72,6 +72,36 @@ class Denials(msgspec.Struct, frozen=True):
     longest_gap: float = 0.0
 
 
+class Counted(msgspec.Struct, frozen=True):
+    """What the clients of a mesh counted, and what it counted itself: ``end`` was read with all traffic over."""
+
+    connections: ShortTraffic
+    held: HeldTraffic
+    denied: Denials
+    end: Snapshot | None
+
+    @property
+    def opened(self) -> int:
+        """Connections that the clients opened."""
+        return self.connections.tried + self.held.connections
+
+    def losses(self) -> list[str]:
+        """What was lost, one sentence each."""
+        lost = _lost_traffic(self.connections, self.held, self.denied)
+        end = self.end
+        if end is not None:
+            # All traffic is over: what was opened was established, and then closed.
+            for counter in ("opened", "established", "closed"):
+                counted = end.counters.get(counter, 0)
+                if counted != self.opened:
+                    lost.append(f"counters: the mesh counted {counted:,} {counter}, its clients opened {self.opened:,}")
+            if left := sum(count for state, count in end.flows.items() if state != "closed"):
+                lost.append(f"flows: {left:,} entries are left of connections that are over ({end.flows})")
+            if end.hits != self.denied.denied:
+                lost.append(f"policies: the mesh counted {end.hits:,} denials, its clients {self.denied.denied:,}")
+        return lost
+
+
 class Upgrade(msgspec.Struct, frozen=True, kw_only=True):
     """One upgrade. ``seconds`` is from SIGTERM to the old daemon until the new one said it is done.
 
@@ -128,27 +158,18 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         trouble: Sequence[str] = (),
     ) -> Report:
         """Judge a run. ``end`` was read with all traffic over, ``trouble`` is what went wrong beside the traffic."""
-        opened = short.tried + held.connections
+        counted = Counted(short, held, denied, end)
         losses = [
             *trouble,
-            *_lost_traffic(short, held, denied),
+            *counted.losses(),
             *(loss for upgrade in upgrades for loss in _lost_by(upgrade, held.connections)),
         ]
         if len(upgrades) < wanted_upgrades:
             losses.append(f"only {len(upgrades)} of {wanted_upgrades} upgrades were done")
-        if end is not None:
-            # All traffic is over: what was opened was established, and then closed.
-            for counter in ("opened", "established", "closed"):
-                counted = end.counters.get(counter, 0)
-                if counted != opened:
-                    losses.append(f"counters: the mesh counted {counted:,} {counter}, its clients opened {opened:,}")
-            if left := sum(count for state, count in end.flows.items() if state != "closed"):
-                losses.append(f"flows: {left:,} entries are left of connections that are over ({end.flows})")
-            if end.hits != denied.denied:
-                losses.append(f"policies: the mesh counted {end.hits:,} denials, its clients {denied.denied:,}")
         return cls(
             ok=not losses, losses=losses, fault=fault, seconds=round(seconds, 3), connections=short, held=held,
-            denied=denied, upgrades=list(upgrades), end=end, opened_by_clients=opened, config_changes=config_changes,
+            denied=denied, upgrades=list(upgrades), end=end, opened_by_clients=counted.opened,
+            config_changes=config_changes,
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""A cluster in miniature: nodes that are labs, a control plane, and a rollout as a DaemonSet does it."""
