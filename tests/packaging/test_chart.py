@@ -31,8 +31,6 @@ OTHERWISE: dict[str, Any] = {
     "nodeSelector": {"kubernetes.io/os": "linux"},
     "podAnnotations": {"prometheus.io/scrape": "true"},
 }
-# Not in meshd yet: the list is to become empty.
-IN_PREPARATION = {"--kubernetes", "--listen"}
 
 
 def manifests() -> list[dict[str, Any]]:
@@ -102,7 +100,7 @@ def test_the_chart_is_of_the_release_that_it_installs() -> None:
 def test_meshd_knows_every_option_that_a_pod_gives_it() -> None:
     args = [arg.partition("=")[0] for arg in container()["args"] if arg.startswith("--")]
     assert {"--root", "--cgroup", "--services"} <= set(args)
-    assert set(args) - options() <= IN_PREPARATION
+    assert set(args) <= options()
     assert known(["run", "--nonsense=1", "--json"]) == ["run", "--json"]
 
 

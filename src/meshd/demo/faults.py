@@ -20,7 +20,10 @@ from hitless.upgrade.attaching import attach
 from hitless.upgrade.copy import Carriage
 from hitless.upgrade.model import HookPlan
 
-__all__ = ["FAULTS", "main"]
+__all__ = ["FAULTS", "LOST", "NODE_FAULTS", "main"]
+
+LOST = "origin"
+"""The map whose pin gets lost; programs alone use it."""
 
 # What a daemon takes, at the very least, to load a release between detaching the old and attaching the new one.
 _LOADING = 0.02
@@ -75,26 +78,31 @@ def _lost_pin() -> None:
     verify = hitless.verify
 
     def lose_and_verify(node: hitless.Node) -> hitless.Verification:
-        (node.root / "maps" / "origin").unlink(missing_ok=True)
+        (node.root / "maps" / LOST).unlink()
+        patched.stop()
         return verify(node)
 
-    mock.patch.object(hitless, "verify", lose_and_verify).start()
+    patched = mock.patch.object(hitless, "verify", lose_and_verify)
+    patched.start()
 
 
 FAULTS: dict[str, Callable[[], None]] = {
-    "lost-pin": _lost_pin,
     "overwrite": _overwrite,
     "reattach": _reattach,
     "skip-catch-up": _skip_catch_up,
     "skip-copy": _skip_copy,
 }
+"""Those that lose something, which the demo must report."""
+
+NODE_FAULTS: dict[str, Callable[[], None]] = {"lost-pin": _lost_pin}
+"""Those that lose nothing and leave a node that is not what it should be, at which a rollout must stop."""
 
 
 def main() -> None:
     """Plant the named fault, then run meshd's command with the other arguments."""
     from meshd.cli import main as meshd_main
 
-    FAULTS[sys.argv[1]]()
+    {**FAULTS, **NODE_FAULTS}[sys.argv[1]]()
     sys.argv[1:] = sys.argv[2:]
     meshd_main()
 

@@ -1,7 +1,7 @@
 """``python -m meshd.demo.cluster``: upgrade a cluster in miniature under traffic, as a DaemonSet does it.
 
-Nodes are replaced one at a time: SIGTERM, a new process, readiness. At the end a rollout meets a node that cannot be
-verified, and has to stop there by itself.
+Nodes are replaced one at a time: SIGTERM, a new process, readiness. The last rollout meets a node that cannot be
+verified, and has to stop there by itself, until somebody has mended it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from meshd.demo.clients import Traffic
 from meshd.demo.cluster.control import ControlPlane, services_of
 from meshd.demo.cluster.fabric import Fabric, fabric
 from meshd.demo.cluster.node import ClusterNode, Replacement, policies_file
+from meshd.demo.faults import LOST
 from meshd.demo.lab import Lab
 from meshd.demo.report import Counted
 from meshd.demo.servers import start_echo, start_nginx
@@ -88,28 +89,36 @@ class Cluster:
     def _roll_out(self, nodes: Sequence[ClusterNode], release: str) -> None:
         _say(f"Rollout of release {release}:")
         for node in nodes:
-            done = node.replace(release, _READY)
-            self.replacements.append(done)
-            _say(f"  {done.node}: release {done.source} to {done.to}, ready after {done.seconds:.2f} s")
+            self._replace(node, release, _READY)
             time.sleep(_SETTLE)
 
     def _roll_out_with_fault(self, nodes: Sequence[ClusterNode], release: str) -> str:
-        """A rollout whose second node cannot be verified: it has to stop there. Returns what it said."""
+        """A rollout whose second node cannot be verified: it has to stop there. Returns what it said.
+
+        Then somebody does what that said, and the rollout goes on.
+        """
         _say(f"Rollout of release {release}, in which {nodes[1].name} loses a pin:")
+        stopped = ""
         for number, node in enumerate(nodes):
-            fault = "lost-pin" if number == 1 else None
             try:
-                done = node.replace(release, self.options.patience, fault)
+                self._replace(node, release, self.options.patience, "lost-pin" if number == 1 else None)
             except NodeError as error:
-                _say(f"  stopped: {error.message}")
-                behind = [later.name for later in nodes[number + 1 :]]
                 if number != 1:
-                    self.losses.append(f"rollout: it stopped at {node.name}, where nothing is wrong: {error.message}")
-                return f"{error.message}; {', '.join(behind)} left as before"
-            self.replacements.append(done)
-            _say(f"  {done.node}: release {done.source} to {done.to}, ready after {done.seconds:.2f} s")
-        self.losses.append(f"rollout: it went on past {nodes[1].name}, which lost a pin")
-        return ""
+                    raise
+                behind = [later.name for later in nodes[number + 1 :] if later.release() == nodes[-1].release()]
+                stopped = f"{error.message} ({', '.join(behind)} left as before)"
+                _say(f"  stopped: {stopped}")
+                node.pin_again(LOST)
+                node.wait_until_ready(_READY)
+                _say(f"  {node.name}: the map is pinned again, and the node is ready; the rollout goes on")
+        if not stopped:
+            self.losses.append(f"rollout: it went on past {nodes[1].name}, which had lost a pin")
+        return stopped
+
+    def _replace(self, node: ClusterNode, release: str, seconds: float, fault: str | None = None) -> None:
+        done = node.replace(release, seconds, fault)
+        self.replacements.append(done)
+        _say(f"  {done.node}: release {done.source} to {done.to}, ready after {done.seconds:.2f} s")
 
     def _judge(self, nodes: Sequence[ClusterNode]) -> dict[str, Counted]:
         for node in nodes:
@@ -134,8 +143,8 @@ def _print(report: Report) -> None:
             f"{name} ({end.version}): {short.tried:,} connections, {sum(short.failed.values()):,} failed, "
             f"{short.reset:,} reset, slowest {short.slowest * 1000:.0f} ms; "
             f"{held.alive} of {held.connections} held alive, {held.received:,} of {held.sent:,} messages; "
-            f"{denied.denied:,} of {denied.tried:,} denied, {denied.through:,} got through; the mesh counted {end.counters.get('opened', 0):,} opened of "
-            f"{one.opened:,}, {end.hits:,} denials of {denied.denied:,}"
+            f"{denied.denied:,} of {denied.tried:,} denied, {denied.through:,} got through; the mesh counted "
+            f"{end.counters.get('opened', 0):,} opened of {one.opened:,}, {end.hits:,} denials of {denied.denied:,}"
         )
     print(
         f"{len(report.replacements)} daemons replaced in {report.seconds:.0f} s of traffic, while endpoints changed "

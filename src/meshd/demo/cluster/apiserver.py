@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import uuid
 from collections import deque
@@ -96,6 +97,11 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     api: ApiServer
     is_closing = False
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that went away is nobody's business; all else is a mistake and printed."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class _Handler(BaseHTTPRequestHandler):

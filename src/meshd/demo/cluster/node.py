@@ -11,7 +11,9 @@ import msgspec
 
 import hitless
 from hitless.errors import NodeError
+from hitless.kernel.maps import Map
 from hitless.kernel.namespaces import Namespace, entered
+from hitless.upgrade.node import generation_record
 from meshd.demo.clients import Traffic
 from meshd.demo.lab import Lab
 from meshd.demo.mesh import MeshdProcess, take_snapshot
@@ -48,6 +50,11 @@ class ClusterNode:
         """Start meshd and wait until it is ready. Raises NodeError if that takes too long or it ends."""
         listen = ["--listen", f"127.0.0.1:{_PORT}"]
         self._meshd = MeshdProcess(self.lab, release, [*self._options, *listen], (), fault)
+        self.wait_until_ready(seconds)
+
+    def wait_until_ready(self, seconds: float) -> None:
+        """Ask it until it says so. Raises NodeError if that takes too long or it ends."""
+        assert self._meshd is not None
         until = time.monotonic() + seconds
         why = "it does not answer"
         while time.monotonic() < until:
@@ -57,7 +64,13 @@ class ClusterNode:
             if ready:
                 return
             time.sleep(_POLL)
-        raise NodeError(f"{self.name}: meshd (release {release}) is not ready within {seconds:g} s: {why}")
+        raise NodeError(f"{self.name}: meshd (release {self._meshd.release}) is not ready within {seconds:g} s: {why}")
+
+    def pin_again(self, name: str) -> None:
+        """Do what the verification says: the map that lost its pin still lives, so it is pinned again by its id."""
+        record = generation_record(self.node.current)
+        with Map.by_id(record.pinned_maps[name].id) as held:
+            held.pin(self.node.current / "maps" / name)
 
     def stop(self) -> None:
         """End meshd by SIGTERM. Raises NodeError if it does not end well."""
