@@ -280,7 +280,8 @@ static __always_inline int route(struct bpf_sock_addr *ctx, const struct endpoin
 	__u64 client;
 	int keeps;
 
-	if (!sk || (to->proto != IPPROTO_TCP && to->proto != IPPROTO_UDP))
+	// Not by to->proto, which has one byte: MPTCP is 6 there.
+	if (!sk || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_UDP))
 		return PROCEED;
 	client = bpf_get_current_cgroup_id();
 	if (!allowed(to, client)) {
