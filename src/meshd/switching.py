@@ -171,7 +171,8 @@ class TableWriter:
     def _write_services(self, wanted: Mapping[bytes, _Wanted | None], there: frozenset[bytes]) -> Changes:
         changes = Changes()
         batch = _Batch()
-        for key, one in wanted.items():
+        # Who goes makes room for who comes.
+        for key, one in sorted(wanted.items(), key=lambda entry: entry[1] is not None):
             live = self._live.get(key)
             known = live is not None or key in there
             if one is None:
@@ -205,11 +206,10 @@ class TableWriter:
         if batch.member_keys:
             keys = _join(batch.member_keys, _MEMBER)
             node.map("member").update_rows(keys, np.zeros((len(keys), 4), np.uint8))
-        if batch.keys:
-            service = node.map("service")
-            service.update_rows(_join(batch.keys, _ENDPOINT), _join(batch.values, SERVICE.size))
         if batch.removed:
             node.map("service").delete_rows(_join(batch.removed, _ENDPOINT))
+        if batch.keys:
+            node.map("service").update_rows(_join(batch.keys, _ENDPOINT), _join(batch.values, SERVICE.size))
         for key, live in batch.live.items():
             if live is None:
                 self._live.pop(key, None)

@@ -65,7 +65,7 @@ class Mesh:
         self._registry = Registry(["file"], release)
         node = self.node
         self._writer = Writer(node, release, here, access_log)
-        self._registry.replace("file", self._parsed())
+        self._registry.replace("file", self.parsed())
         bundle = hitless.Bundle.load(release.bundle, {"cgroup": str(self.lab.cgroup)})
 
         def prepare(_: hitless.Node) -> None:
@@ -78,7 +78,7 @@ class Mesh:
         assert self._registry is not None
         assert self._writer is not None
         self.write(services, policies)
-        self._registry.replace("file", self._parsed())
+        self._registry.replace("file", self.parsed())
         return self._writer.write(self._registry.take_news())
 
     def resync(self) -> Changes:
@@ -87,7 +87,8 @@ class Mesh:
         assert self._writer is not None
         return self._writer.resync(self._registry.all())
 
-    def _parsed(self) -> Config:
+    def parsed(self) -> Config:
+        """What the file says to the newest release."""
         return config.parse(self.file.read_text(), "services.yaml", RELEASES[max(RELEASES)], self.lab.cgroup)
 
     def start(self, release: int, *allow_loss: str, options: Sequence[str] = ()) -> dict[str, Any]:

@@ -178,8 +178,9 @@ def test_the_file_is_followed_even_when_nobody_reads_the_events_any_more(mesh: M
     assert mesh.daemon.stop() == 0
 
 
-def test_flows_that_are_over_are_swept_and_living_ones_stay(mesh: Mesh) -> None:
-    mesh.start(2)
+@pytest.mark.parametrize("release", [2, 4])
+def test_flows_that_are_over_are_swept_and_living_ones_stay(mesh: Mesh, release: int) -> None:
+    mesh.start(release)
     held = mesh.hold(VIP, 3)
     flow = mesh.node.map("flow")
     value = mesh.values("flow")[0]

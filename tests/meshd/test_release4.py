@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import socket
 from ipaddress import ip_address, ip_network
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
 
+import hitless
+from hitless.errors import KernelError
 from meshd.access import AccessLog, Connection
 from meshd.cli import main
 from meshd.demo.lab import BACKENDS4, BACKENDS6
 from meshd.demo.mesh import Lines
 from meshd.model import Backend, Locality, Policy, Service
 from meshd.recall import recall
-from meshd.reconcile import Changes
+from meshd.reconcile import Changes, Writer
+from meshd.registry import Registry
+from meshd.releases import RELEASES
 from tests.meshd.labmesh import A6, PORT, VIP, VIP6, A, B, Mesh, denied, service, until
 
 C = BACKENDS4[2]
@@ -468,6 +472,57 @@ def test_a_table_that_nobody_names_is_swept_when_two_looks_have_found_it(mesh: M
     assert counts_of(mesh)["slot"] == 5, "another daemon may be about to name it"
     mesh.resync()
     assert counts_of(mesh)["slot"] == 2
+
+
+class Refusing:
+    """A node whose maps refuse one write: that of number ``left``, counted down to it."""
+
+    def __init__(self, node: hitless.Node) -> None:
+        self._node = node
+        self.left = 0
+
+    def map(self, name: str) -> Any:
+        return RefusingMap(self, self._node.map(name))
+
+
+class RefusingMap:
+    """See :class:`Refusing`."""
+
+    def __init__(self, node: Refusing, handle: hitless.MapHandle) -> None:
+        self._node = node
+        self._handle = handle
+
+    def __getattr__(self, method: str) -> Any:
+        if method in ("update_rows", "delete_rows"):
+            self._node.left -= 1
+            if self._node.left == 0:
+                raise KernelError(f"{method} is refused")
+        return getattr(self._handle, method)
+
+
+def test_a_write_that_ends_half_way_is_put_right_by_the_next_look(mesh: Mesh) -> None:
+    mesh.write([])
+    mesh.start_here()
+    refusing = Refusing(mesh.node)
+    for number in range(1, 9):
+        registry, writer = Registry(["file"], RELEASES[4]), Writer(cast("hitless.Node", refusing), RELEASES[4])
+        before = [service("web", VIP, A), dns(A, B), service("old", VIP, A, port=9)], [denied("old"), denied("web")]
+        mesh.write(*before)
+        registry.replace("file", mesh.parsed())
+        writer.resync(registry.all())
+        mesh.write([service("web", VIP, B), dns(B), service("new", VIP, B, port=10)], [denied("new")])
+        registry.replace("file", mesh.parsed())
+        refusing.left = number
+        with pytest.raises(KernelError, match="refused"):
+            writer.write(registry.take_news())
+        assert mesh.connect(VIP)["errors"] == {}, "it is served at any moment"
+        writer.resync(registry.all())
+        assert mesh.connect(VIP)["answers"] == {B: 1}
+        assert mesh.connect(VIP, port=10, cgroup="denied")["errors"] == {"EPERM": 1}
+        writer.resync(registry.all())  # what nobody names is deleted at the second look
+        assert counts_of(mesh) == {"service": 3, "slot": 3, "member": 1}
+        assert len(mesh.values("policy")) == 1
+        assert not writer.resync(registry.all())
 
 
 def test_a_restart_writes_nothing_that_is_there_already(mesh: Mesh) -> None:

@@ -39,9 +39,13 @@ def test_the_table_of_releases_agrees_with_the_objects(bundles: Path, release: R
     bundle = hitless.Bundle.load(release.bundle)
     assert (bundle.name, bundle.version) == ("mesh", release.version)
     assert bundle.maps["service"].max_entries == release.services
-    assert bundle.maps["policy"].max_entries == release.policies
     if release.tables:
+        assert release.all_backends is not None
+        rooms = {name: bundle.maps[name].max_entries for name in ("policy", "outbound", "inbound", "slot", "member")}
+        assert all(rooms[name] == 2 * release.policies for name in ("policy", "outbound", "inbound")), "old and new"
+        assert all(rooms[name] == 2 * release.all_backends for name in ("slot", "member"))
         return
+    assert bundle.maps["policy"].max_entries == release.policies
     value = bundle.maps["service"].value
     assert isinstance(value, Record)
     room = next(field.type for field in value.fields if field.name == "backends")

@@ -111,18 +111,26 @@ def test_a_file_that_changes_all_the_time_is_obeyed_during_upgrades(mesh: Mesh) 
     assert set(mesh.connect(VIP, count=20)["answers"]) == {(A, B)[turn % 2]}
 
 
-@pytest.mark.parametrize("step", ["stage", "copy", "prepare", "cutover", "catch-up", "commit", "clean-up"])
-def test_an_upgrade_whose_daemon_is_killed_is_finished_by_the_next_one(mesh: Mesh, step: str) -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "step"),
+    [
+        *((1, 2, step) for step in ("stage", "copy", "prepare", "cutover", "catch-up", "commit", "clean-up")),
+        *((3, 4, step) for step in ("prepare", "cutover", "catch-up")),
+    ],
+)
+def test_an_upgrade_whose_daemon_is_killed_is_finished_by_the_next_one(
+    mesh: Mesh, before: int, after: int, step: str
+) -> None:
     mesh.write([service("web", VIP, A, B)], [denied("web")])
-    mesh.start(1)
+    mesh.start(before)
     held = mesh.hold(VIP, 10)
     with traffic(mesh, VIP) as result, traffic(mesh, VIP, "denied") as blocked:
         mesh.stop()
-        killed = mesh.launch(2)
+        killed = mesh.launch(after)
         killed.lines.wait_for({"event": ("progress",), "step": (step,)}, 15)
         killed.process.kill()
         killed.process.wait()
-        mesh.start(2)
+        mesh.start(after)
     assert result["errors"] == {}
     assert set(blocked["errors"]) == {"EPERM"}
     assert not blocked["answers"]

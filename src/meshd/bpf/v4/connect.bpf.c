@@ -121,14 +121,14 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 16384);
+	__uint(max_entries, 32768); // twice as many as there may be: new ones come before old ones go
 	__type(key, struct policy_key);
 	__type(value, struct policy);
 } policy SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
-	__uint(max_entries, 16384);
+	__uint(max_entries, 32768);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct outbound_key);
 	__type(value, struct policy);
@@ -280,7 +280,8 @@ static __always_inline int route(struct bpf_sock_addr *ctx, const struct endpoin
 	__u64 client;
 	int keeps;
 
-	if (!sk || (to->proto != IPPROTO_TCP && to->proto != IPPROTO_UDP))
+	// Not by to->proto, which has one byte: MPTCP is 6 there.
+	if (!sk || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_UDP))
 		return PROCEED;
 	client = bpf_get_current_cgroup_id();
 	if (!allowed(to, client)) {
@@ -316,8 +317,12 @@ static __always_inline int route(struct bpf_sock_addr *ctx, const struct endpoin
 	*backend = chosen;
 	if (keeps) {
 		struct kept now = { .backend = chosen, .last_ns = bpf_ktime_get_ns() };
+		struct kept *before = choice == KEPT ? bpf_map_lookup_elem(&affinity, &who) : 0;
 
-		bpf_map_update_elem(&affinity, &who, &now, BPF_ANY);
+		if (before)
+			before->last_ns = now.last_ns;
+		else
+			bpf_map_update_elem(&affinity, &who, &now, BPF_ANY);
 	}
 	if (to->proto == IPPROTO_UDP) {
 		struct reply_key key = { .cookie = bpf_get_socket_cookie(ctx), .backend = chosen };
