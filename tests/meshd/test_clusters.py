@@ -21,7 +21,8 @@ from meshd.cli import main
 from meshd.sources.xds import CLUSTERS, ENDPOINTS, LISTENERS
 from tests.meshd.adsserver import AdsServer, assignment, cluster, listener
 from tests.meshd.apiserver import SERVICES, SLICES, ApiServer, endpoints, service
-from tests.meshd.labmesh import VIP, A, B, Mesh, denied, until
+from tests.meshd.hearing import until
+from tests.meshd.labmesh import VIP, A, B, Mesh, denied
 
 OTHER = "10.96.0.11"
 
