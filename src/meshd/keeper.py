@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
@@ -27,6 +27,7 @@ _SEIZE = 3.0  # s to wait for a write of the daemon that is taken over from
 _YIELD = 0.02  # s between looks whether one that takes over has succeeded
 _GLANCE = 1.0  # s between looks at the live release
 _RESYNC = 10.0  # s between looks at all the maps even if nothing seems to have changed
+_TOLD = 20  # services left out that are told one by one at a time
 _RETRY = 1.0  # s until what failed is tried again
 _SWEEP_FIRST = 0.5  # s after an upgrade, from when on nothing brings back what is over
 _SWEEP = 10.0  # s
@@ -105,20 +106,28 @@ class Keeper:
                 config = source.load()
             except SourceAwayError as error:
                 self.hear_trouble(source, error)
-            else:
-                self.hear(source, config)
-        if self._awaited and self._node.root.exists() and self._node.observe().current is not None:
-            live = recall(self._node)
-            # Policies for no service come from a file alone, and a file is never awaited.
-            policies = tuple(policy for policy in live.policies if policy.service)
-            self._registry.replace(LIVE, Config(live.services, policies))
-            self._events.tell(
-                "recalled",
-                services=len(live.services),
-                policies=len(policies),
-                message=f"what is live stays until {' and '.join(sorted(self._awaited))} can be heard: "
-                f"{len(live.services)} services, {len(policies)} policies",
-            )
+                continue
+            if not source.may_be_empty and not _backends(config.services):
+                self._remember()
+            self.hear(source, config)
+        if self._awaited:
+            self._remember()
+
+    def _remember(self) -> None:
+        """Keep what is live until every source was heard."""
+        if self._registry.services_of(LIVE) or not self._node.root.exists() or self._node.observe().current is None:
+            return
+        live = recall(self._node)
+        # Policies for no service come from a file alone, and a file is never awaited.
+        policies = tuple(policy for policy in live.policies if policy.service)
+        self._registry.replace(LIVE, Config(live.services, policies))
+        self._events.tell(
+            "recalled",
+            services=len(live.services),
+            policies=len(policies),
+            message=f"what is live stays until {' and '.join(sorted(self._awaited))} can be heard: "
+            f"{len(live.services)} services, {len(policies)} policies",
+        )
 
     def listen(self) -> None:
         """Begin to follow the sources, until the stop event is set."""
@@ -191,12 +200,11 @@ class Keeper:
         """What a source lost that it cannot mean to have lost, empty for nothing."""
         if source.may_be_empty:
             return ""
-        before = self._registry.services_of(source.name)
-        if not config.services:
-            return "service" if before or source.name in self._awaited else ""
-        if any(service.backends for service in config.services):
-            return ""
-        return "endpoint" if any(service.backends for service in before.values()) else ""
+        # Of one that was never heard, what is live tells what it may have said to another daemon.
+        before = self._registry.services_of(LIVE if source.name in self._awaited else source.name)
+        if before and not config.services:
+            return "service"
+        return "endpoint" if _backends(before.values()) and not _backends(config.services) else ""
 
     def hear_of(self, source: Source, services: Mapping[str, Service | None]) -> None:
         """Take these services of ``source`` for changed."""
@@ -267,15 +275,23 @@ class Keeper:
             whole, self._whole = due or self._whole, False
             is_news = self._registry.has_news
             news = self._registry.all() if whole else self._registry.take_news()
-            problems = self._registry.problems() if is_news or whole else self._problems
         changes = self._writer.resync(news) if whole else self._writer.write(news)
-        for problem in problems:
-            if problem not in self._problems:
-                self._events.tell("left-out", message=problem)
-        self._problems = problems
+        if is_news or whole:
+            self._tell_left_out()
         if is_news or changes:
             self._tell_config(changes)
         return whole
+
+    def _tell_left_out(self) -> None:
+        with self._heard:
+            problems = self._registry.problems()
+        known = set(self._problems)
+        new = [problem for problem in problems if problem not in known]
+        self._problems = problems
+        for problem in new[:_TOLD]:
+            self._events.tell("left-out", message=problem)
+        if len(new) > _TOLD:
+            self._events.tell("left-out", message=f"and {len(new) - _TOLD} more services are left out")
 
     def _look_at_node(self) -> None:
         if not self._settled:
@@ -308,6 +324,10 @@ class Keeper:
         count = sweep_flows(self._node)
         if count:
             self._events.tell("swept", flows=count)
+
+
+def _backends(services: Iterable[Service]) -> bool:
+    return any(service.backends for service in services)
 
 
 class _Ear:

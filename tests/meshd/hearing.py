@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from hitless.errors import HitlessError
 from meshd.model import Config, Service
 from meshd.sources import Source
-from tests.meshd.labmesh import until
+from tests.meshd import labmesh
+
+_LONG = 20.0  # s; nobody waits for what has come
+
+
+def until(condition: Callable[[], object], seconds: float = _LONG) -> bool:
+    """Whether ``condition`` came true in time, also on a machine that does much else."""
+    return labmesh.until(condition, seconds)
 
 
 class Heard:
@@ -43,7 +50,7 @@ class Heard:
     def words(self) -> str:
         return "\n".join(error.message for error in self.troubles)
 
-    def comes_to(self, *names: str, seconds: float = 8.0) -> bool:
+    def comes_to(self, *names: str, seconds: float = _LONG) -> bool:
         """Whether exactly these services are there after a while."""
         return until(lambda: set(self.services) == set(names), seconds)
 
@@ -52,7 +59,7 @@ class Heard:
         service = self.services.get(name)
         return [str(one.address) for one in service.backends if one.healthy] if service else []
 
-    def backends_come_to(self, name: str, *addresses: str, seconds: float = 8.0) -> bool:
+    def backends_come_to(self, name: str, *addresses: str, seconds: float = _LONG) -> bool:
         return until(lambda: self.backends(name) == list(addresses), seconds)
 
 
@@ -74,6 +81,6 @@ def following(source: Source, config: Config | None = None) -> Iterator[Heard]:
         yield heard
     finally:
         stop.set()
-        thread.join(10)
+        thread.join(_LONG)
     assert not thread.is_alive()
     assert not failed, failed

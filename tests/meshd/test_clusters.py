@@ -21,7 +21,8 @@ from meshd.cli import main
 from meshd.sources.xds import CLUSTERS, ENDPOINTS, LISTENERS
 from tests.meshd.adsserver import AdsServer, assignment, cluster, listener
 from tests.meshd.apiserver import SERVICES, SLICES, ApiServer, endpoints, service
-from tests.meshd.labmesh import VIP, A, B, Mesh, denied, until
+from tests.meshd.hearing import until
+from tests.meshd.labmesh import VIP, A, B, Mesh, denied
 
 OTHER = "10.96.0.11"
 
@@ -113,6 +114,10 @@ def test_a_cluster_that_lost_all_endpoints_takes_nothing_with_it(mesh: Mesh, ads
     ads.back()
     mesh.next_event(event="source-empty")
     assert mesh.connect()["answers"] == {A: 1}
+    mesh.stop()
+    ads.set(listener("web", VIP, 80, "web"))
+    mesh.start(3, options=("--xds", ads.target))
+    assert mesh.connect()["answers"] == {A: 1}
     ads.set(listener("web", VIP, 80, "web"), assignment("web", B))
     assert until(lambda: mesh.connect()["answers"] == {B: 1})
 
@@ -135,6 +140,15 @@ def test_a_real_envoy_and_meshd_serve_the_same_from_the_same_resources(mesh: Mes
         envoy.wait(10)
 
 
+def test_a_cluster_that_never_had_a_service_starts_an_empty_mesh(mesh: Mesh, api: ApiServer) -> None:
+    api.clear()
+    mesh.start(3, options=kubernetes(mesh, api))
+    assert mesh.values("service") == []
+    api.put(SERVICES, service("web", VIP))
+    api.put(SLICES, endpoints("web", A))
+    assert until(lambda: mesh.connect()["answers"] == {A: 1})
+
+
 def test_of_file_and_cluster_the_file_has_an_address_that_both_claim(mesh: Mesh, api: ApiServer) -> None:
     mesh.write_text(
         yaml.safe_dump(
@@ -145,6 +159,15 @@ def test_of_file_and_cluster_the_file_has_an_address_that_both_claim(mesh: Mesh,
     assert "shop.web.http is left out" in mesh.next_event(event="left-out")["message"]
     mesh.next_event(event="ready")
     assert mesh.connect()["answers"] == {B: 1}
+
+
+def test_of_very_many_that_find_no_room_some_are_named_and_the_others_counted(mesh: Mesh, api: ApiServer) -> None:
+    for number in range(2100):
+        api.put(SERVICES, service(f"s{number}", f"10.96.{1 + number // 250}.{number % 250 + 1}"))
+    mesh.launch(3, *kubernetes(mesh, api))
+    assert "release 3.0.0 holds 2048 services at most" in mesh.next_event(event="left-out")["message"]
+    mesh.next_event(event="left-out", message="and 33 more services are left out")
+    assert len(mesh.values("service")) == 2048
 
 
 def start_envoy(mesh: Mesh, target: str) -> subprocess.Popen[str]:

@@ -19,8 +19,7 @@ from meshd.releases import RELEASES
 from meshd.sources import SourceAwayError, SourceError, checks
 from meshd.sources.kubernetes import KubernetesSource, Mirror
 from tests.meshd.apiserver import SERVICES, SLICES, ApiServer, Object, endpoint, endpoints, service
-from tests.meshd.hearing import following
-from tests.meshd.labmesh import until
+from tests.meshd.hearing import following, until
 
 VIP, VIP6 = "10.96.0.10", "fd00:96::10"
 A, B, C = "10.244.0.1", "10.244.0.2", "10.244.0.3"
@@ -28,11 +27,15 @@ NAME = "shop.web.http"
 
 
 @pytest.fixture
-def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
-    monkeypatch.setattr(module, "_PATIENCE", 0.5)
+def api() -> Iterator[ApiServer]:
     server = ApiServer()
     yield server
     server.away()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 0.5)
 
 
 @pytest.fixture
@@ -222,6 +225,7 @@ def test_while_the_server_is_away_nothing_changes_and_then_what_was_missed_comes
         assert heard.backends_come_to(NAME, B)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_server_that_is_away_at_the_start_is_waited_for_and_then_followed(
     api: ApiServer, source: KubernetesSource
 ) -> None:
@@ -236,12 +240,14 @@ def test_a_server_that_is_away_at_the_start_is_waited_for_and_then_followed(
         assert heard.replaced == 1
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_refusal_is_told_in_the_servers_words(api: ApiServer, source: KubernetesSource) -> None:
     api.override = lambda path, query: (403, b'{"message": "services is forbidden"}')
     with pytest.raises(SourceAwayError, match="403: services is forbidden"):
         source.load()
 
 
+@pytest.mark.usefixtures("impatient")
 def test_credentials_that_cannot_be_had_are_told_as_a_server_that_is_away(api: ApiServer, tmp_path: Path) -> None:
     file = api.kubeconfig(tmp_path / "config")
     config = json.loads(file.read_text())
@@ -311,6 +317,7 @@ def test_bytes_that_are_no_events_are_not_believed(api: ApiServer, source: Kuber
         assert heard.backends_come_to(NAME, C)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_answers_without_an_end_are_refused_and_memory_is_bounded(
     api: ApiServer, source: KubernetesSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,9 +337,12 @@ def test_answers_without_an_end_are_refused_and_memory_is_bounded(
 def test_a_line_without_an_end_is_refused(api: ApiServer, source: KubernetesSource) -> None:
     api.put(SERVICES, service("web", VIP))
     config = source.load()
-    api.override = lambda path, query: (200, b"x" * (9 << 20)) if "watch" in query and len(api.requests) < 5 else None
+    api.override = lambda path, query: (200, b"x" * (9 << 20)) if "watch" in query else None
     with following(source, config) as heard:
         assert until(lambda: "an event has more than 8 MiB" in heard.words)
+        api.override = lambda path, query: None
+        api.put(SLICES, endpoints("web", A))
+        assert heard.backends_come_to(NAME, A)
         assert heard.comes_to(NAME)
 
 

@@ -28,7 +28,8 @@ from meshd.sources import Sink, SourceAwayError, SourceError, checks
 
 __all__ = ["KubernetesSource"]
 
-_PATIENCE = 5.0  # s that a start waits for a server that does not answer, and a request for one that falls silent
+_PATIENCE = 5.0  # s that a start waits for a server that does not answer
+_SILENCE = 5.0  # s
 _LONGEST = 60.0  # s that all lists together may take at the start
 _LONGEST_LATER = 600.0
 _WATCH = 60  # s after which the server ends a watch, so that a silent one is noticed
@@ -445,7 +446,7 @@ class KubernetesSource:
 
     def _client(self) -> httpx2.AsyncClient:
         # What is compressed has no size that could be bounded before it is unpacked.
-        client = AsyncClient(self._config, ConnectionParams(httpx2.Timeout(_PATIENCE)))
+        client = AsyncClient(self._config, ConnectionParams(httpx2.Timeout(_SILENCE)))
         client.headers["Accept-Encoding"] = "identity"
         return client
 
@@ -482,7 +483,7 @@ class KubernetesSource:
     async def _body(self, client: httpx2.AsyncClient, path: str, params: dict[str, str]) -> bytes:
         body = bytearray()
         try:
-            async with self._answer(client, path, params, _PATIENCE) as response:
+            async with self._answer(client, path, params, _SILENCE) as response:
                 async for chunk in response.aiter_raw():
                     body += chunk
                     if len(body) > _PAGE_BYTES:
@@ -495,7 +496,7 @@ class KubernetesSource:
     async def _answer(
         self, client: httpx2.AsyncClient, path: str, params: dict[str, str], silence: float | None
     ) -> AsyncIterator[httpx2.Response]:
-        timeout = httpx2.Timeout(_PATIENCE, read=silence)
+        timeout = httpx2.Timeout(_SILENCE, read=silence)
         request = client.build_request("GET", path, params=params, timeout=timeout)
         try:
             response = await client.send(request, stream=True)
@@ -531,7 +532,7 @@ class KubernetesSource:
             assert self._versions is not None
             began = time.monotonic()
             try:
-                async with asyncio.timeout(_WATCH + _PATIENCE):
+                async with asyncio.timeout(_WATCH + _SILENCE):
                     await self._watch_once(client, path, at, sink)
                 told = False
             except TimeoutError:
