@@ -80,7 +80,8 @@ def test_a_root_that_was_made_again_is_another_ones(tmp_path: Path, settled: Cal
 def test_who_takes_over_never_takes_itself_for_superseded(tmp_path: Path, settled: Callable[[], Turn]) -> None:
     older = [settled() for _ in range(4)]
     for _ in range(50):
-        newer, said, done = Turn(tmp_path), set(), threading.Event()
+        newer, done = Turn(tmp_path), threading.Event()
+        said: set[str] = set()
         newer.seize(1)
 
         def write(turn: Turn, said: set[str], done: threading.Event) -> None:
