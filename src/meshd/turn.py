@@ -64,10 +64,11 @@ class Turn:
 
     def settle(self) -> None:
         """Say that taking over has succeeded: whoever wrote until now is superseded."""
-        self._place = _FIRST
-        while (told := self._told(self._place, 0)) is not None:
-            self._place = told + 1
-        self._tell(self._place)
+        place = _FIRST
+        while (told := self._told(place, 0)) is not None:
+            place = told + 1
+        self._tell(place)
+        self._place = place  # not before: another thread looks whether a higher one is told
         self._tell(_TAKES_OVER, fcntl.F_UNLCK)
 
     def give_up(self) -> None:

@@ -77,6 +77,27 @@ def test_a_root_that_was_made_again_is_another_ones(tmp_path: Path, settled: Cal
     assert says(older) == "lost"
 
 
+def test_who_takes_over_never_takes_itself_for_superseded(tmp_path: Path, settled: Callable[[], Turn]) -> None:
+    older = [settled() for _ in range(4)]
+    for _ in range(50):
+        newer, done = Turn(tmp_path), threading.Event()
+        said: set[str] = set()
+        newer.seize(1)
+
+        def write(turn: Turn, said: set[str], done: threading.Event) -> None:
+            while not done.is_set():
+                said.add(says(turn))
+
+        thread = threading.Thread(target=write, args=(newer, said, done))
+        thread.start()
+        newer.settle()
+        done.set()
+        thread.join()
+        newer.give_up()
+        assert said <= {"mine"}
+    assert says(older[-1]) == "mine"
+
+
 def test_in_any_order_of_events_no_two_write_at_once(tmp_path: Path, settled: Callable[[], Turn]) -> None:
     inside: list[Turn] = []
     mistakes = []
