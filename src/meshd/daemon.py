@@ -20,7 +20,7 @@ from meshd.kube import Announcer, Pod
 from meshd.leaving import ExitType, leaving
 from meshd.metrics import Metrics
 from meshd.model import NOWHERE, Locality
-from meshd.releases import Release
+from meshd.releases import RELEASES, Release
 from meshd.sources.wanted import Wanted, sources
 from meshd.systemd import Notifier, own_unit
 from meshd.web import Page, Pages, Web
@@ -123,6 +123,9 @@ class Daemon:
         bundle = hitless.Bundle.load(settings.release.bundle, {"cgroup": str(settings.cgroup)})
         state = self._node.observe()
         is_upgrade = state.current is not None and state.version != settings.release.version
+        for release in RELEASES.values():
+            if is_upgrade and release.version == state.version:
+                self._keeper.bound(release)
         self._notifier.tell(f"STATUS=bringing release {settings.release.version} to {settings.root}")
         with self._events.upgrading() if is_upgrade else nullcontext():
             try:

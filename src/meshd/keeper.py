@@ -134,6 +134,11 @@ class Keeper:
         for source in self._sources:
             self._threads.append(self._pool.submit(source.follow, _Ear(self, source), self._stop))
 
+    def bound(self, release: Release) -> None:
+        """Until :meth:`upgraded` let no service have more backends than ``release`` holds, which runs until then."""
+        with self._heard:
+            self._registry.bound(release.backends)
+
     def take_over(self) -> None:
         """Bring the maps to what the sources say, and keep them so until the stop event is set.
 
@@ -149,6 +154,9 @@ class Keeper:
     def upgraded(self) -> None:
         """Say that the upgrade is done: another daemon ends, and what the upgrade leaves behind may be swept."""
         self._turn.settle()
+        with self._heard:
+            self._registry.bound(None)
+            self._heard.notify()
         self._sweep_at = time.monotonic() + _SWEEP_FIRST
         self._settled = True
 

@@ -47,17 +47,19 @@ class Registry:
     """Services and policies by source; the first of ``sources`` wins over later ones, then the first by name.
 
     A service that cannot be had (its frontend is another's already, or ``release`` has no room for it) is left out
-    and named by :meth:`problems` for as long as that is so. What nobody else speaks of may be said by LIVE.
+    and named by :meth:`problems` for as long as that is so; of one with more backends than the release holds, those
+    that are not healthy or drain are left out first. What nobody else speaks of may be said by LIVE.
     """
 
     def __init__(self, sources: Sequence[str], release: Release) -> None:
+        self._most = release.backends
         self._sources = [*sources, LIVE]
         self._release = release
         self._services: dict[str, dict[str, Service]] = {name: {} for name in self._sources}
         self._policies: dict[str, tuple[Policy, ...]] = dict.fromkeys(self._sources, ())
         self._claims: dict[Frontend, list[Claim]] = defaultdict(list)
         self._changed: set[Frontend] = set()
-        self._doubtful: set[Frontend] = set()  # claimed by several, or by nobody who could have it
+        self._doubtful: set[Frontend] = set()  # claimed by several, or not had as it was claimed
         self._policies_changed = False
         self._said = False
         self._told: dict[Frontend, Service] = {}
@@ -72,6 +74,18 @@ class Registry:
     def has_news(self) -> bool:
         """Whether anything was said since the last :meth:`take_news`."""
         return self._said
+
+    def bound(self, backends: int | None) -> None:
+        """Let no service have more than so many backends, None: than the release holds.
+
+        For as long as the release before, which holds fewer, runs on the same entries.
+        """
+        most = min(self._release.backends, backends) if backends is not None else self._release.backends
+        if most != self._most:
+            low, self._most = min(most, self._most), most
+            for of in self._services.values():
+                self._changed |= {Frontend.of(one) for one in of.values() if low < len(one.backends)}
+            self._said = self._said or bool(self._changed)
 
     def replace(self, source: str, config: Config) -> None:
         """Take ``config`` for all that ``source`` says."""
@@ -127,7 +141,10 @@ class Registry:
                 self._changed.add(frontend)  # until others go
         for frontend in asked_of:
             claims = self._claims.get(frontend, ())
-            if len(claims) > 1 or (claims and (frontend not in self._told or frontend in self._changed)):
+            told = self._told.get(frontend)
+            if len(claims) > 1 or (
+                claims and (told is None or frontend in self._changed or told is not self._claimed(claims[0]))
+            ):
                 self._doubtful.add(frontend)
             else:
                 self._doubtful.discard(frontend)
@@ -183,24 +200,33 @@ class Registry:
                 if why is None and service is not fitting[0]:
                     where = f"{frontend.address} port {frontend.port} ({frontend.protocol})"
                     why = f"{where} is {fitting[0].name}'s already"
-                if why is None and self._told.get(frontend) != service:
+                if why is None and self._told.get(frontend) != self._trimmed(service):
                     why = self._full(frontend, service)
+                told = f"{self._sources[claim[0]]}: service {service.name}"
                 if why is not None:
-                    found.append(f"{self._sources[claim[0]]}: service {service.name} is left out: {why}")
+                    found.append(f"{told} is left out: {why}")
+                elif len(service.backends) > self._most:
+                    held = f"{self._most} of {len(service.backends)} backends"
+                    found.append(f"{told} has {held}: release {self._release.version} holds no more for one service")
         return sorted(found)
 
     def _winner(self, frontend: Frontend) -> Service | None:
         services = (self._claimed(claim) for claim in self._claims.get(frontend, ()))
-        return next((service for service in services if self._unfit(service) is None), None)
+        return next((self._trimmed(service) for service in services if self._unfit(service) is None), None)
+
+    def _trimmed(self, service: Service) -> Service:
+        """The service with as many of its backends as it can have, in their order."""
+        if len(service.backends) <= self._most:
+            return service
+        best = sorted(service.backends, key=lambda one: (not one.healthy, one.weight == 0))[: self._most]
+        kept = set(map(id, best))
+        return msgspec.structs.replace(service, backends=tuple(one for one in service.backends if id(one) in kept))
 
     def _claimed(self, claim: Claim) -> Service:
         return self._services[self._sources[claim[0]]][claim[1]]
 
     def _unfit(self, service: Service) -> str | None:
         """Why the release cannot have the service."""
-        if len(service.backends) > self._release.backends:
-            release = self._release
-            return f"it has {len(service.backends)} backends, but release {release.version} holds {release.backends}"
         if service.protocol not in self._release.protocols:
             return f"release {self._release.version} does not serve {service.protocol}"
         return None

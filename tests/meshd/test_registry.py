@@ -58,9 +58,33 @@ def test_the_first_source_has_an_address_that_two_claim_and_the_other_comes_afte
 
 def test_what_the_release_cannot_have_is_left_out_by_name_and_the_rest_is_served() -> None:
     heard = registry()
-    heard.replace("cluster", Config((service("big", backends=17), DB)))
+    heard.replace("cluster", Config((msgspec.structs.replace(service("big"), protocol="udp"), DB)))
     assert list(heard.take_news().services.values()) == [DB]
-    assert heard.problems() == ["cluster: service big is left out: it has 17 backends, but release 3.0.0 holds 16"]
+    assert heard.problems() == ["cluster: service big is left out: release 3.0.0 does not serve udp"]
+
+
+def test_of_more_backends_than_the_release_holds_the_healthy_ones_are_served() -> None:
+    heard = registry()
+    big = service("big", backends=20)
+    sick = tuple(msgspec.structs.replace(one, healthy=one.port > 3) for one in big.backends)
+    heard.replace("cluster", Config((msgspec.structs.replace(big, backends=sick),)))
+    (told,) = heard.take_news().services.values()
+    assert told is not None
+    assert [one.port for one in told.backends] == list(range(4, 20))
+    assert heard.problems() == [
+        "cluster: service big has 16 of 20 backends: release 3.0.0 holds no more for one service"
+    ]
+
+
+def test_while_the_release_before_runs_no_service_has_more_backends_than_that_holds() -> None:
+    heard = registry()
+    heard.bound(8)
+    heard.replace("cluster", Config((service("big", backends=12), DB)))
+    assert [len(one.backends) for one in heard.take_news().services.values() if one] == [8, 1]
+    heard.bound(None)
+    assert heard.has_news
+    assert [len(one.backends) for one in heard.take_news().services.values() if one] == [12]
+    assert heard.problems() == []
 
 
 def test_a_service_that_finds_no_room_comes_when_another_goes() -> None:
