@@ -8,11 +8,15 @@ DEBIAN := libbpf1 libbpf-dev clang-19 gcc iproute2 nginx-light systemd
 BINDING := src/hitless/kernel/_libbpf.py
 BPF := $(MAKE) --no-print-directory -s -C src/meshd/bpf
 
-.PHONY: demo test fuzz soak faults bench lint setup clean root packages bpf requirements man dist manifests
+.PHONY: demo cluster test fuzz soak faults bench lint setup clean root packages bpf requirements man dist manifests
 .DELETE_ON_ERROR:
 
 demo: setup
 	@$(BIN)/python -m meshd.demo $(DEMO_ARGS)
+
+# A cluster in miniature: three nodes, an API server, and rollouts node by node under traffic between them.
+cluster: setup
+	@$(BIN)/python -m meshd.demo.cluster $(CLUSTER_ARGS)
 
 # Files of tests run side by side in TEST_JOBS processes, each with namespaces of its own.
 TEST_JOBS ?= 2
