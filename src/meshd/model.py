@@ -16,7 +16,7 @@ Protocol = Literal["tcp", "udp"]
 Action = Literal["allow", "deny"]
 
 
-class Locality(msgspec.Struct, frozen=True):
+class Locality(msgspec.Struct, frozen=True, gc=False):
     """Where something runs, from wide to narrow; empty where that is not known."""
 
     region: str = ""
@@ -27,7 +27,7 @@ class Locality(msgspec.Struct, frozen=True):
 NOWHERE = Locality()
 
 
-class Backend(msgspec.Struct, frozen=True):
+class Backend(msgspec.Struct, frozen=True, gc=False):
     """Where connections to a service may go; ``weight`` is its share, 0 for none (it drains).
 
     One that is not ``healthy`` gets no new connections, unless none of the service is healthy.
