@@ -321,9 +321,10 @@ class _Kernel:
             table, count, *_ = SERVICE.unpack(value)
             one = wanted.get(key)
             if one is not None and table not in named and self._is(table, count, one):
-                keeps = table in self._member_spans
+                keeps = not count or table in self._member_spans
                 found[key] = _Live(table, value, one.slots, keeps)
-                named.add(table)
+                if count:  # whoever has nobody has no table
+                    named.add(table)
             else:
                 self.replaced.add(table)
         self.replaced -= named

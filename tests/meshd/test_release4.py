@@ -526,8 +526,10 @@ def test_a_write_that_ends_half_way_is_put_right_by_the_next_look(mesh: Mesh) ->
 
 
 def test_a_restart_writes_nothing_that_is_there_already(mesh: Mesh) -> None:
-    mesh.write([service("web", VIP, A, (B, 7)), dns(A, B), service("none", VIP, port=9)], [denied("web")])
+    empty = [service("none", VIP, port=9), service("nobody", VIP, port=10, protocol="udp")]
+    mesh.write([service("web", VIP, A, (B, 7)), dns(A, B), *empty], [denied("web")])
     mesh.start_here()
+    assert not mesh.resync()
     before = tables_of(mesh)
     mesh.connect(VIP, cgroup="denied")
     mesh.start(4)
