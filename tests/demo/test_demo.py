@@ -54,7 +54,7 @@ def test_a_clean_run_loses_nothing() -> None:
     assert code == 0
     assert [upgrade["start_type"] for upgrade in report["upgrades"]] == ["update"] * 4
     assert [(upgrade["from"], upgrade["to"]) for upgrade in report["upgrades"]] == [
-        ("1.0.0", "2.0.0"), ("2.0.0", "3.0.0"), ("3.0.0", "1.0.0"), ("1.0.0", "2.0.0"),
+        ("1.0.0", "2.0.0"), ("2.0.0", "3.0.0"), ("3.0.0", "4.0.0"), ("4.0.0", "1.0.0"),
     ]  # fmt: skip
     assert report["connections"]["tried"] == report["connections"]["ok"] > 2000
     assert report["held"]["alive"] == 50

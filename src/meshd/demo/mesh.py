@@ -39,7 +39,7 @@ __all__ = [
     "take_snapshot",
 ]
 
-RELEASES = ("1", "2", "3")
+RELEASES = ("1", "2", "3", "4")
 
 # Each service has backends of its own: an answer from any other address means a connection went astray.
 WEB = (
