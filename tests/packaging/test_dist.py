@@ -217,7 +217,7 @@ def typed_in_bash(keys: str, wanted: str, script: Path, installed: Path, where: 
     said, end = "", time.monotonic() + 10
     os.write(terminal, f"source {script}\n{keys}".encode())
     try:
-        while wanted not in said and select.select([terminal], [], [], max(0, end - time.monotonic()))[0]:
+        while wanted not in said and _has_more(terminal, end):
             said += os.read(terminal, 4096).decode()
     finally:
         os.close(terminal)
@@ -228,3 +228,9 @@ def typed_in_bash(keys: str, wanted: str, script: Path, installed: Path, where: 
 def bare(installed: Path) -> dict[str, str]:
     """An environment in which only what is installed is found."""
     return {"PATH": f"{installed}/bin:{os.environ['PATH']}", "LANG": "C.UTF-8", "HOME": "/nonexistent"}
+
+
+def _has_more(terminal: int, end: float) -> bool:
+    watch = select.poll()  # not select(), which knows no descriptor above 1023
+    watch.register(terminal, select.POLLIN)
+    return bool(watch.poll(max(0, end - time.monotonic()) * 1000))

@@ -178,7 +178,8 @@ class Dispatcher:
         """The dispatcher that is pinned there. Raises NodeError if the two do not belong together, KernelError."""
         slots, link = Map.open(slot_pin), Link.open(link_pin)
         with Program.by_id(link.info.program_id) as program:
-            if program.map_ids != {slots.info.id} or program.info.name not in _NAMES:
+            own = _slot_of(program.info.name)
+            if program.map_ids != {slots.info.id} or own is None:
                 raise NodeError(
                     f"the link {link_pin} runs program {program.info.id} ({program.info.name}), which is no dispatcher "
                     f"to the slot {slot_pin}: someone else updated the link; look at who uses this pin root",
@@ -186,7 +187,7 @@ class Dispatcher:
                     slot=str(slot_pin),
                     program=program.info.id,
                 )
-            return cls(slots, link, _NAMES.index(program.info.name))
+            return cls(slots, link, own)
 
     @property
     def program_id(self) -> int:
@@ -309,11 +310,18 @@ def is_dispatcher(program_id: int) -> bool:
     """Whether a program is a dispatcher, by its name; false if it is gone. Raises KernelError."""
     try:
         with Program.by_id(program_id) as program:
-            return program.info.name in _NAMES
+            return _slot_of(program.info.name) is not None
     except KernelError as error:
         if error.facts["errno"] != errno.ENOENT:
             raise
         return False
+
+
+def _slot_of(name: str) -> int | None:
+    """The slot that a dispatcher of this name jumps to, None if no dispatcher is called so."""
+    if name.startswith(_IN):
+        return 0
+    return _NAMES.index(name) if name in _NAMES else None
 
 
 def _socket_jump(attach_type: str, expected: str | None = None) -> Jump:

@@ -106,7 +106,7 @@ def _put_dispatcher(hook: HookPlan, program: Program, links: Path) -> None:
     what = f"{hook.attach_type} of {hook.target}" if hook.point else hook.attach_type
     jump = jump_for(hook.hook, hook.target)
     probed = file_of(hook.hook, hook.target) or 0
-    with Dispatcher.put(jump, link_to, program, slot, links / hook.link, what, hook.target_id, probed):
+    with Dispatcher.put(jump, link_to, program, slot, links / hook.link, what, hook.target_id, file=probed):
         pass  # the pins keep it
 
 
