@@ -31,13 +31,15 @@ fuzz: setup
 
 # The long runs of tests that make up their cases: PAIRS of structs for the compiler to judge, then UPGRADES of meshd
 # under at least OPERATIONS of its clients, then KILLS of an upgrader, then UNDONE upgrades that fail and are taken back.
-# Whatever is random begins with SEED. Before that UPGRADES under the eyes of readers, and with a count of what they leave.
+# Whatever is random begins with SEED. Before that UPGRADES under the eyes of readers, and with a count of what they leave;
+# after it meshd is killed for KILL_SECONDS, upgraded all the time and not at all.
 PAIRS ?= 2000
 SEED ?= 1
 UPGRADES ?= 1000
 OPERATIONS ?= 2000000
 KILLS ?= 100
 UNDONE ?= 20
+KILL_SECONDS ?= 300
 soak: setup
 	@HITLESS_ORACLE_PAIRS=$(PAIRS) HITLESS_ORACLE_SEED=$(SEED) $(BIN)/python -m pytest tests/layout/test_compiler_oracle.py
 	@HITLESS_UPGRADES=$(UPGRADES) $(BIN)/python -m pytest -s tests/upgrade/test_readers.py tests/upgrade/test_leaks.py \
@@ -45,6 +47,8 @@ soak: setup
 	@HITLESS_EXAMPLES=100 $(BIN)/python -m pytest tests/model/test_real.py
 	@$(BIN)/python -m tests.soak --upgrades $(UPGRADES) --operations $(OPERATIONS) --kills $(KILLS) --undone $(UNDONE) \
 	  --seed $(SEED) $(SOAK_ARGS)
+	@$(BIN)/python -m tests.mesh_kills --seconds $(KILL_SECONDS) --seed $(SEED)
+	@$(BIN)/python -m tests.mesh_kills --seconds $(KILL_SECONDS) --seed $(SEED) --releases 4
 
 # An upgrade and its recovery, killed at each of their system calls and with each of them failing, under traffic; DOUBLES
 # recoveries are killed too. FAULTS_ARGS are handed on.

@@ -14,14 +14,14 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 import msgspec
 
 from meshd.demo.lab import Lab
 from tests.meshd.labmesh import VIP, VIP6, Churn, Mesh, Meshd, is_as_the_file_says, until
 
-_RELEASES = (2, 3)
-_LOSS = ("flow", "service_counter", "service", "policy")
+_LOSS = ("flow", "service_counter", "service", "policy")  # of going from 3 back to 2
 _LIFE = 0.7  # s that a daemon lives at most before it is killed
 _CHECK_EVERY = 4  # lives
 _CONVERGED = 5.0  # s within which the maps are as the file says
@@ -47,14 +47,17 @@ class Summary(msgspec.Struct):
         return not self.problems and not self.failed and self.alive == self.held and self.connections > 0
 
 
-def run(lab: Lab, seconds: float, seed: int) -> Summary:
-    """Kill for so many seconds, and some more until the last life has ended and the maps were looked at once."""
+def run(lab: Lab, seconds: float, seed: int, releases: Sequence[int] = (2, 3)) -> Summary:
+    """Kill for so many seconds, and some more until the last life has ended and the maps were looked at once.
+
+    One of ``releases`` is started each time: 2 or 3, or always the same one.
+    """
     chance = random.Random(seed)
     mesh = Mesh(lab)
     churn = Churn(mesh)
     with churn:
         until(mesh.file.exists)
-    release = chance.choice(_RELEASES)
+    release = chance.choice(releases)
     mesh.start(release)
     clients = [mesh.python("connect", vip, "80", "1000000000", cgroup="clients") for vip in (VIP, VIP6)]
     held = mesh.hold(VIP, 20)
@@ -65,8 +68,8 @@ def run(lab: Lab, seconds: float, seed: int) -> Summary:
     older: Meshd | None = mesh.daemon
     while (time.monotonic() < end or not summary.checks) and not summary.problems:
         lives += 1
-        release = chance.choice(_RELEASES) if chance.random() < 0.4 else release
-        daemon = mesh.launch(release, *(f"--allow-loss={name}" for name in _LOSS))
+        release = chance.choice(releases) if chance.random() < 0.4 else release
+        daemon = mesh.launch(release, *(f"--allow-loss={name}" for name in _LOSS if len(releases) > 1))
         stays = chance.random() < 0.3  # until the next one has taken over
         with churn:
             if lives % _CHECK_EVERY and not stays:
@@ -116,9 +119,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mesh_kills", description=__doc__)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--releases", type=int, nargs="+", default=[2, 3], help="2 and 3, or one of them all")
     args = parser.parse_args()
     with Lab() as lab:
-        summary = run(lab, args.seconds, args.seed)
+        summary = run(lab, args.seconds, args.seed, args.releases)
     print(
         f"{sum(summary.killed.values())} kills (seed {summary.seed}; last word before: {summary.killed})\n"
         f"{summary.connections} connections, {summary.failed} failed; {summary.alive} of {summary.held} held live\n"
