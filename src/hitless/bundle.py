@@ -156,8 +156,9 @@ class _Files:
 
 def _unreadable(directory: Path, error: Exception) -> BundleError:
     manifest = directory / MANIFEST
+    why = error.strerror if isinstance(error, OSError) else error
     return BundleError(
-        f"{manifest} cannot be read: {error}; a bundle is a directory with a {MANIFEST} and its objects",
+        f"{manifest} cannot be read: {why}; a bundle is a directory with a {MANIFEST} and its objects",
         file=str(manifest),
     )
 

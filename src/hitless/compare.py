@@ -5,7 +5,7 @@ Pure: any OS, no root, no libbpf, so that it can judge a pull request.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ from hitless.carry import SectionWay, converts, losses, obstacle, refusals, sect
 from hitless.errors import BundleError
 from hitless.groups import group_of, torn
 from hitless.layout.answers import answer
-from hitless.layout.diff import Change, MapDiff, diff_maps, is_constant
+from hitless.layout.diff import MapDiff, diff_maps, is_constant, phrases
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
 from hitless.layout.variables import diff_sections
@@ -170,7 +170,7 @@ def _judge(
         before is not None and after is not None and not constant
         and (diff.verdict in ("lossless", "lossy") or by_user)
     ):  # fmt: skip
-        lost = tuple(_phrases(losses(diff, rules))) if diff.verdict != "lossless" else ()
+        lost = tuple(phrases(losses(diff, rules))) if diff.verdict != "lossless" else ()
         if by_user:
             note = f"its entries are converted by {rules.convert}, which was not run"
         missing = obstacle(before, after, rules)
@@ -189,13 +189,6 @@ def _judge(
 
 def _not_kept(spec: MapSpec) -> str | None:
     return answer(spec.type).words if answer(spec.type).anew else None
-
-
-def _phrases(changes: tuple[Change, ...]) -> Iterator[str]:
-    for change in changes:
-        if change.loss:
-            plain = change.loss.startswith(change.path) or not change.path
-            yield change.loss if plain else f"{change.path}: {change.loss}"
 
 
 def _named(source: Source) -> dict[str, MapSpec]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from hitless.errors import NodeError
 from meshd.model import Address
 from meshd.tables import PROTOCOLS, address_of
 
@@ -51,13 +52,25 @@ class Connection(msgspec.Struct, frozen=True):
 
 
 class AccessLog:
-    """Takes the records of the mesh on ``node``; there is one reader of a ring."""
+    """Takes the records of the mesh on ``node``; there is one reader of a ring.
+
+    Raises NodeError where no mesh is live, or its release has no access log.
+    """
 
     def __init__(self, node: hitless.Node) -> None:
+        live = node.observe().current
+        if live is None:
+            raise NodeError(f"no mesh is live under {node.root}: start one with `meshd run`", path=str(node.root))
+        if "access" not in live.maps:
+            raise NodeError(
+                f"release {live.record.version}, which is live under {node.root}, has no access log: "
+                "start a newer one with `meshd run --access-log`",
+                path=str(node.root),
+            )
         self._ring = node.ring("access")
 
     def take(self) -> list[Connection]:
-        """What was logged since the last call. Raises NodeError where the release has no access log."""
+        """What was logged since the last call. Raises NodeError where the release has no access log any more."""
         return [_connection(record) for record in self._ring.take()]
 
 

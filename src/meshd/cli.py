@@ -77,6 +77,7 @@ _json_option = click.option("--json", is_flag=True, help="JSON objects, one a li
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hitless")
 def main() -> None:
     """A small L4 service mesh on eBPF, upgraded with hitless."""
 
@@ -229,6 +230,8 @@ def explain_command(where: str, root: Path, client: Path | None, json: bool) -> 
 @_json_option
 def access_command(root: Path, json: bool) -> None:
     """Print the access log as it comes, a line for each connection, until interrupted; there can be one reader.
+
+    Times are seconds since the machine started.
 
     Example: meshd access --root /sys/fs/bpf/mesh --json
     """

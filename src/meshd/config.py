@@ -260,7 +260,8 @@ class _Reader:
             inside = path.resolve().is_relative_to(self._cgroup.resolve())
             found = cgroup_id(path)
         except (OSError, RuntimeError) as error:
-            raise self._wrong(node, field, f"{path} is no cgroup2 directory: {error}") from error
+            why = error.strerror if isinstance(error, OSError) else error
+            raise self._wrong(node, field, f"{path} is no cgroup2 directory: {why}") from error
         if not inside:
             what = f"{path} is not under {self._cgroup}, where the mesh is attached: it never sees such clients"
             raise self._wrong(node, field, what)

@@ -54,7 +54,9 @@ class Events:
         if self._json:
             self._write(msgspec.json.encode(told, enc_hook=str).decode())
         else:
-            self._write(f"meshd: {event}{_plain(facts)}")
+            # What did not begin yet is no news for people.
+            shown = {name: value for name, value in facts.items() if value} if event == "progress" else facts
+            self._write(f"meshd: {event}{_plain(shown)}")
 
     def error(self, error: HitlessError) -> None:
         """Tell an error with its code and facts; in plain lines on standard error."""
@@ -84,9 +86,13 @@ class Events:
 
 
 def _plain(facts: dict[str, Any]) -> str:
-    words = [f" {name}={value}" for name, value in facts.items() if name != "message" and _is_word(value)]
+    words = [f" {name}={_word(value)}" for name, value in facts.items() if name != "message" and _is_word(value)]
     message = facts.get("message")
     return "".join(words) if message is None else f": {message}"
+
+
+def _word(value: object) -> object:
+    return f"{value:.1f}" if isinstance(value, float) else value
 
 
 def _is_word(value: object) -> bool:

@@ -69,7 +69,7 @@ def explain(
         try:
             source = cgroup_id(client)
         except OSError as error:
-            raise NodeError(f"{client} is no cgroup2 directory: {error}", path=str(client)) from error
+            raise NodeError(f"{client} is no cgroup2 directory: {error.strerror}", path=str(client)) from error
     tables = has_tables(node)
     raw = packed(address)
     service = {"addr": raw, "port": socket.htons(port), "proto": PROTOCOLS[protocol], "pad": 0}

@@ -149,6 +149,10 @@ def _fill(view: View) -> list[tuple[str, bool]]:
     ]
 
 
+def _services(count: int) -> str:
+    return f"{count} service" if count == 1 else f"{count} services"
+
+
 def _where(row: Row) -> str:
     address = f"[{row.address}]" if ":" in row.address else row.address
     return f"{address}:{row.port}" + (f"/{row.protocol}" if row.protocol != "tcp" else "")
@@ -183,5 +187,5 @@ def _screen(view: View, height: int) -> RenderableType:
     more = len(view.rows) - room
     totals = ", ".join(f"{sum(row.counters.get(name, 0) for row in view.rows):,} {name}" for name in _TOTALS)
     hidden = f", {more} of them not shown" if more > 0 else ""
-    parts.append(Text(f"{len(view.rows)} services{hidden}: {totals}   (Ctrl-C ends this)", "dim"))
+    parts.append(Text(f"{_services(len(view.rows))}{hidden}: {totals}   (Ctrl-C ends this)", "dim"))
     return Group(*parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,7 +127,9 @@ def test_a_refused_loss_is_told_with_what_to_do(
     assert found["error"]["code"] == "loss"
     assert found["error"]["maps"] == ["tally", "limit"]
     assert "--allow-loss tally --allow-loss limit" in found["error"]["message"]
-    assert "apply will refuse this" in hitless_command("plan", releases[1], *where, code=2)
+    plan = hitless_command("plan", releases[1], *where, code=2)
+    assert "apply will refuse this" in plan
+    assert re.search(r"  tally loses: count: values outside 0 to \d+ do not fit  \(not allowed\)\n", plan), plan
     hitless_command("apply", releases[1], *where, "--allow-loss", "tally", "--allow-loss", "limit")
 
 
@@ -266,6 +269,20 @@ def test_an_error_goes_to_stderr_and_a_traceback_only_with_debug(tmp_path: Path)
     assert plain.stderr.count("\n") == 1
     debug = subprocess.run([*command, "--debug"], capture_output=True, text=True, timeout=30, check=False)
     assert "Traceback" in debug.stderr
+
+
+def test_a_bundle_that_is_not_there_is_told_without_the_errno(tmp_path: Path) -> None:
+    found = as_json("plan", tmp_path / "gone", "--root", tmp_path, code=1)["error"]["message"]
+    assert found.startswith(f"{tmp_path}/gone/bundle.toml cannot be read: No such file or directory; a bundle is")
+
+
+def test_a_reader_that_has_seen_enough_gets_no_error(releases: dict[int, Path]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "hitless", "inspect", str(releases[2])]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize(

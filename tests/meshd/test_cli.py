@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from meshd.cli import main
+from meshd.events import Events
 
 GOOD = "services: [{name: web, address: 10.96.0.10, port: 80, backends: []}]\n"
 BAD = "services:\n- {name: web, address: 10.96.0.10, port: 0, backends: []}\n"
@@ -54,3 +56,24 @@ def test_every_command_has_help_with_an_example(command: list[str]) -> None:
     done = CliRunner().invoke(main, [*command, "--help"])
     assert done.exit_code == 0
     assert not command or "Example: meshd" in done.stdout
+
+
+def test_it_tells_its_version() -> None:
+    done = CliRunner().invoke(main, ["--version"])
+    assert (done.exit_code, ", version " in done.stdout) == (0, True)
+
+
+def test_a_client_without_a_cgroup_is_told_without_the_errno(file: Path, tmp_path: Path) -> None:
+    file.write_text(GOOD + "policies: [{action: deny, service: web, source: {cgroup: gone}}]\n")
+    done = CliRunner().invoke(main, ["check", str(file), "--cgroup", str(tmp_path)])
+    assert done.stderr.endswith(f": {tmp_path}/gone is no cgroup2 directory: No such file or directory\n")
+
+
+def test_people_are_not_told_what_did_not_begin_yet() -> None:
+    out = io.StringIO()
+    events = Events(out=out)
+    events.tell("progress", step="copy", map="flow", done=0, rate=0.0, round=0, differing=0)
+    events.tell("progress", step="copy", map="flow", done=7, rate=201.98698, round=1, differing=0)
+    assert out.getvalue() == (
+        "meshd: progress step=copy map=flow\nmeshd: progress step=copy map=flow done=7 rate=202.0 round=1\n"
+    )

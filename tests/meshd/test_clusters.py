@@ -206,7 +206,7 @@ RUN = ["run", "--root", "/nowhere", "--cgroup", "/nowhere"]
         (["--services", "x", "--xds-ca", "y"], "are for --xds, which is not given"),
         (["--kubernetes"], "outside of a cluster, name a file with --kubeconfig"),
         (["--kubernetes", "--kubeconfig", "/none"], "Configuration file /none not found"),
-        (["--xds", "localhost:1", "--xds-ca", "/none"], "No such file or directory: '/none'"),
+        (["--xds", "localhost:1", "--xds-ca", "/none"], "cannot be read from /none: No such file"),
     ],
 )
 def test_a_wish_that_cannot_be_met_is_one_error(options: list[str], why: str) -> None:

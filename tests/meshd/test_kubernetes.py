@@ -384,11 +384,16 @@ def test_a_service_with_more_endpoints_than_a_release_holds_has_as_many_as_fit_a
 
 
 def test_a_kubeconfig_that_cannot_be_used_is_one_error(tmp_path: Path) -> None:
-    for text in ("", "[", "clusters: 1", "clusters: []\ncontexts: []\ncurrent-context: x"):
-        (tmp_path / "config").write_text(text)
-        with pytest.raises(SourceError, match="no Kubernetes cluster can be read from"):
+    wrong = {
+        b"": "it is no kubeconfig", b"hello": "it is no kubeconfig", b"clusters: 1": "it is no kubeconfig",
+        b"[": "it is not YAML", b"\xff\xfe": "it is not YAML",
+        b"clusters: []\ncontexts: []\ncurrent-context: x": "x",
+    }  # fmt: skip
+    for text, why in wrong.items():
+        (tmp_path / "config").write_bytes(text)
+        with pytest.raises(SourceError, match=f"no Kubernetes cluster can be read from .*config: .*{why}.* kubectl"):
             KubernetesSource(tmp_path / "config")
-    with pytest.raises(SourceError, match="name a file with --kubeconfig"):
+    with pytest.raises(SourceError, match=r"pod: /var/\S+: No such file.* name a file with --kubeconfig"):
         KubernetesSource()
 
 

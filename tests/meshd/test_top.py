@@ -68,3 +68,14 @@ def test_where_no_mesh_is_live_that_is_said(mesh: Mesh) -> None:
     assert (done.returncode, done.stdout) == (1, f"{mesh.root}: no mesh is live\n")
     done = mesh.lab.run_python("-m", "meshd", "top", "--root", str(mesh.lab.scratch / "x"), "--once")
     assert (done.returncode, "not on a bpffs" in done.stdout, done.stderr) == (1, True, "")
+
+
+def test_an_access_log_that_is_not_there_is_told_with_what_to_do(mesh: Mesh) -> None:
+    none = mesh.lab.run_python("-m", "meshd", "access", "--root", str(mesh.root))
+    assert (none.returncode, none.stdout) == (1, "")
+    assert none.stderr == f"meshd: no mesh is live under {mesh.root}: start one with `meshd run`\n"
+    mesh.start(1)
+    old = mesh.lab.run_python("-m", "meshd", "access", "--root", str(mesh.root))
+    assert old.returncode == 1
+    assert "release 1.0.0, which is live" in old.stderr
+    assert "has no access log" in old.stderr

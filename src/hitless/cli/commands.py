@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shutil
 import sys
@@ -44,6 +45,10 @@ def _command(
                     raise
                 message = "\n".join((error.message, *getattr(error, "__notes__", ())))
                 _complain(_form(as_json, options), error.code, message, error.facts)
+                sys.exit(trouble)
+            except BrokenPipeError:
+                # Whoever reads has seen enough; what was to be done is done or undone, and nobody hears more.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(trouble)
             except OSError as error:
                 if debug:

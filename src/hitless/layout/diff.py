@@ -27,7 +27,7 @@ by one, whichever section they are in: see :mod:`hitless.layout.variables`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -42,7 +42,7 @@ from hitless.layout.rules import INNER, MapRules, OnCollision, bind_old, inner_r
 
 __all__ = [
     "Change", "MapDiff", "Verdict", "diff_inner", "diff_map", "diff_maps", "diff_members", "draft", "is_constant",
-    "match_names", "section_of",
+    "match_names", "phrases", "section_of",
 ]  # fmt: skip
 
 Verdict = Literal[
@@ -98,6 +98,13 @@ class MapDiff(msgspec.Struct, frozen=True):
 
 
 _SECTION = re.compile(r"\.(?:bss|data|rodata|kconfig)(?:\..*)?$")
+
+
+def phrases(changes: Iterable[Change]) -> Iterator[str]:
+    """What ``changes`` lose, each with the field that it is about."""
+    for change in changes:
+        if change.loss:
+            yield change.loss if change.loss.startswith(change.path) else f"{change.path}: {change.loss}"
 
 
 def section_of(spec: MapSpec) -> str | None:

@@ -16,7 +16,7 @@ A rule's ``was`` names a variable of the same object, or of any section with tha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -29,6 +29,7 @@ from hitless.layout.diff import (
     diff_members,
     is_constant,
     match_names,
+    phrases,
     same,
     section_of,
 )
@@ -126,7 +127,7 @@ def diff_sections(
         if name not in main.values():
             losses = [Change(one.field.name, "removed", _spell(one), None, _dropped(one)) for one in gone[name]]
             diff = MapDiff(name, None, "removed", (Change("", "removed", spec.type, None), *losses))
-            out.append(SectionDiff(diff, (), tuple(_phrases(losses)), (name,)))
+            out.append(SectionDiff(diff, (), tuple(phrases(losses)), (name,)))
     return tuple(out)
 
 
@@ -297,7 +298,7 @@ def _section(
         first = Change("", "added", None, new.type)
         return SectionDiff(MapDiff(new.name, None, "added", (first, *changes)), (), (), sources)
     changes += kernels
-    losses = tuple(_phrases(changes))
+    losses = tuple(phrases(changes))
     verdict: Verdict = "lossy" if losses else "lossless"
     value = None
     if pairs and len({pair.source for pair in pairs}) == 1:
@@ -357,9 +358,3 @@ def _dropped(one: _Variable) -> str:
 
 def _spell(one: _Variable) -> str:
     return one.field.type.name or "struct {...}"
-
-
-def _phrases(changes: Iterable[Change]) -> Iterator[str]:
-    for change in changes:
-        if change.loss:
-            yield change.loss if change.loss.startswith(change.path) else f"{change.path}: {change.loss}"

@@ -30,7 +30,7 @@ from hitless.hooks import HOOKS, SLEEPABLE
 from hitless.kernel.links import LinkInfo
 from hitless.kernel.switchboard import KINDS
 from hitless.layout.answers import answer
-from hitless.layout.diff import MapDiff, diff_maps, is_constant
+from hitless.layout.diff import MapDiff, diff_maps, is_constant, phrases
 from hitless.layout.model import MapSpec, ProgramSpec
 from hitless.layout.rules import MapRules, only_read
 from hitless.layout.variables import SectionDiff, diff_sections
@@ -461,7 +461,7 @@ def _plan_map(
 ) -> MapPlan:
     rules = bundle.rules.get(diff.name, MapRules())
     allowed = _is_allowed(diff.name, diff.was, bundle, allow_loss)
-    lost = tuple(change.loss for change in losses(diff, rules) if change.loss)
+    lost = tuple(phrases(losses(diff, rules)))
 
     def planned(
         action: str, method: str, exactness: str = "exact", loss: tuple[str, ...] = (), kind: str = ""

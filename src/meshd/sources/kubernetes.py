@@ -376,6 +376,18 @@ class Mirror:
         return spec.internal_traffic_policy == "Local"
 
 
+def _no_config(error: Exception) -> str:
+    """Why credentials cannot be used, also where lightkube stumbles over what it takes for granted."""
+    if isinstance(error, (yaml.YAMLError, UnicodeDecodeError)):
+        return "it is not YAML"
+    if isinstance(error, (KeyError, TypeError, AttributeError)):
+        return "it is no kubeconfig: that has clusters, users, contexts and a current-context"
+    system = error if isinstance(error, OSError) else error.__context__
+    if isinstance(system, OSError) and system.filename is not None:
+        return f"{system.filename}: {system.strerror}"
+    return str(error)
+
+
 class KubernetesSource:
     """The Services and EndpointSlices of a cluster, or of one ``namespace`` of it: see :class:`Source`.
 
@@ -400,8 +412,10 @@ class KubernetesSource:
             self._client().is_closed  # noqa: B018 - reads certificates
         except (*_UNREADABLE, lightkube.core.exceptions.ConfigError) as error:
             what = str(kubeconfig) if kubeconfig else "the service account of this pod"
-            hint = "" if kubeconfig else "; outside of a cluster, name a file with --kubeconfig"
-            raise SourceError(f"no Kubernetes cluster can be read from {what}: {error}{hint}") from error
+            hint = "; outside of a cluster, name a file with --kubeconfig"
+            if kubeconfig:
+                hint = "; give a file that kubectl takes with --kubeconfig"
+            raise SourceError(f"no Kubernetes cluster can be read from {what}: {_no_config(error)}{hint}") from error
         self._server = self._config.cluster.server
 
     def load(self) -> Config:

@@ -345,6 +345,13 @@ class Picture:
             self._problems[what, name] = message
 
 
+def _no_authority(file: Path, why: str | None) -> SourceError:
+    return SourceError(
+        f"the certificate authority of the xDS server cannot be read from {file}: {why}; name a file with its "
+        "certificates in PEM with --xds-ca"
+    )
+
+
 class XdsSource:
     """The services of an xDS server at ``target`` (HOST:PORT, or unix:PATH): see :class:`Source`.
 
@@ -363,8 +370,12 @@ class XdsSource:
             try:
                 self._ca = ca.read_bytes()
                 ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=self._ca.decode("ascii"))
-            except (OSError, ValueError) as error:
-                raise SourceError(f"the certificate authority of the xDS server cannot be read: {error}") from error
+            except OSError as error:
+                # Of an SSLError strerror is OpenSSL's word.
+                why = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
+                raise _no_authority(ca, why) from error
+            except ValueError as error:
+                raise _no_authority(ca, "it holds no certificate") from error
         self._picture = Picture()
         self._complete = False
 
