@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,13 @@ def test_people_are_not_told_what_did_not_begin_yet() -> None:
     assert out.getvalue() == (
         "meshd: progress step=copy map=flow\nmeshd: progress step=copy map=flow done=7 rate=202.0 round=1\n"
     )
+
+
+def test_the_documents_name_every_page_and_every_event() -> None:
+    top = Path(__file__).parents[2]
+    readme, operating = (top / "README.md").read_text(), (top / "docs/operating.md").read_text()
+    assert [page.name for page in (top / "docs").glob("*.md") if f"(docs/{page.name})" not in readme] == []
+    code = "".join(path.read_text() for path in (top / "src/meshd").glob("*.py"))
+    told = set(re.findall(r'events\.tell\(\s*"([a-z-]+)"', code))
+    assert len(told) > 10
+    assert {name for name in told if f"`{name}`" not in operating} == set()
