@@ -416,7 +416,7 @@ def test_programs_of_device_entries_are_a_loss_where_the_new_map_has_no_place_fo
     with program(node, "on_device") as running:
         held(node).update(words(0), words(LOOPBACK, running.fd))
     second = make("2.0", sized("DEVMAP", 4, 4, 4) + REDIRECTING)
-    assert planned(node, second).loss == ("the programs of its entries have no place",)
+    assert planned(node, second).loss == ("value: the programs of its entries have no place",)
     hitless.apply(node, second, allow_loss=["held"])
     assert held(node).lookup(words(0)) == words(LOOPBACK)
 
@@ -746,7 +746,7 @@ def test_around_an_object_of_the_kernel_the_value_is_carried_and_the_loss_is_nam
     at = next(inside.offset // 8 for inside in layout.fields if inside.name == "b")
     held(node).update(words(1), (words(7).ljust(at, b"\0") + words(9)).ljust(layout.size, b"\0"))
     second = make("2.0", with_object(field, "__u64") if change == "layout" else with_object(field, "__u32", 32))
-    assert planned(node, second).loss == (loss.split(": ")[1],)
+    assert planned(node, second).loss == (loss,)
     with pytest.raises(hitless.LossNotAllowedError):
         hitless.apply(node, second)
     hitless.apply(node, second, allow_loss=["held"])
