@@ -19,8 +19,8 @@ import hitless
 from hitless.kernel.processes import is_stopped
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
+from tests.kills import kill_upgrade
 from tests.upgrade.conftest import Release
-from tests.upgrade.test_verify import kill_at
 
 # Holds the root's lock in the middle of an upgrade until a line comes in.
 HOLDER = """
@@ -221,7 +221,7 @@ def test_two_recovers_of_one_killed_upgrade_do_it_once(
     node: hitless.Node, release: Release, releases: dict[int, Path], lab: Lab
 ) -> None:
     hitless.apply(node, release(1))
-    kill_at("merge", node, releases[2], lab)
+    kill_upgrade("merge", node, releases[2], {"cgroup": str(lab.cgroup)})
     both = [started("recover", "--root", node.root) for _ in range(2)]
     results = [ended(process) for process in both]
     assert [code for code, _ in results] == [0, 0]
