@@ -29,7 +29,8 @@ BACK = ("tally", "limit")
 
 # Connects to a port that nobody listens on: the program on the hook counts each try before the refusal.
 CLIENT = """
-import signal, socket, sys
+import os, signal, socket, sys
+os.nice(5)  # who upgrades, and other tests, go first
 port, tries, go = int(sys.argv[1]), 0, True
 address = sys.argv[2] if len(sys.argv) > 2 else "127.0.0.1"
 family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -151,9 +152,9 @@ def test_no_increment_is_lost_or_gained_while_upgrades_go_back_and_forth(
 ) -> None:
     hitless.apply(node, release(1))
     with clients(lab) as tries:
-        until = time.monotonic() + 8
+        until = time.monotonic() + 60
         rounds = 0
-        while time.monotonic() < until:
+        while (rounds <= 20 or sum(counted(node).values()) <= 20_000) and time.monotonic() < until:
             hitless.apply(node, release(2))
             hitless.apply(node, release(1), allow_loss=BACK)
             rounds += 1
