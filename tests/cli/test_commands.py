@@ -16,8 +16,8 @@ import pytest
 import hitless
 from hitless.kernel.programs import Program
 from meshd.demo.lab import Lab
+from tests.kills import kill_upgrade
 from tests.upgrade.conftest import Release, node, release, releases
-from tests.upgrade.test_verify import kill_at
 
 __all__ = ["node", "release", "releases"]  # fixtures
 
@@ -226,7 +226,7 @@ def test_a_killed_upgrade_is_told_by_name(
     words: str | None,
 ) -> None:
     hitless.apply(node, release(1))
-    kill_at(step, node, releases[2], lab)
+    kill_upgrade(step, node, releases[2], {"cgroup": str(lab.cgroup)})
     line = [sys.executable, "-m", "hitless", command, "--root", str(node.root)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == int(words is not None), done.stdout + done.stderr

@@ -9,8 +9,8 @@ from pathlib import Path
 import hitless
 from meshd.demo.lab import Lab
 from tests.cli.test_commands import as_json, hitless_command
+from tests.kills import kill_upgrade
 from tests.upgrade.conftest import Release, node, release, releases
-from tests.upgrade.test_verify import kill_at
 
 __all__ = ["node", "release", "releases"]  # fixtures
 
@@ -67,13 +67,13 @@ def test_recover_says_what_it_found_and_did(
     node: hitless.Node, release: Release, releases: dict[int, Path], lab: Lab
 ) -> None:
     hitless.apply(node, release(1))
-    kill_at("merge", node, releases[2], lab)
+    kill_upgrade("merge", node, releases[2], {"cgroup": str(lab.cgroup)})
     assert hitless_command("recover", "--root", node.root, "--back") == (
         "found: an upgrade to 2.0 was interrupted in phase cutover\n"
         "took back the upgrade to 2.0, which had been interrupted\n"
         "version 1.0 runs, generation 1\n"
     )
-    kill_at("merge", node, releases[2], lab)
+    kill_upgrade("merge", node, releases[2], {"cgroup": str(lab.cgroup)})
     found = as_json("recover", "--root", node.root)
     assert (found["schema"], found["did"]) == (1, "finished the interrupted upgrade to 2.0")
     assert (found["version"], found["generation"]) == ("2.0", 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from hitless.upgrade.cutover import switch_back, switch_hooks
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from meshd.demo.pods import Pods
+from tests.kills import kill_upgrade
 from tests.releases import write_release
 
 REPLACEMENTS = 1000
@@ -207,16 +207,6 @@ def test_an_upgrade_that_fails_after_the_cutover_counts_everything_in_the_old_re
     assert not is_loaded(number)
 
 
-KILLED = """
-import os, signal, sys, hitless
-def at(event):
-    if event.step == sys.argv[3]:
-        os.kill(os.getpid(), signal.SIGKILL)
-bundle = hitless.Bundle.load(sys.argv[2], {"netns": sys.argv[4], "library": sys.argv[5]})
-hitless.apply(hitless.Node(sys.argv[1]), bundle, progress=at)
-"""
-
-
 @pytest.mark.parametrize("hook", ["netfilter", "tp_btf", "uprobe"])
 @pytest.mark.parametrize("back", [False, True])
 def test_a_killed_upgrade_is_finished_or_taken_back_and_counts_stay_exact(
@@ -227,9 +217,7 @@ def test_a_killed_upgrade_is_finished_or_taken_back_and_counts_stay_exact(
     second = bundle(tmp_path, hook, 2, str(lab.netns)).path
     sender = start(lab, tmp_path, hook)
     for step in ("cutover", "merge", "commit"):
-        arguments = [str(node.root), str(second), step, str(lab.netns), str(library(tmp_path))]
-        killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False, timeout=30)
-        assert killed.returncode == -signal.SIGKILL
+        kill_upgrade(step, node, second, {"netns": str(lab.netns), "library": str(library(tmp_path))})
         assert hitless.recover(node, back=back) is not None
         assert status(node).version == ("1.0" if back else "2.0")
         assert status(node).problems == ()

@@ -19,8 +19,8 @@ import hitless
 from hitless.kernel.processes import is_stopped
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
+from tests.kills import kill_upgrade
 from tests.upgrade.conftest import Release
-from tests.upgrade.test_verify import kill_at
 
 # Holds the root's lock in the middle of an upgrade until a line comes in.
 HOLDER = """
@@ -106,12 +106,20 @@ def test_status_shows_what_runs_and_who_upgrades_it(
         assert (code, seen["version"], seen["upgrading"], seen["problems"]) == (0, "1.0", holder.pid, [])
 
 
-def waiting(command: list[object]) -> subprocess.Popen[str]:
-    """The command, on its way for some time; it cannot end while somebody holds the lock."""
+def waiting(command: list[object], root: Path) -> subprocess.Popen[str]:
+    """The command, when it has come to the lock that somebody holds: until it has that it cannot end."""
     process = started(*command, "--wait", "40")
-    time.sleep(1.5)
+    until = time.monotonic() + 30
+    while process.poll() is None and not has_open(process.pid, root) and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.1)
     assert process.poll() is None
+    assert has_open(process.pid, root)
     return process
+
+
+def has_open(pid: int, path: Path) -> bool:
+    return str(path) in (os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir())  # noqa: PTH115
 
 
 def test_of_two_applies_the_second_waits_and_finds_the_work_done(
@@ -119,7 +127,7 @@ def test_of_two_applies_the_second_waits_and_finds_the_work_done(
 ) -> None:
     hitless.apply(node, release(1))
     with upgrading(node, releases[2], lab):
-        second = waiting(arguments_of("apply", node, releases[2], lab))
+        second = waiting(arguments_of("apply", node, releases[2], lab), node.root)
     code, result = ended(second)
     assert (code, result["start_type"], result["generation"]) == (0, "restart", 2)
 
@@ -129,7 +137,7 @@ def test_a_recover_that_waited_for_an_upgrade_finds_nothing_to_do(
 ) -> None:
     hitless.apply(node, release(1))
     with upgrading(node, releases[2], lab):
-        second = waiting(["recover", "--root", node.root])
+        second = waiting(["recover", "--root", node.root], node.root)
     code, found = ended(second)
     assert (code, found["found"], found["did"], found["version"]) == (0, None, None, "2.0")
 
@@ -139,7 +147,7 @@ def test_an_unload_that_waited_for_an_upgrade_unloads_what_it_made(
 ) -> None:
     hitless.apply(node, release(1))
     with upgrading(node, releases[2], lab):
-        second = waiting(["unload", "--root", node.root])
+        second = waiting(["unload", "--root", node.root], node.root)
     assert ended(second)[0] == 0
     assert not node.root.exists()
 
@@ -149,7 +157,7 @@ def test_a_gc_that_waited_for_an_upgrade_drops_the_release_before_it(
 ) -> None:
     hitless.apply(node, release(1))
     with upgrading(node, releases[2], lab):
-        second = waiting(["gc", "--root", node.root])
+        second = waiting(["gc", "--root", node.root], node.root)
     code, found = ended(second)
     assert (code, found["version"]) == (0, "1.0")
     assert (status(node).version, status(node).previous) == ("2.0", None)
@@ -161,7 +169,7 @@ def test_an_upgrade_whose_plan_was_overtaken_while_it_waited_is_refused(
     hitless.apply(node, release(1))
     hitless.save_plan(hitless.plan(node, release(2)), tmp_path / "plan")
     with upgrading(node, releases[2], lab):
-        second = waiting([*arguments_of("apply", node, releases[2], lab), "--plan", tmp_path / "plan"])
+        second = waiting([*arguments_of("apply", node, releases[2], lab), "--plan", tmp_path / "plan"], node.root)
     code, found = ended(second)
     assert (code, found["error"]["code"]) == (1, "node")
     assert "now generation 2" in found["error"]["message"]
@@ -189,7 +197,7 @@ def test_a_holder_that_is_killed_leaves_no_stuck_lock(
 ) -> None:
     hitless.apply(node, release(1))
     with upgrading(node, releases[2], lab) as holder:
-        second = waiting(arguments_of("apply", node, releases[2], lab))
+        second = waiting(arguments_of("apply", node, releases[2], lab), node.root)
         holder.kill()
         holder.wait(10)
         code, result = ended(second)
@@ -221,7 +229,7 @@ def test_two_recovers_of_one_killed_upgrade_do_it_once(
     node: hitless.Node, release: Release, releases: dict[int, Path], lab: Lab
 ) -> None:
     hitless.apply(node, release(1))
-    kill_at("merge", node, releases[2], lab)
+    kill_upgrade("merge", node, releases[2], {"cgroup": str(lab.cgroup)})
     both = [started("recover", "--root", node.root) for _ in range(2)]
     results = [ended(process) for process in both]
     assert [code for code, _ in results] == [0, 0]

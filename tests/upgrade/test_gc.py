@@ -14,9 +14,10 @@ from hitless.kernel.maps import Map, create, is_alive
 from hitless.kernel.programs import Program
 from hitless.upgrade.record import create_record, read_record, write_record
 from meshd.demo.lab import Lab
+from tests.kills import kill_upgrade
 from tests.upgrade.conftest import Make, Release
 from tests.upgrade.test_map_types import RING, connect, reader
-from tests.upgrade.test_verify import holding, kill_at, problems, twin, wait_until
+from tests.upgrade.test_verify import holding, problems, twin, wait_until
 
 BACK = ("tally", "limit", "extra")
 
@@ -101,7 +102,7 @@ def test_gc_drops_the_rest_of_an_upgrade_that_had_switched_no_hook(
     node: hitless.Node, release: Release, step: str, releases: dict[int, Path], lab: Lab
 ) -> None:
     hitless.apply(node, release(1))
-    kill_at(step, node, releases[2], lab)
+    kill_upgrade(step, node, releases[2], {"cgroup": str(lab.cgroup)})
     found = hitless.gc(node)
     assert "next/maps/limits" in paths(found)
     assert not node.next.exists()
@@ -112,7 +113,7 @@ def test_gc_leaves_the_rest_of_an_upgrade_alone_if_somebody_pinned_something_in_
     node: hitless.Node, release: Release, releases: dict[int, Path], lab: Lab
 ) -> None:
     hitless.apply(node, release(1))
-    kill_at("copy", node, releases[2], lab)
+    kill_upgrade("copy", node, releases[2], {"cgroup": str(lab.cgroup)})
     create(1, "theirs", 4, 4, 1).pin(node.next / "maps" / "theirs")
     with pytest.raises(hitless.NodeError, match="next/maps/theirs was not made by hitless"):
         hitless.gc(node)
@@ -131,7 +132,7 @@ def test_gc_leaves_an_upgrade_alone_that_had_begun_to_switch_hooks(
     node: hitless.Node, release: Release, step: str, releases: dict[int, Path], lab: Lab
 ) -> None:
     hitless.apply(node, release(1))
-    kill_at(step, node, releases[2], lab)
+    kill_upgrade(step, node, releases[2], {"cgroup": str(lab.cgroup)})
     before = pins(node)
     with pytest.raises(hitless.InterruptedUpgradeError, match=r"an upgrade to 2\.0 was interrupted.*hitless recover"):
         hitless.gc(node)
@@ -247,7 +248,7 @@ def test_the_previous_record_of_a_newer_hitless_is_left_to_it(upgraded: hitless.
 def test_a_first_start_that_was_killed_is_dropped_and_the_root_stays(
     node: hitless.Node, releases: dict[int, Path], lab: Lab
 ) -> None:
-    kill_at("copy", node, releases[1], lab)
+    kill_upgrade("copy", node, releases[1], {"cgroup": str(lab.cgroup)})
     hitless.gc(node)
     assert not node.next.exists()
     assert node.observe().current is None

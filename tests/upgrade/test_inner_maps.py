@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import signal
 import subprocess
@@ -22,8 +21,9 @@ from hitless.layout.model import MapSpec
 from hitless.upgrade.inner_maps import slots_of
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
+from tests.kills import kill_upgrade, kill_while_undoing
 from tests.releases import ATTACH, write_release
-from tests.upgrade.test_under_fire import CLIENT, KILLED, KILLED_UNDOING, STEPS, clients
+from tests.upgrade.test_under_fire import CLIENT, STEPS, clients
 
 # Counts connects in the inner map of their port, if it has one.
 SOURCE = """
@@ -344,11 +344,6 @@ def test_an_error_after_the_cutover_takes_back_counts_and_slots(node: hitless.No
         put(node, [3], {0: 3})
 
 
-def killed(script: str, *task: object) -> None:
-    done = subprocess.run([sys.executable, "-c", script, json.dumps(task)], timeout=60, check=False)
-    assert done.returncode == -signal.SIGKILL
-
-
 def test_a_killed_upgrade_is_undone_or_finished_and_counts_stay_exact(
     node: hitless.Node, lab: Lab, write: Write
 ) -> None:
@@ -359,7 +354,7 @@ def test_a_killed_upgrade_is_undone_or_finished_and_counts_stay_exact(
     put(node, [20, 21], {0: 20})
     with clients(lab) as tries:
         for step in STEPS:
-            killed(KILLED, str(node.root), str(two), {"cgroup": str(lab.cgroup)}, step)
+            kill_upgrade(step, node, two, {"cgroup": str(lab.cgroup)})
             if step in ("cutover", "catch-up", "merge"):  # what a daemon does before somebody takes up the upgrade
                 put(node, [30], {0: 30})
                 outer(node).delete(number(20))
@@ -384,7 +379,7 @@ def test_an_upgrade_killed_while_it_is_taken_back_is_taken_back_and_counts_stay_
     with clients(lab) as tries:
         for phase in ("undoing", "merging-back", "undone"):
             for when in ("before", "after"):
-                killed(KILLED_UNDOING, str(node.root), str(two), {"cgroup": str(lab.cgroup)}, phase, when)
+                kill_while_undoing(phase, when, node, two, {"cgroup": str(lab.cgroup)})
                 assert hitless.recover(node) is not None
                 assert status(node).problems == ()
                 hitless.apply(node, load(one, lab), allow_loss=BACK)

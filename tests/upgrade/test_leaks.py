@@ -206,9 +206,9 @@ def test_nothing_is_held_by_the_process_when_an_upgrade_is_over(
     node: hitless.Node, release: Release, lab: Lab, collected_by_nobody: None
 ) -> None:
     hitless.apply(node, release(1))
-    before = Counter({what: count for what, count in held(node, lab).items() if what.startswith(("desc", "mapp"))})
+    before = held(node, lab)
     there_and_back(node, release)
-    after = more(before, node, lab)
+    after = held(node, lab) - before
     assert {what for what in after if what.startswith(("descriptor anon_inode:bpf", "mapping"))} == set()
 
 

@@ -16,9 +16,9 @@ from hitless.kernel.maps import Map, create
 from hitless.upgrade.fingerprint import differences
 from hitless.upgrade.model import Fingerprint, LinkFacts, MapFacts
 from meshd.demo.lab import Lab
+from tests.kills import kill_upgrade
 from tests.releases import ATTACH, COUNTING, FIRST, write_release
 from tests.upgrade.conftest import Release, empty_bpffs
-from tests.upgrade.test_verify import kill_at
 
 BACK = ("tally", "limit")
 
@@ -201,7 +201,7 @@ def test_what_became_of_a_node_is_told_in_words(change: dict[str, object], told:
 def test_an_upgrade_that_was_killed_since_is_recovered_first_and_not_by_the_plan(
     node: hitless.Node, release: Release, releases: dict[int, Path], lab: Lab, planned: hitless.Plan
 ) -> None:
-    kill_at("copy", node, releases[2], lab)
+    kill_upgrade("copy", node, releases[2], {"cgroup": str(lab.cgroup)})
     refused(node, release(2), planned, hitless.InterruptedUpgradeError, f"hitless recover --root {node.root}")
     hitless.recover(node)
     assert hitless.apply(node, release(2), planned=planned).to_version == "2.0"

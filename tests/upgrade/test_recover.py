@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +11,9 @@ import hitless
 from hitless.upgrade.recovery import recovery
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
+from tests.kills import dying_at_record, exit_code_of, kill_upgrade
 from tests.upgrade.conftest import Release
 from tests.upgrade.test_under_fire import clients, counted
-from tests.upgrade.test_verify import kill_at
 
 SWITCHED = ["cutover", "catch-up", "merge", "commit"]
 
@@ -27,7 +24,7 @@ def test_an_upgrade_that_was_killed_before_a_hook_switched_or_as_the_first_did_c
 ) -> None:
     hitless.apply(node, release(1))
     before = node.observe()
-    kill_at(step, node, releases[2], lab)
+    kill_upgrade(step, node, releases[2], {"cgroup": str(lab.cgroup)})
     assert hitless.recover(node, back=True) is not None
     assert node.observe() == before
     assert status(node).problems == ()
@@ -39,28 +36,19 @@ def test_going_back_keeps_every_count_of_the_new_release(
     hitless.apply(node, release(1))
     with clients(lab) as tries:
         for step in SWITCHED:
-            kill_at(step, node, releases[2], lab)
+            kill_upgrade(step, node, releases[2], {"cgroup": str(lab.cgroup)})
             assert hitless.recover(node, back=True) == "took back the upgrade to 2.0, which had been interrupted"
             assert (status(node).version, status(node).problems) == ("1.0", ())
             assert hitless.recover(node, back=True) is None
     assert counted(node) == tries
 
 
-KILLED_GOING_BACK = """
-import json, os, signal, sys
-import hitless
-from hitless.upgrade import transaction
-root, phase, when = json.loads(sys.argv[1])
-write_record = transaction.write_record
-def write(path, record):
-    if (record.phase, when) == (phase, "before"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    write_record(path, record)
-    if record.phase == phase:
-        os.kill(os.getpid(), signal.SIGKILL)
-transaction.write_record = write
-hitless.recover(hitless.Node(root), back=True)
-"""
+def kill_going_back(phase: str, when: str, node: hitless.Node) -> None:
+    def work() -> None:
+        dying_at_record(phase, when)
+        hitless.recover(hitless.Node(node.root), back=True)
+
+    assert exit_code_of(work) == -signal.SIGKILL
 
 
 def test_who_is_killed_while_going_back_is_followed_by_one_who_goes_back_and_counts_stay_exact(
@@ -70,10 +58,8 @@ def test_who_is_killed_while_going_back_is_followed_by_one_who_goes_back_and_cou
     with clients(lab) as tries:
         for phase, when in [("undoing", "after"), ("merging-back", "before"), ("merging-back", "after"),
                             ("undone", "before"), ("undone", "after")]:  # fmt: skip
-            kill_at("merge", node, releases[2], lab)
-            task = json.dumps([str(node.root), phase, when])
-            killed = subprocess.run([sys.executable, "-c", KILLED_GOING_BACK, task], timeout=30, check=False)
-            assert killed.returncode == -signal.SIGKILL
+            kill_upgrade("merge", node, releases[2], {"cgroup": str(lab.cgroup)})
+            kill_going_back(phase, when, node)
             assert hitless.recover(node) is not None  # not told where to go: the record says it
             assert (status(node).version, status(node).problems) == ("1.0", ())
     assert counted(node) == tries
@@ -83,7 +69,7 @@ def test_a_release_that_was_committed_is_not_gone_back_from(
     node: hitless.Node, release: Release, releases: dict[int, Path], lab: Lab
 ) -> None:
     hitless.apply(node, release(1))
-    kill_at("clean-up", node, releases[2], lab)
+    kill_upgrade("clean-up", node, releases[2], {"cgroup": str(lab.cgroup)})
     before = node.observe()
     with pytest.raises(hitless.InterruptedUpgradeError, match="was committed before it was interrupted"):
         hitless.recover(node, back=True)
@@ -94,7 +80,7 @@ def test_a_release_that_was_committed_is_not_gone_back_from(
 def test_a_first_start_can_be_gone_back_from_to_nothing(
     node: hitless.Node, release: Release, releases: dict[int, Path], lab: Lab
 ) -> None:
-    kill_at("merge", node, releases[1], lab)
+    kill_upgrade("merge", node, releases[1], {"cgroup": str(lab.cgroup)})
     hitless.recover(node, back=True)
     assert (node.observe().version, node.observe().links) == (None, {})
     assert hitless.apply(node, release(1)).start_type == "normal"
@@ -104,7 +90,7 @@ def test_a_recovery_tells_what_it_found_and_did_and_what_runs(
     node: hitless.Node, release: Release, releases: dict[int, Path], lab: Lab
 ) -> None:
     hitless.apply(node, release(1))
-    kill_at("merge", node, releases[2], lab)
+    kill_upgrade("merge", node, releases[2], {"cgroup": str(lab.cgroup)})
     found = recovery(node)
     assert found.found == "an upgrade to 2.0 was interrupted in phase cutover"
     assert found.did == "finished the interrupted upgrade to 2.0"
@@ -122,7 +108,7 @@ def test_every_word_on_a_killed_upgrade_names_the_command(
     node: hitless.Node, release: Release, releases: dict[int, Path], lab: Lab
 ) -> None:
     hitless.apply(node, release(1))
-    kill_at("merge", node, releases[2], lab)
+    kill_upgrade("merge", node, releases[2], {"cgroup": str(lab.cgroup)})
     command = f"hitless recover --root {node.root} finishes or undoes it"
     assert command in status(node).problems[0]
     for action in (lambda: hitless.plan(node, release(2)), lambda: hitless.gc(node), lambda: hitless.verify(node)):

@@ -9,16 +9,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import hitless
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
-from hitless.kernel.sockets import list_sockets
+from hitless.kernel.sockets import Adder, list_sockets
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
+from tests.kills import die, exit_code_of
 from tests.releases import write_release
 
 # Each established connection is noted by its ports; what one end sends goes straight to the other end's queue.
@@ -282,39 +285,36 @@ def test_an_upgrade_that_fails_after_the_cutover_brings_new_sockets_back(
     assert status(node).problems == ()
 
 
-KILLED = """
-import json, os, signal, sys
-import hitless
-from hitless.upgrade import sockets
-root, bundle, variables, step, fails = json.loads(sys.argv[1])
-add, runs = sockets.Adder.add, 0
-def adding(*parts):
-    global runs
-    outcomes = add(*parts)
-    runs += 1
-    if step == f"added {runs}":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return outcomes
-sockets.Adder.add = adding
-def progress(event):
-    if event.step == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if fails and event.step == "commit":
-        raise ZeroDivisionError
-hitless.apply(hitless.Node(root), hitless.Bundle.load(bundle, variables), progress=progress)
-"""
+def upgrade_dying(step: str, fails: bool, node: hitless.Node, bundle: hitless.Bundle) -> None:
+    """An upgrade that dies at ``step``, or after it added so often; one that ``fails`` does so after its cutover."""
+    add, runs = Adder.add, 0
+
+    def adding(adder: Adder, *parts: Any) -> Any:
+        nonlocal runs
+        outcomes = add(adder, *parts)
+        runs += 1
+        if step == f"added {runs}":
+            die()
+        return outcomes
+
+    def progress(event: hitless.Progress) -> None:
+        if event.step == step:
+            die()
+        if fails and event.step == "commit":
+            raise ZeroDivisionError
+
+    setattr(Adder, "add", adding)  # noqa: B010 - of the process that dies
+    hitless.apply(hitless.Node(node.root), bundle, progress=progress)
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["forward", "taken-back"])
 def test_connections_outlive_an_upgrader_that_is_killed(
-    node: hitless.Node, bundles: dict[int, hitless.Bundle], directories: dict[int, Path], lab: Lab, fails: bool
+    node: hitless.Node, bundles: dict[int, hitless.Bundle], lab: Lab, fails: bool
 ) -> None:
     steps = ["added 1", "verify", "cutover", "added 2", "merge", "added 3", "commit"]
     with redirected(node, bundles[1], lab) as pairs:
         for step in ["added 4"] if fails else steps:
-            task = json.dumps([str(node.root), str(directories[2]), {"cgroup": str(lab.cgroup)}, step, fails])
-            killed = subprocess.run([sys.executable, "-c", KILLED, task], timeout=30, check=False)
-            assert killed.returncode == -signal.SIGKILL, step
+            assert exit_code_of(partial(upgrade_dying, step, fails, node, bundles[2])) == -signal.SIGKILL, step
             hitless.recover(node)
             assert status(node).problems == ()
             assert len(list_sockets(Map.open(node.root / "maps" / "peers"))) == 6

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import pytest
 import hitless
 from hitless.kernel.libbpf import check, libc
 from hitless.kernel.maps import Map
+from hitless.kernel.storage import Settler
 from hitless.layout.codec import decode
 from hitless.upgrade import transaction
 from hitless.upgrade.status import status
 from hitless.upgrade.storage import Storage
 from meshd.demo.lab import Lab
+from tests.kills import die, exit_code_of
 from tests.releases import ATTACH, write_release
 
 TYPES = ("sk", "task", "cgrp")
@@ -269,32 +272,31 @@ def test_an_upgrade_that_fails_after_the_cutover_takes_the_new_counts_back(
     assert status(node).problems == ()
 
 
-KILLED = """
-import json, os, signal, sys
-import hitless
-from hitless.upgrade import storage
-root, bundle, variables, step, fails = json.loads(sys.argv[1])
-settle, runs = storage.Settler.settle, 0
-def settling(*parts):
-    global runs
-    left = settle(*parts)
-    runs += 1
-    if step == f"settled {runs}":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return left
-storage.Settler.settle = settling
-def progress(event):
-    if event.step == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if fails and event.step == "commit":
-        raise ZeroDivisionError
-hitless.apply(hitless.Node(root), hitless.Bundle.load(bundle, variables), progress=progress)
-"""
+def upgrade_dying(step: str, fails: bool, node: hitless.Node, bundle: hitless.Bundle) -> None:
+    """An upgrade that dies at ``step``, or after it settled so often; one that ``fails`` does so after its cutover."""
+    settle, runs = Settler.settle, 0
+
+    def settling(settler: Settler, *parts: Any) -> Any:
+        nonlocal runs
+        left = settle(settler, *parts)
+        runs += 1
+        if step == f"settled {runs}":
+            die()
+        return left
+
+    def progress(event: hitless.Progress) -> None:
+        if event.step == step:
+            die()
+        if fails and event.step == "commit":
+            raise ZeroDivisionError
+
+    setattr(Settler, "settle", settling)  # noqa: B010 - of the process that dies
+    hitless.apply(hitless.Node(node.root), bundle, progress=progress)
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["forward", "taken-back"])
 def test_counts_stay_exact_whenever_the_upgrader_is_killed(
-    node: hitless.Node, bundles: dict[int, hitless.Bundle], directories: dict[int, Path], lab: Lab, fails: bool
+    node: hitless.Node, bundles: dict[int, hitless.Bundle], lab: Lab, fails: bool
 ) -> None:
     hitless.apply(node, bundles[1])
     steps = [f"settled {runs}" for runs in (range(9, 25, 4) if fails else range(1, 16, 4))]
@@ -303,12 +305,9 @@ def test_counts_stay_exact_whenever_the_upgrader_is_killed(
     killed = 0
     with clients(lab) as running:
         for step in steps:
-            task = json.dumps([str(node.root), str(directories[2]), {"cgroup": str(lab.cgroup)}, step, fails])
-            done = subprocess.run(
-                [sys.executable, "-c", KILLED, task], timeout=30, check=False, stderr=subprocess.PIPE, text=True
-            )
-            killed += done.returncode == -signal.SIGKILL
-            assert done.returncode in (-signal.SIGKILL, int(fails)), done.stderr  # or there were fewer runs than that
+            code = exit_code_of(partial(upgrade_dying, step, fails, node, bundles[2]))
+            killed += code == -signal.SIGKILL
+            assert code in (-signal.SIGKILL, int(fails))  # or there were fewer runs than that
             hitless.recover(node)
             assert status(node).problems == ()
             hitless.apply(node, bundles[1], allow_loss=BACK)

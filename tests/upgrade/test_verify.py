@@ -23,6 +23,7 @@ from hitless.upgrade.record import read_record, write_record
 from hitless.upgrade.status import status
 from hitless.upgrade.verify import check_generation
 from meshd.demo.lab import Lab
+from tests.kills import kill_upgrade
 from tests.upgrade.conftest import Make, Release
 
 GLOBALS = "__u64 seen; __u32 limit = 7; const volatile __u32 fixed = 3;\nMAP(held, HASH, 64, __u32, __u64);\n"
@@ -439,26 +440,13 @@ def test_verify_after_a_killed_upgrade_says_that_it_was_interrupted(
     node: hitless.Node, release: Release, step: str, releases: dict[int, Path], lab: Lab
 ) -> None:
     hitless.apply(node, release(1))
-    kill_at(step, node, releases[2], lab)
+    kill_upgrade(step, node, releases[2], {"cgroup": str(lab.cgroup)})
     with pytest.raises(hitless.InterruptedUpgradeError, match=r"an upgrade to 2\.0 was interrupted"):
         hitless.verify(node)
     (told,) = status(node).problems
     assert "upgrade to 2.0" in told
     hitless.recover(node)
     assert problems(node) == {}
-
-
-def kill_at(step: str, node: hitless.Node, bundle: Path, lab: Lab) -> None:
-    """An upgrade whose process is killed when it begins ``step``."""
-    code = (
-        "import os, signal, sys, hitless\n"
-        "def at(event):\n"
-        "    if event.step == sys.argv[4]: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "bundle = hitless.Bundle.load(sys.argv[2], {'cgroup': sys.argv[3]})\n"
-        "hitless.apply(hitless.Node(sys.argv[1]), bundle, progress=at)\n"
-    )
-    arguments = [str(node.root), str(bundle), str(lab.cgroup), step]
-    assert subprocess.run([sys.executable, "-c", code, *arguments], check=False, timeout=30).returncode == -9
 
 
 def test_a_generation_that_is_not_what_its_record_says_is_refused_before_its_cutover(

@@ -26,6 +26,7 @@ from hitless.upgrade.status import status
 from hitless.upgrade.writers import WriterLock
 from meshd.demo.lab import Lab
 from tests.cli.test_commands import as_json, hitless_command
+from tests.kills import kill_upgrade
 from tests.releases import ATTACH, write_release
 
 PROGRAM = """
@@ -289,18 +290,6 @@ def test_a_writer_that_begins_without_an_end_after_the_cutover_leaves_an_upgrade
     assert node.observe().version == "1.0"
 
 
-KILLED = """
-import json, os, signal, sys
-import hitless
-root, bundle, variables, step = json.loads(sys.argv[1])
-def progress(event):
-    if event.step == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-print("ready", flush=True)
-hitless.apply(hitless.Node(root), hitless.Bundle.load(bundle, variables), progress=progress)
-"""
-
-
 @pytest.mark.parametrize("step", ["catch-up", "merge", "commit", "clean-up"])
 def test_writers_go_on_when_an_upgrade_is_killed_and_nothing_they_write_is_lost(
     node: hitless.Node, release: Release, releases: dict[int, Path], lab: Lab, step: str
@@ -308,9 +297,7 @@ def test_writers_go_on_when_an_upgrade_is_killed_and_nothing_they_write_is_lost(
     hitless.apply(node, release(1))
     with writers(node) as told:
         for _ in range(2):
-            killed = started(KILLED, str(node.root), str(releases[2]), {"cgroup": str(lab.cgroup)}, step)
-            killed.communicate(timeout=20)
-            assert killed.returncode == -signal.SIGKILL
+            kill_upgrade(step, node, releases[2], {"cgroup": str(lab.cgroup)})
             time.sleep(0.1)
             hitless.apply(node, release(2))
             hitless.apply(node, release(1))
@@ -416,8 +403,7 @@ def test_a_write_by_the_thread_that_commits_an_interrupted_upgrade_is_refused_an
     node: hitless.Node, release: Release, releases: dict[int, Path], lab: Lab
 ) -> None:
     hitless.apply(node, release(1))
-    killed = started(KILLED, str(node.root), str(releases[2]), {"cgroup": str(lab.cgroup)}, "merge")
-    killed.communicate(timeout=20)
+    kill_upgrade("merge", node, releases[2], {"cgroup": str(lab.cgroup)})
     refused: list[BaseException] = []
 
     def progress(event: hitless.Progress) -> None:
