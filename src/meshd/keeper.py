@@ -84,6 +84,7 @@ class Keeper:
         self._awaited: set[str] = set()  # sources that have not said anything yet
         self._last: dict[str, float] = {}
         self._away: set[str] = set()
+        self._doubted: dict[str, dict[str, Service]] = {}  # what a source says now that is not believed
         self._settled = False
         self._sweep_at = float("inf")
         self._pool = ThreadPoolExecutor(len(sources) + 1, "keeper")
@@ -188,7 +189,11 @@ class Keeper:
         with self._heard:
             lost = self._lost(source, config)
             if lost:
+                told = source.name in self._doubted
+                self._doubted[source.name] = {one.name: one for one in config.services}
                 self._away.add(source.name)
+                if told:
+                    return
                 self._events.tell(
                     "source-empty",
                     source=source.name,
@@ -196,6 +201,7 @@ class Keeper:
                     "what is live stays until it names one",
                 )
                 return
+            self._doubted.pop(source.name, None)
             self._note(source)
             self._registry.replace(source.name, config)
             self._awaited.discard(source.name)
@@ -217,6 +223,10 @@ class Keeper:
     def hear_of(self, source: Source, services: Mapping[str, Service | None]) -> None:
         """Take these services of ``source`` for changed."""
         with self._heard:
+            if (doubted := self._doubted.get(source.name)) is not None:
+                changed = {**doubted, **services}
+                self.hear(source, Config(tuple(one for one in changed.values() if one is not None)))
+                return
             self._note(source)
             self._registry.update(source.name, services)
             self._heard.notify()

@@ -106,6 +106,25 @@ def test_a_cluster_that_lost_everything_takes_nothing_with_it(mesh: Mesh, api: A
     assert until(lambda: mesh.connect()["answers"] == {B: 1})
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_cluster_that_lost_everything_is_believed_again_when_it_names_a_service(
+    mesh: Mesh, api: ApiServer, restarted: bool
+) -> None:
+    options = kubernetes(mesh, api)
+    mesh.start(3, options=options)
+    api.clear()
+    api.expire()
+    api.end_watches()
+    mesh.next_event(event="source-empty")
+    if restarted:
+        mesh.stop()
+        mesh.start(3, options=options)
+    api.put(SERVICES, service("other", OTHER))
+    api.put(SLICES, endpoints("other", B))
+    assert until(lambda: mesh.connect(OTHER)["answers"] == {B: 1})
+    assert until(lambda: len(mesh.values("service")) == 1, 5)
+
+
 def test_a_cluster_that_lost_all_endpoints_takes_nothing_with_it(mesh: Mesh, ads: AdsServer) -> None:
     mesh.start(3, options=("--xds", ads.target))
     ads.away()
