@@ -118,17 +118,23 @@ class Keeper:
         """Keep what is live until every source was heard."""
         if self._registry.services_of(LIVE) or not self._node.root.exists() or self._node.observe().current is None:
             return
-        live = recall(self._node)
-        # Policies for no service come from a file alone, and a file is never awaited.
-        policies = tuple(policy for policy in live.policies if policy.service)
-        self._registry.replace(LIVE, Config(live.services, policies))
+        live = self._recall()
+        services, policies = len(live.services), len(live.policies)
         self._events.tell(
             "recalled",
-            services=len(live.services),
-            policies=len(policies),
+            services=services,
+            policies=policies,
             message=f"what is live stays until {' and '.join(sorted(self._awaited))} can be heard: "
-            f"{len(live.services)} services, {len(policies)} policies",
+            f"{services} services, {policies} policies",
         )
+
+    def _recall(self) -> Config:
+        # A node of its own: in an upgrade this one's maps are the new release's.
+        live = recall(hitless.Node(self._node.root))
+        # Policies for no service come from a file alone, and a file is never awaited.
+        found = Config(live.services, tuple(policy for policy in live.policies if policy.service))
+        self._registry.replace(LIVE, found)
+        return found
 
     def listen(self) -> None:
         """Begin to follow the sources, until the stop event is set."""
@@ -148,6 +154,8 @@ class Keeper:
         """
         self._turn.seize(_SEIZE)
         with self._heard:
+            if self._registry.services_of(LIVE):
+                self._recall()  # the other one may have been told more meanwhile
             everything = self._registry.all()
         self._tell_config(self._writer.resync(everything))
         self._threads.append(self._pool.submit(self._keep))
