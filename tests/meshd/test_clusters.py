@@ -159,6 +159,18 @@ def test_a_real_envoy_and_meshd_serve_the_same_from_the_same_resources(mesh: Mes
         envoy.wait(10)
 
 
+def test_who_is_told_to_end_while_it_waits_for_its_cluster_upgrades_nothing(mesh: Mesh, api: ApiServer) -> None:
+    options = kubernetes(mesh, api)
+    mesh.start(3, options=options)
+    mesh.stop()
+    api.away()
+    mesh.launch(4, *options)
+    mesh.next_event(event="loading", source="kubernetes")
+    assert mesh.stop()["exit_type"] == "restart"
+    assert mesh.node.observe().version == "3.0.0"
+    assert mesh.connect()["answers"] == {A: 1}
+
+
 def test_a_cluster_that_never_had_a_service_starts_an_empty_mesh(mesh: Mesh, api: ApiServer) -> None:
     api.clear()
     mesh.start(3, options=kubernetes(mesh, api))
