@@ -82,15 +82,17 @@ class Daemon:
     def run(self) -> None:
         """Start, restart or upgrade the mesh, follow the control planes until SIGTERM or SIGINT, then leave.
 
-        A signal during an upgrade takes effect when the upgrade is done. Raises HitlessError when the mesh cannot
-        be started: what was live before is live still.
+        A signal during an upgrade takes effect when the upgrade is done; one before it, while the control planes are
+        asked, lets it not begin. Raises HitlessError when the mesh cannot be started: what was live before is live
+        still.
         """
         with _signals_noted() as noted, self._seen():
             self._keeper.load()
             try:
-                self._keeper.listen()
-                self._start()
-                self._keep(noted)
+                if not noted:
+                    self._keeper.listen()
+                    self._start()
+                    self._keep(noted)
             finally:
                 self._stop.set()
                 self._keeper.finish()

@@ -84,6 +84,7 @@ class Keeper:
         self._awaited: set[str] = set()  # sources that have not said anything yet
         self._last: dict[str, float] = {}
         self._away: set[str] = set()
+        self._doubted: dict[str, dict[str, Service]] = {}  # what a source says now that is not believed
         self._settled = False
         self._sweep_at = float("inf")
         self._pool = ThreadPoolExecutor(len(sources) + 1, "keeper")
@@ -117,17 +118,23 @@ class Keeper:
         """Keep what is live until every source was heard."""
         if self._registry.services_of(LIVE) or not self._node.root.exists() or self._node.observe().current is None:
             return
-        live = recall(self._node)
-        # Policies for no service come from a file alone, and a file is never awaited.
-        policies = tuple(policy for policy in live.policies if policy.service)
-        self._registry.replace(LIVE, Config(live.services, policies))
+        live = self._recall()
+        services, policies = len(live.services), len(live.policies)
         self._events.tell(
             "recalled",
-            services=len(live.services),
-            policies=len(policies),
+            services=services,
+            policies=policies,
             message=f"what is live stays until {' and '.join(sorted(self._awaited))} can be heard: "
-            f"{len(live.services)} services, {len(policies)} policies",
+            f"{services} services, {policies} policies",
         )
+
+    def _recall(self) -> Config:
+        # A node of its own: in an upgrade this one's maps are the new release's.
+        live = recall(hitless.Node(self._node.root))
+        # Policies for no service come from a file alone, and a file is never awaited.
+        found = Config(live.services, tuple(policy for policy in live.policies if policy.service))
+        self._registry.replace(LIVE, found)
+        return found
 
     def listen(self) -> None:
         """Begin to follow the sources, until the stop event is set."""
@@ -147,6 +154,8 @@ class Keeper:
         """
         self._turn.seize(_SEIZE)
         with self._heard:
+            if self._registry.services_of(LIVE):
+                self._recall()  # the other one may have been told more meanwhile
             everything = self._registry.all()
         self._tell_config(self._writer.resync(everything))
         self._threads.append(self._pool.submit(self._keep))
@@ -188,7 +197,11 @@ class Keeper:
         with self._heard:
             lost = self._lost(source, config)
             if lost:
+                told = source.name in self._doubted
+                self._doubted[source.name] = {one.name: one for one in config.services}
                 self._away.add(source.name)
+                if told:
+                    return
                 self._events.tell(
                     "source-empty",
                     source=source.name,
@@ -196,6 +209,7 @@ class Keeper:
                     "what is live stays until it names one",
                 )
                 return
+            self._doubted.pop(source.name, None)
             self._note(source)
             self._registry.replace(source.name, config)
             self._awaited.discard(source.name)
@@ -217,6 +231,10 @@ class Keeper:
     def hear_of(self, source: Source, services: Mapping[str, Service | None]) -> None:
         """Take these services of ``source`` for changed."""
         with self._heard:
+            if (doubted := self._doubted.get(source.name)) is not None:
+                changed = {**doubted, **services}
+                self.hear(source, Config(tuple(one for one in changed.values() if one is not None)))
+                return
             self._note(source)
             self._registry.update(source.name, services)
             self._heard.notify()

@@ -48,7 +48,10 @@ class Registry:
 
     A service that cannot be had (its frontend is another's already, or ``release`` has no room for it) is left out
     and named by :meth:`problems` for as long as that is so; of one with more backends than the release holds, those
-    that are not healthy or drain are left out first. What nobody else speaks of may be said by LIVE.
+    that are not healthy or drain are left out first. A policy is for each service of the name that it has.
+
+    What nobody else speaks of may be said by LIVE. Its policies hold until a service's name is sure: as long as a
+    source was not heard that comes before the one that has the service's frontend.
     """
 
     def __init__(self, sources: Sequence[str], release: Release) -> None:
@@ -64,7 +67,8 @@ class Registry:
         self._said = False
         self._told: dict[Frontend, Service] = {}
         self._backends = 0  # of all that are told
-        self._named: dict[str, Frontend] = {}
+        self._named: dict[str, set[Frontend]] = defaultdict(set)
+        self._silent = set(range(len(sources)))  # those that never said all that they say
 
     def services_of(self, source: str) -> Mapping[str, Service]:
         """What a source said, by the names of its services."""
@@ -89,6 +93,11 @@ class Registry:
 
     def replace(self, source: str, config: Config) -> None:
         """Take ``config`` for all that ``source`` says."""
+        at = self._sources.index(source)
+        if at in self._silent:
+            self._silent.remove(at)
+            if self._policies[LIVE]:
+                self._policies_changed = self._said = True
         new = {service.name: service for service in config.services}
         gone = dict.fromkeys(self._services[source].keys() - new.keys())
         self.update(source, {**gone, **new})
@@ -165,11 +174,13 @@ class Registry:
     def _tell(self, frontend: Frontend, service: Service | None) -> None:
         before = self._told.pop(frontend, None)
         self._backends += (len(service.backends) if service else 0) - (len(before.backends) if before else 0)
-        if before is not None and self._named.get(before.name) == frontend:
-            del self._named[before.name]
+        if before is not None:
+            self._named[before.name].discard(frontend)
+            if not self._named[before.name]:
+                del self._named[before.name]
         if service is not None:
             self._told[frontend] = service
-            self._named.setdefault(service.name, frontend)
+            self._named[service.name].add(frontend)
         if (before and before.name) != (service and service.name):
             self._policies_changed = True  # what they name is another frontend now
 
@@ -208,7 +219,17 @@ class Registry:
                 elif len(service.backends) > self._most:
                     held = f"{self._most} of {len(service.backends)} backends"
                     found.append(f"{told} has {held}: release {self._release.version} holds no more for one service")
-        return sorted(found)
+        return sorted(found + self._for_nobody())
+
+    def _for_nobody(self) -> list[str]:
+        if self._silent:
+            return []  # they may name them yet
+        return [
+            f"{source}: a policy to {policy.action} {policy.service} has no effect: no service in force has this name"
+            for source in self._sources[:-1]
+            for policy in self._policies[source]
+            if policy.service and policy.service not in self._named
+        ]
 
     def _winner(self, frontend: Frontend) -> Service | None:
         services = (self._claimed(claim) for claim in self._claims.get(frontend, ()))
@@ -235,13 +256,26 @@ class Registry:
         seen = set()
         for source in self._sources:
             for policy in self._policies[source]:
-                frontend = self._named.get(policy.service) if policy.service else None
-                if policy.service and frontend is None:
-                    continue
-                identity = (policy.source, frontend, policy.destination, policy.clients, policy.port, policy.protocol)
-                if identity not in seen:
-                    seen.add(identity)
-                    yield policy, frontend
+                for frontend in self._frontends(source, policy) if policy.service else (None,):
+                    who = policy.source, frontend, policy.destination, policy.clients, policy.port, policy.protocol
+                    if who not in seen:
+                        seen.add(who)
+                        yield policy, frontend
+
+    def _frontends(self, source: str, policy: Policy) -> Iterable[Frontend]:
+        """Of the services that a policy of ``source`` is for."""
+        if source != LIVE:
+            return sorted(self._named.get(policy.service, ()), key=_order)
+        recalled = self._services[LIVE].get(policy.service)
+        return (Frontend.of(recalled),) if recalled is not None and self._is_unsure(Frontend.of(recalled)) else ()
+
+    def _is_unsure(self, frontend: Frontend) -> bool:
+        """Whether a source that was never heard may give the service there another name."""
+        claims = self._claims.get(frontend)
+        if not claims or frontend not in self._told:
+            return False
+        at, _ = claims[0]
+        return self._sources[at] == LIVE or any(silent < at for silent in self._silent)
 
 
 def _order(frontend: Frontend) -> tuple[int, bytes, int, str]:

@@ -106,6 +106,25 @@ def test_a_cluster_that_lost_everything_takes_nothing_with_it(mesh: Mesh, api: A
     assert until(lambda: mesh.connect()["answers"] == {B: 1})
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_cluster_that_lost_everything_is_believed_again_when_it_names_a_service(
+    mesh: Mesh, api: ApiServer, restarted: bool
+) -> None:
+    options = kubernetes(mesh, api)
+    mesh.start(3, options=options)
+    api.clear()
+    api.expire()
+    api.end_watches()
+    mesh.next_event(event="source-empty")
+    if restarted:
+        mesh.stop()
+        mesh.start(3, options=options)
+    api.put(SERVICES, service("other", OTHER))
+    api.put(SLICES, endpoints("other", B))
+    assert until(lambda: mesh.connect(OTHER)["answers"] == {B: 1})
+    assert until(lambda: len(mesh.values("service")) == 1, 5)
+
+
 def test_a_cluster_that_lost_all_endpoints_takes_nothing_with_it(mesh: Mesh, ads: AdsServer) -> None:
     mesh.start(3, options=("--xds", ads.target))
     ads.away()
@@ -138,6 +157,18 @@ def test_a_real_envoy_and_meshd_serve_the_same_from_the_same_resources(mesh: Mes
     finally:
         envoy.terminate()
         envoy.wait(10)
+
+
+def test_who_is_told_to_end_while_it_waits_for_its_cluster_upgrades_nothing(mesh: Mesh, api: ApiServer) -> None:
+    options = kubernetes(mesh, api)
+    mesh.start(3, options=options)
+    mesh.stop()
+    api.away()
+    mesh.launch(4, *options)
+    mesh.next_event(event="loading", source="kubernetes")
+    assert mesh.stop()["exit_type"] == "restart"
+    assert mesh.node.observe().version == "3.0.0"
+    assert mesh.connect()["answers"] == {A: 1}
 
 
 def test_a_cluster_that_never_had_a_service_starts_an_empty_mesh(mesh: Mesh, api: ApiServer) -> None:

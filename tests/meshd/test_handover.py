@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 
+from meshd.events import Events
+from meshd.keeper import Keeper
+from meshd.model import Config
+from meshd.releases import RELEASES
+from meshd.sources import Sink, SourceAwayError
 from meshd.turn import Turn
-from tests.meshd.labmesh import VIP, B, Churn, Mesh, Meshd, is_as_the_file_says, service, until
+from tests.meshd.labmesh import A6, VIP, VIP6, B, Churn, Mesh, Meshd, denied, is_as_the_file_says, service, until
 
 FAULTY = str(Path(__file__).parent / "faulty.py")
 
@@ -60,3 +66,29 @@ def test_a_daemon_that_was_stopped_while_it_writes_is_waited_for_and_named(mesh:
         refused = mesh.try_start(2)
     assert (refused["event"], refused["code"]) == ("error", "busy")
     assert "without an end" in refused["message"]
+
+
+class Away:
+    """A control plane that does not answer."""
+
+    name = "away"
+    may_be_empty = False
+
+    def load(self) -> Config:
+        raise SourceAwayError("it does not answer", source=self.name)
+
+    def follow(self, sink: Sink, stop: threading.Event) -> None:
+        stop.wait()
+
+
+def test_without_a_control_plane_all_that_the_older_one_wrote_until_the_last_moment_stays(mesh: Mesh) -> None:
+    mesh.start_here()
+    stop = threading.Event()
+    stop.set()  # nothing is kept beyond the take-over
+    keeper = Keeper(mesh.node, RELEASES[4], [Away()], Events(), stop)
+    keeper.load()
+    mesh.set([service("web", VIP, B), service("web6", VIP6, A6)], [denied("web")])
+    keeper.take_over()
+    keeper.finish()
+    assert is_as_the_file_says(mesh, 4)
+    assert mesh.connect(cgroup="denied")["errors"] == {"EPERM": 1}

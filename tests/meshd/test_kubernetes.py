@@ -225,6 +225,35 @@ def test_while_the_server_is_away_nothing_changes_and_then_what_was_missed_comes
         assert heard.backends_come_to(NAME, B)
 
 
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
+@pytest.mark.parametrize("watch", [False, True])
+def test_what_is_nested_without_end_is_not_followed_into_the_depth(
+    api: ApiServer, source: KubernetesSource, watch: bool
+) -> None:
+    api.put(SERVICES, service("web", VIP))
+    left = [b'{"type": "MODIFIED", "object": %b}\n' % DEEP if watch else b'{"metadata": {}, "items": [%b]}' % DEEP]
+
+    def answer(path: str, query: dict[str, str]) -> tuple[int, bytes] | None:
+        return (200, left.pop()) if left and ("watch" in query) == watch else None
+
+    config = source.load()
+    api.override = answer
+    if not watch:
+        api.expire()
+    with following(source, config) as heard:
+        assert until(lambda: "recursion depth" in heard.words)
+        api.put(SLICES, endpoints("web", C))
+        assert heard.backends_come_to(NAME, C)
+
+
+def test_an_object_that_is_nested_without_end_is_named() -> None:
+    mirror = Mirror()
+    assert mirror.service(b'{"metadata": {"name": "web", "labels": %b}}' % DEEP) is None
+    assert "recursion depth" in mirror.take_problems()[0]
+
+
 @pytest.mark.usefixtures("impatient")
 def test_a_server_that_is_away_at_the_start_is_waited_for_and_then_followed(
     api: ApiServer, source: KubernetesSource

@@ -124,6 +124,54 @@ def test_a_policy_follows_the_service_that_it_names_to_another_address_and_sourc
     assert heard.take_news().policies == ((policy, Frontend.of(moved)),)
 
 
+def test_a_policy_follows_its_service_when_two_exchange_their_addresses() -> None:
+    heard = registry()
+    policy = Policy("deny", "web")
+    for web, db in (("10.0.0.2", "10.0.0.1"), ("10.0.0.1", "10.0.0.2")):
+        heard.replace("file", Config((service("web", web), service("db", db)), (policy,)))
+        assert heard.take_news().policies == ((policy, Frontend.of(service("web", web))),)
+
+
+def test_a_policy_is_for_all_services_of_its_name_and_stays_for_one_when_another_goes() -> None:
+    heard = registry()
+    policy = Policy("deny", "web")
+    other = service("web", "10.0.0.2")
+    heard.replace("cluster", Config((other,)))
+    heard.replace("file", Config((WEB,), (policy,)))
+    assert heard.take_news().policies == ((policy, Frontend.of(WEB)), (policy, Frontend.of(other)))
+    heard.update("file", {"web": None})
+    assert heard.take_news().policies == ((policy, Frontend.of(other)),)
+
+
+def test_a_policy_that_is_live_holds_until_whoever_may_name_its_service_was_heard() -> None:
+    heard = Registry(["file", "kubernetes", "xds"], RELEASES[3])
+    live, named = Policy("deny", "10.0.0.1.80.tcp", source=7), Policy("deny", "shop.web.http", source=7)
+    heard.replace(LIVE, Config((service("10.0.0.1.80.tcp"),), (live,)))
+    heard.replace("file", Config((), (named,)))
+    heard.replace("xds", Config((service("shop.web.80"),)))
+    assert heard.take_news().policies == ((live, Frontend.of(WEB)),)
+    heard.replace("kubernetes", Config((service("shop.web.http"),)))
+    assert heard.take_news().policies == ((named, Frontend.of(WEB)),)
+
+
+def test_a_policy_that_is_live_is_not_kept_for_a_service_of_the_file_which_has_its_own_policies() -> None:
+    heard = registry()
+    heard.replace(LIVE, Config((service("10.0.0.1.80.tcp"),), (Policy("deny", "10.0.0.1.80.tcp"),)))
+    heard.replace("file", Config((WEB,)))
+    assert heard.take_news().policies == ()
+
+
+def test_a_policy_for_a_service_that_nobody_has_is_named_once_all_were_heard() -> None:
+    heard = registry()
+    heard.replace("file", Config((), (Policy("deny", "shop.wbe.http"),)))
+    heard.take_news()
+    assert heard.problems() == []
+    heard.replace("cluster", Config((service("shop.web.http"),)))
+    heard.take_news()
+    (problem,) = heard.problems()
+    assert problem == "file: a policy to deny shop.wbe.http has no effect: no service in force has this name"
+
+
 def test_a_change_of_backends_is_no_news_of_policies() -> None:
     heard = registry()
     heard.replace("file", Config((WEB,), (Policy("deny", "web"),)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from ipaddress import ip_address, ip_network
 from typing import Any, cast
 
@@ -118,6 +119,17 @@ def test_a_client_keeps_its_backend_for_as_long_as_the_service_says(mesh: Mesh) 
         if len(seen) == 2:
             break
     assert seen == {A, B}
+
+
+def test_a_client_keeps_its_backend_when_another_connect_of_it_was_a_moment_quicker(mesh: Mesh) -> None:
+    mesh.write([service("web", VIP, A, B, affinity=600)])
+    mesh.start_here()
+    (first,) = mesh.connect(VIP)["answers"]
+    kept = mesh.node.map("affinity")
+    ((key, value),) = kept.items()
+    for _ in range(12):  # the other one wrote after this one asked what time it is
+        kept[key] = {**value, "last_ns": time.monotonic_ns() + 10**10}
+        assert mesh.connect(VIP)["answers"] == {first: 1}
 
 
 def test_a_client_leaves_a_backend_that_is_gone_and_only_that(mesh: Mesh) -> None:

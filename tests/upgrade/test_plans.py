@@ -283,6 +283,7 @@ def with_key(name: str, value: object) -> Callable[[Path], object]:
         (spoiled(lambda data: b""), hitless.PlanError, "is no saved plan, or damaged"),
         (spoiled(lambda data: b"\xff\x00" * 9), hitless.PlanError, "is no saved plan, or damaged"),
         (spoiled(lambda data: b"[1]"), hitless.PlanError, "is no saved plan, or damaged"),
+        (spoiled(lambda data: b'{"x": ' + b"[" * 100_000), hitless.PlanError, "is no saved plan, or damaged"),
         (spoiled(lambda data: data.replace(b'"tally"', b'"tallx"', 1)), hitless.PlanError, "its checksum"),
         (with_key("kind", "grocery list"), hitless.PlanError, "its kind is 'grocery list'"),
         (with_key("schema", 2), hitless.UnsupportedError, r"newer hitless \(plan schema 2, this one knows 1\)"),
@@ -290,7 +291,7 @@ def with_key(name: str, value: object) -> Callable[[Path], object]:
         (lambda file: file.unlink(), hitless.PlanError, "cannot be read: No such file"),
         (into_directory, hitless.PlanError, "is no regular file|Is a directory"),
     ],
-    ids=["half", "empty", "binary", "list", "a letter", "other kind", "newer", "writable", "gone", "directory"],
+    ids=["half", "empty", "binary", "list", "deep", "a letter", "other kind", "newer", "writable", "gone", "directory"],
 )
 def test_a_plan_file_that_is_not_as_it_was_written_is_refused_by_name(
     planned: hitless.Plan,

@@ -74,7 +74,7 @@ def load_plan(path: Path | str) -> Plan:
     data = _read(path)
     try:
         head = msgspec.json.decode(data, type=_Head)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _damaged(path, f"is no saved plan, or damaged: {error}") from None
     if head.kind != _KIND:
         raise _damaged(path, f"is no saved plan: its kind is {head.kind!r}")

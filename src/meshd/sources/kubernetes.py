@@ -55,6 +55,7 @@ _ZONE = {"PreferClose", "PreferSameZone"}
 _NEAR = _ZONE | {"PreferSameNode"}
 _PROTOCOLS: dict[str, Protocol] = {"TCP": "tcp", "UDP": "udp"}
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, ssl.SSLError)
+_NO_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _AWAY = (OSError, httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL, lightkube.core.exceptions.ConfigError)
 _NO_CREDENTIALS = (ValueError, KeyError, TypeError)  # from a program that gives them and said something else
 
@@ -245,7 +246,7 @@ class Mirror:
     def _key(self, kind: str, data: bytes | msgspec.Raw) -> Key | None:
         try:
             meta = msgspec.json.decode(data, type=_Named).metadata
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except _NO_JSON as error:
             self._note(kind, ("", ""), f"a {kind} without a usable name: {error}")
             return None
         return meta.namespace, meta.name
@@ -255,7 +256,7 @@ class Mirror:
         self._problems.pop((kind, key), None)
         try:
             yield
-        except (msgspec.MsgspecError, UnicodeDecodeError, ValueError) as error:
+        except (*_NO_JSON, ValueError) as error:
             self._note(kind, key, f"{kind} {_show(key)}: {error}; what it was before stays")
 
     def _note(self, kind: str, key: Key, message: str) -> None:
@@ -482,7 +483,7 @@ class KubernetesSource:
             body = await self._body(client, path.format(self._where), params)
             try:
                 page = msgspec.json.decode(body, type=_Page)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            except _NO_JSON as error:
                 raise self._away(f"a page of {path.format(self._where)} is no list: {error}") from error
             found.extend(page.items or ())
             size += len(body)
@@ -533,7 +534,7 @@ class KubernetesSource:
         if response.status_code == 410:
             raise _StaleError
         why = response.reason_phrase if response.status_code != 200 else "its answer is compressed"
-        with suppress(msgspec.MsgspecError, UnicodeDecodeError):  # a proxy may answer in words of its own
+        with suppress(*_NO_JSON):  # a proxy may answer in words of its own
             why = msgspec.json.decode(bytes(body), type=_Status).message or why
         raise self._away(f"{response.status_code}: {why}")
 
@@ -598,7 +599,7 @@ class KubernetesSource:
                     raise _StaleError
                 raise self._away(f"{status.code}: {status.message}")
             version = msgspec.json.decode(event.object, type=_Versioned).metadata.resource_version
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except _NO_JSON as error:
             raise self._away(f"an event cannot be read: {error}") from error
         if event.type != "BOOKMARK":
             take = self._mirror.slice if at else self._mirror.service

@@ -225,7 +225,8 @@ static __always_inline int keep(const struct service *from, const struct client_
 
 	if (!kept)
 		return 0;
-	if (who->kind == CLIENT_NETNS && bpf_ktime_get_ns() - kept->last_ns > from->affinity_s * 1000000000ULL)
+	// Signed: another connect of this client may have written a later time meanwhile.
+	if (who->kind == CLIENT_NETNS && (__s64)(bpf_ktime_get_ns() - kept->last_ns) > from->affinity_s * 1000000000LL)
 		return 0;
 	__builtin_memcpy(backend->addr, kept->backend.addr, sizeof(backend->addr));
 	backend->port = kept->backend.port;

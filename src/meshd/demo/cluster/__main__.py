@@ -24,6 +24,7 @@ from meshd.demo.faults import LOST
 from meshd.demo.lab import Lab
 from meshd.demo.report import Counted
 from meshd.demo.servers import start_echo, start_nginx
+from meshd.releases import RELEASES
 
 __all__ = ["main"]
 
@@ -74,6 +75,9 @@ class Cluster:
                     self._roll_out(nodes, release)
                 stopped = self._roll_out_with_fault(nodes, releases[-1])
             seconds = time.monotonic() - start
+            most = RELEASES[int(releases[-1])].backends
+            for node in nodes:
+                self.losses += [f"{node.name}: {what}" for what in node.missed(control.said, most)]
             _say("The traffic ends, and the books are compared.")
             counted = self._judge(nodes)
             return Report(

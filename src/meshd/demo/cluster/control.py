@@ -55,6 +55,8 @@ class ControlPlane:
 
     def __init__(self, wires: Fabric, targets: Targets, seed: int = 2) -> None:
         self.changes = 0
+        #: The addresses behind each service now.
+        self.said: dict[Target, set[str]] = {}
         self._services: dict[str, tuple[int, dict[str, tuple[Target, ...]]]] = {
             "web": (HTTP_PORT, {"http": (targets.web[0], targets.web[1])}),
             "api": (HTTP_PORT, {"http": (targets.web[2],)}),
@@ -108,6 +110,7 @@ class ControlPlane:
             for target in targets:
                 some = self._random.sample(target.backends, self._random.randint(1, len(target.backends)))
                 self._api.put("endpointslices", _slice(name, port, target_port, target, some))
+                self.said[target] = set(some)
 
 
 def _service(name: str, ports: dict[str, tuple[Target, ...]]) -> dict[str, Any]:

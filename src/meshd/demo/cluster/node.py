@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,12 +18,15 @@ from meshd.demo.clients import Traffic
 from meshd.demo.lab import Lab
 from meshd.demo.mesh import MeshdProcess, take_snapshot
 from meshd.demo.report import Counted
+from meshd.demo.traffic import Target
+from meshd.recall import recall
 
 __all__ = ["ClusterNode", "Replacement"]
 
 _PORT = 9090  # where meshd tells of its health, on the node's loopback
 _POLL = 0.1  # s
 _DRAIN = 5.0  # s
+_FOLLOW = 5.0  # s until the maps are as the control plane said last
 
 
 class Replacement(msgspec.Struct, frozen=True):
@@ -102,6 +105,33 @@ class ClusterNode:
             time.sleep(0.1)
         return Counted(self.traffic.short_now, self.traffic.held_now, self.traffic.denied_now, now)
 
+    def missed(self, said: Mapping[Target, set[str]], most: int) -> list[str]:
+        """What the maps hold otherwise than the control plane ``said``; waits a while for that to come true.
+
+        Of more than ``most`` backends the release has that many.
+        """
+        until = time.monotonic() + _FOLLOW
+        wanted = {(target.address, target.port): behind for target, behind in said.items()}
+        while True:
+            live = {
+                (str(service.address), service.port): {str(one.address) for one in service.backends}
+                for service in recall(self.node).services
+            }
+            wrong = [
+                where
+                for where in sorted(live | wanted)
+                if live.get(where) != wanted.get(where)
+                and not (live.get(where, set()) < wanted.get(where, set()) and len(live[where]) == most)
+            ]
+            if not wrong or time.monotonic() > until:
+                break
+            time.sleep(_POLL)
+        return [
+            f"maps: {where[0]} port {where[1]} leads to {_listed(live, where)}, but the control plane said "
+            f"{_listed(wanted, where)}"
+            for where in wrong
+        ]
+
     def _readiness(self) -> tuple[bool, str]:
         """Whether meshd says that it is ready, and what it says."""
         with entered(Namespace.at(str(self.lab.netns))):
@@ -114,6 +144,10 @@ class ClusterNode:
                 return False, f"/readyz: {error}"
             finally:
                 connection.close()
+
+
+def _listed(services: Mapping[tuple[str, int], set[str]], where: tuple[str, int]) -> str:
+    return ", ".join(sorted(services.get(where, ()))) or "nobody"
 
 
 def policies_file(path: Path, services: Sequence[str]) -> None:
