@@ -112,7 +112,7 @@ def read_attach(
         hook = "xdp-netlink"
     program = programs[entry["program"]]
     if not program.autoload:
-        why = f"{program.name} is in section {program.section}, which libbpf does not load"
+        why = f"{program.name} (section {program.section}) is left out: by skip = true, or by the ? before its section"
         file.fail((*path, "program"), why)
     if HOOKS[hook].slot and program.may_sleep:
         # The kernel takes it into the slot, and lets it sleep where the dispatcher must not.

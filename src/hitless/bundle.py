@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,15 +20,15 @@ from hitless.layout.contradictions import check_rules, differences
 from hitless.layout.elf import Binding, read_btf, read_object
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec, Type
 from hitless.layout.rules import FieldRule, MapRules
+from hitless.layout.sections import meant
 
-__all__ = ["MANIFEST", "Bundle", "BundleObject", "CutoverRule", "unite_maps"]
+__all__ = ["MANIFEST", "OPEN", "Bundle", "BundleObject", "CutoverRule", "unite_maps"]
 
 MANIFEST = "bundle.toml"
 
-# What the interface document names and this version cannot do yet: refused by name, never ignored.
-_NOT_YET = {
-    "object.program": "program types and skipped programs",
-}
+OPEN = "..."
+"""What stands in a manifest for an answer that a person has yet to give."""
+
 _CONSISTENCY = ("hook", "connection")
 _LONGEST = 86400  # s that connections may stay with the old release
 _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
@@ -36,6 +36,7 @@ _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "cutover": {"consistency": str, "deadline": (int, float)},
     "bundle": {"name": str, "version": str},
     "object": {"file": str, "program": dict},
+    "program": {"type": str, "skip": bool},
     "attach": ATTACH_KEYS,
     "map": {
         "was": str, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str, "on_collision": str,
@@ -229,6 +230,7 @@ class _Reader:
         try:
             manifest = tomllib.loads(self._text)
             self._check_text(manifest, ())
+            self._check_answered(manifest)
         except RecursionError:
             raise BundleError(f"{self._file}: nested too deeply for a manifest", file=str(self._file)) from None
         except tomllib.TOMLDecodeError as error:
@@ -297,17 +299,24 @@ class _Reader:
                     self.fail((*path, str(key)), f"{text!r} has control characters")
             self._check_text(value, (*path, str(key)))
 
+    def _check_answered(self, manifest: Any) -> None:
+        questions = [(self._lines.get(path), path) for path in _open_questions(manifest, ())]
+        if questions:
+            words = [f"line {line}: {'.'.join(path)}" if line else ".".join(path) for line, path in questions]
+            raise BundleError(
+                f"{self._file} has questions that wait for an answer ({'; '.join(words)}): write it in the place of "
+                f'"{OPEN}", or delete the line where its comment says that this may be',
+                file=str(self._file),
+                line=questions[0][0],
+                questions=[{"line": line, "key": ".".join(path)} for line, path in questions],
+            )
+
     def _check(self, table: Any, kind: str, path: tuple[str, ...]) -> None:
         """Types and names of the keys of one table; ``kind`` is its row in _KEYS."""
         if not isinstance(table, dict):
             self.fail(path, f"{'.'.join(path)} must be a table")
         known = _KEYS[kind]
         for key, value in table.items():
-            if f"{kind}.{key}" in _NOT_YET:
-                feature = _NOT_YET[f"{kind}.{key}"]
-                raise UnsupportedError(
-                    f"{self.where((*path, key))}: {key}: {feature} are not supported yet", feature=f"{kind}.{key}"
-                )
             if key not in known:
                 self.fail((*path, key), f"unknown key {key!r}; known here: {', '.join(known)}")
             if kind == "map" and key == "was" and isinstance(value, list):
@@ -333,9 +342,41 @@ class _Reader:
         except OSError as error:
             self.fail((*path, "file"), f"{file} cannot be read: {error.strerror}; was the object compiled?")
         name = file.name.removesuffix(".o").removesuffix(".bpf")
-        spec = read_object(data, name)
+        spec = self._settled(read_object(data, name), entry.get("program", {}), path)
         bound = {item.name: bindings[item.name] for item in spec.maps if any(bindings.get(item.name, ()))}
-        return BundleObject(read_object(data, name, bound) if bound else spec, data)
+        if bound:
+            spec = msgspec.structs.replace(spec, maps=read_object(data, name, bound).maps)
+        return BundleObject(spec, data)
+
+    def _settled(self, spec: ObjectSpec, entries: Mapping[str, Any], path: tuple[str, ...]) -> ObjectSpec:
+        """The object with what the manifest says of its programs: a type, or that one is left out."""
+        programs = {program.name: program for program in spec.programs}
+        for name, entry in entries.items():
+            here = (*path, "program", name)
+            self._check(entry, "program", here)
+            if name not in programs:
+                known = ", ".join(sorted(programs)) or "none"
+                self.fail(here, f"{spec.name} has no program {name}; there are: {known}")
+            if "type" in entry:
+                kinds = meant(entry["type"])
+                if kinds is None:
+                    self.fail(
+                        (*here, "type"),
+                        f"{entry['type']!r} is no type of programs: give a section's name as libbpf knows it, "
+                        'as "xdp", "tc" or "cgroup/connect4"',
+                    )
+                programs[name] = msgspec.structs.replace(programs[name], type=kinds[0], attach_type=kinds[1])
+            if "skip" in entry:
+                programs[name] = msgspec.structs.replace(programs[name], autoload=not entry["skip"])
+        for program in programs.values():
+            if program.autoload and not program.type:
+                self.fail(
+                    path,
+                    f"{spec.name}: libbpf does not know section {program.section}: say what program {program.name} is "
+                    f'by [object.program.{program.name}] with type = "xdp", "cgroup/connect4" or the like, or leave it '
+                    "out by skip = true",
+                )
+        return msgspec.structs.replace(spec, programs=tuple(programs.values()))
 
     def _programs(self, objects: Iterable[ObjectSpec]) -> dict[str, ProgramSpec]:
         programs: dict[str, ProgramSpec] = {}
@@ -490,6 +531,14 @@ class _Reader:
     def fail(self, path: tuple[str, ...], why: str) -> NoReturn:
         where = self.where(path)
         raise BundleError(f"{where}: {why}", file=str(self._file), line=where.rpartition(":")[2], key=".".join(path))
+
+
+def _open_questions(item: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    if item == OPEN:
+        yield path
+    items = item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, list) else ()
+    for key, value in items:
+        yield from _open_questions(value, (*path, str(key)))
 
 
 def _key_lines(text: str) -> dict[tuple[str, ...], int]:
