@@ -17,12 +17,13 @@ import msgspec
 from hitless.attach import ATTACH_KEYS, ATTACH_NEEDS, Attach, check_links, read_attach
 from hitless.errors import BundleError, LayoutError, UnsupportedError
 from hitless.layout.contradictions import check_rules, differences
+from hitless.layout.dwarf import Dwarf
 from hitless.layout.elf import Binding, read_btf, read_object
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec, Type
 from hitless.layout.rules import FieldRule, MapRules
 from hitless.layout.sections import meant
 
-__all__ = ["MANIFEST", "OPEN", "Bundle", "BundleObject", "CutoverRule", "unite_maps"]
+__all__ = ["MANIFEST", "OPEN", "Bundle", "BundleObject", "CutoverRule", "object_name", "unite_maps"]
 
 MANIFEST = "bundle.toml"
 
@@ -32,9 +33,10 @@ OPEN = "..."
 _CONSISTENCY = ("hook", "connection")
 _LONGEST = 86400  # s that connections may stay with the old release
 _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "": {"bundle": dict, "object": list, "attach": list, "map": dict, "cutover": dict},
+    "": {"bundle": dict, "object": list, "attach": list, "map": dict, "cutover": dict, "types": dict},
     "cutover": {"consistency": str, "deadline": (int, float)},
     "bundle": {"name": str, "version": str},
+    "types": {"file": str},
     "object": {"file": str, "program": dict},
     "program": {"type": str, "skip": bool},
     "attach": ATTACH_KEYS,
@@ -44,7 +46,7 @@ _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     },
     "field": {"was": str, "merge": str, "default": (int, float)},
 }  # fmt: skip
-_REQUIRED = {"bundle": ("name", "version"), "object": ("file",), "attach": ATTACH_NEEDS}
+_REQUIRED = {"bundle": ("name", "version"), "object": ("file",), "types": ("file",), "attach": ATTACH_NEEDS}
 _FUNCTION = re.compile(r"([A-Za-z_][A-Za-z0-9_]*):([A-Za-z_][A-Za-z0-9_]*)")
 _FUNCTIONS = ("", "_key", "_back", "_key_back")  # what may follow a converter's name, see layout/structured.py
 _MODULE_BYTES = 1 << 18  # it travels in the record of an upgrade, which may have to be finished without the bundle
@@ -59,6 +61,11 @@ class CutoverRule(msgspec.Struct, frozen=True):
 
     consistency: str = "hook"
     deadline: float = 60.0
+
+
+def object_name(file: str) -> str:
+    """What an object is called after its file."""
+    return Path(file).name.removesuffix(".o").removesuffix(".bpf")
 
 
 class BundleObject(msgspec.Struct, frozen=True):
@@ -225,6 +232,7 @@ class _Reader:
         self._variables = variables
         self._lines = _key_lines(text)
         self._converters: dict[str, str] = {}
+        self._types: Dwarf | None = None
 
     def bundle(self) -> Bundle:
         try:
@@ -244,6 +252,11 @@ class _Reader:
             name: Binding(rule.get("key"), rule.get("value"), rule.get("infer", False))
             for name, rule in manifest.get("map", {}).items()
         }
+        carried = b""
+        if "types" in manifest:
+            self._check(manifest["types"], "types", ("types",))
+            carried = self._beside(manifest["types"]["file"], ("types", "file"))
+            self._types = Dwarf.parse(carried, manifest["types"]["file"])
         objects = [
             self._object(entry, bindings, ("object", str(index)))
             for index, entry in enumerate(manifest.get("object", []))
@@ -265,6 +278,8 @@ class _Reader:
         digest = hashlib.sha256(self._text.encode())
         for item in objects:
             digest.update(hashlib.sha256(item.data).digest())
+        if carried:
+            digest.update(hashlib.sha256(carried).digest())
         for module in sorted(self._converters):
             digest.update(hashlib.sha256(self._converters[module].encode()).digest())
         return Bundle(
@@ -334,19 +349,23 @@ class _Reader:
 
     def _object(self, entry: Any, bindings: Mapping[str, Binding], path: tuple[str, ...]) -> BundleObject:
         self._check(entry, "object", path)
-        file = self._file.parent / entry["file"]
-        if file.resolve().parent != self._file.parent.resolve():
-            self.fail((*path, "file"), f"{entry['file']} is not a file beside the manifest")
-        try:
-            data = self._files.read(entry["file"])
-        except OSError as error:
-            self.fail((*path, "file"), f"{file} cannot be read: {error.strerror}; was the object compiled?")
-        name = file.name.removesuffix(".o").removesuffix(".bpf")
-        spec = self._settled(read_object(data, name), entry.get("program", {}), path)
+        data = self._beside(entry["file"], (*path, "file"))
+        name = object_name(entry["file"])
+        spec = self._settled(read_object(data, name, types=self._types), entry.get("program", {}), path)
         bound = {item.name: bindings[item.name] for item in spec.maps if any(bindings.get(item.name, ()))}
         if bound:
-            spec = msgspec.structs.replace(spec, maps=read_object(data, name, bound).maps)
+            spec = msgspec.structs.replace(spec, maps=read_object(data, name, bound, self._types).maps)
         return BundleObject(spec, data)
+
+    def _beside(self, name: str, path: tuple[str, ...]) -> bytes:
+        """The bytes of a file beside the manifest, which names it at ``path``."""
+        file = self._file.parent / name
+        if file.resolve().parent != self._file.parent.resolve():
+            self.fail(path, f"{name} is not a file beside the manifest")
+        try:
+            return self._files.read(name)
+        except OSError as error:
+            self.fail(path, f"{file} cannot be read: {error.strerror}; was the object compiled?")
 
     def _settled(self, spec: ObjectSpec, entries: Mapping[str, Any], path: tuple[str, ...]) -> ObjectSpec:
         """The object with what the manifest says of its programs: a type, or that one is left out."""
@@ -465,6 +484,8 @@ class _Reader:
             return None
         found = (read_btf(item.data, item.spec.name).find(entry[key]) for item in objects)
         made = next((made for made in found if made is not None), None)
+        if made is None and self._types is not None:
+            made = self._types.find(entry[key])
         if made is None:
             self.fail(
                 (*path, key),
