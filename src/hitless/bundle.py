@@ -17,6 +17,7 @@ import msgspec
 from hitless.attach import ATTACH_KEYS, ATTACH_NEEDS, Attach, check_links, read_attach
 from hitless.errors import BundleError, LayoutError, UnsupportedError
 from hitless.layout.contradictions import check_rules, differences
+from hitless.layout.diff import section_of
 from hitless.layout.dwarf import Dwarf
 from hitless.layout.elf import Binding, read_btf, read_object
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec, Type
@@ -270,6 +271,7 @@ class _Reader:
         maps = unite_maps(specs)
         programs = self._programs(specs)
         rules = {name: self._rules(entry, maps, name, objects) for name, entry in manifest.get("map", {}).items()}
+        self._check_one_heir(rules, maps)
         attach = []
         for index, entry in enumerate(manifest.get("attach", [])):
             self._check(entry, "attach", ("attach", str(index)))
@@ -336,7 +338,8 @@ class _Reader:
                 self.fail((*path, key), f"unknown key {key!r}; known here: {', '.join(known)}")
             if kind == "map" and key == "was" and isinstance(value, list):
                 raise UnsupportedError(
-                    f"{self.where((*path, key))}: folding several maps into one is not supported yet",
+                    f"{self.where((*path, key))}: folding several maps into one is not supported yet: name the one "
+                    "whose entries matter most, and say by --allow-loss that those of the others may go",
                     feature="map.was list",
                 )
             if not isinstance(value, known[key]) or (isinstance(value, bool) and known[key] is not bool):
@@ -456,6 +459,21 @@ class _Reader:
                 field = error.facts.get("field")
                 self.fail((*path, "field", str(field)) if field else path, error.message)
         return rules
+
+    def _check_one_heir(self, rules: Mapping[str, MapRules], maps: Mapping[str, MapSpec]) -> None:
+        """The entries of an old map go to one new map; only variables are carried one by one."""
+        heirs: dict[str, str] = {}
+        for name, rule in rules.items():
+            if rule.was is None or name not in maps or section_of(maps[name]) is not None:
+                continue
+            other = heirs.setdefault(rule.was, name)
+            if other != name:
+                raise UnsupportedError(
+                    f"{self.where(('map', name, 'was'))}: {other} and {name} both say was = \"{rule.was}\": splitting "
+                    "a map is not supported, its entries go to one map: leave out one of the two",
+                    feature="map split",
+                    maps=[other, name],
+                )
 
     def _slots(
         self, entry: Mapping[str, Any], spec: MapSpec | None, objects: Iterable[BundleObject], path: tuple[str, ...]
