@@ -12,7 +12,7 @@ from hitless.errors import UnsupportedError
 from hitless.hooks import EVENTS, FAMILIES, HOOKS, POINTS, REFUSED, NetfilterPoint
 from hitless.layout.model import MapSpec, ProgramSpec
 
-__all__ = ["ATTACH_KEYS", "ATTACH_NEEDS", "Attach", "Lines", "check_links", "read_attach"]
+__all__ = ["ATTACH_KEYS", "ATTACH_NEEDS", "ONE_MAP_ITERATORS", "Attach", "Lines", "check_links", "read_attach"]
 
 ATTACH_KEYS: dict[str, type | tuple[type, ...]] = {
     "program": str, "hook": str, "target": str, "link": str, "was": str, "netns": str, "mode": str, "by": str,
@@ -23,7 +23,8 @@ ATTACH_KEYS: dict[str, type | tuple[type, ...]] = {
 ATTACH_NEEDS = ("program", "hook", "target", "link")
 """What an entry has to say."""
 
-_OF_ONE_MAP = ("bpf_map_elem", "bpf_sk_storage_map", "sockmap")  # iterators
+ONE_MAP_ITERATORS = ("bpf_map_elem", "bpf_sk_storage_map", "sockmap")
+"""What iterators that hitless refuses iterate over."""
 _PRIORITIES = range(-(1 << 31) + 1, (1 << 31) - 1)  # the first and the last are the kernel's own
 _HOOKS = tuple(name for name in HOOKS if name != "xdp-netlink")
 _SOCKET_MAPS = ("sockmap", "sockhash")
@@ -112,7 +113,7 @@ def read_attach(
         hook = "xdp-netlink"
     program = programs[entry["program"]]
     if not program.autoload:
-        why = f"{program.name} is in section {program.section}, which libbpf does not load"
+        why = f"{program.name} (section {program.section}) is left out: by skip = true, or by the ? before its section"
         file.fail((*path, "program"), why)
     if HOOKS[hook].slot and program.may_sleep:
         # The kernel takes it into the slot, and lets it sleep where the dispatcher must not.
@@ -184,7 +185,7 @@ def _check_section(entry: Any, program: ProgramSpec, path: tuple[str, ...], file
         if not re.fullmatch(r".+:\w+", entry["target"]):
             file.fail((*path, "target"), f"{entry['target']!r} is no function of a file: /PATH:FUNCTION")
         return
-    if hook.startswith("iter") and own in _OF_ONE_MAP:
+    if hook.startswith("iter") and own in ONE_MAP_ITERATORS:
         raise UnsupportedError(
             f"{file.where(path)}: {program.name} iterates over {own}: iterators over one map are not supported",
             feature=f"iter/{own}",

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,25 +17,29 @@ import msgspec
 from hitless.attach import ATTACH_KEYS, ATTACH_NEEDS, Attach, check_links, read_attach
 from hitless.errors import BundleError, LayoutError, UnsupportedError
 from hitless.layout.contradictions import check_rules, differences
+from hitless.layout.diff import section_of
+from hitless.layout.dwarf import Dwarf
 from hitless.layout.elf import Binding, read_btf, read_object
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec, Type
 from hitless.layout.rules import FieldRule, MapRules
+from hitless.layout.sections import meant
 
-__all__ = ["MANIFEST", "Bundle", "BundleObject", "CutoverRule", "unite_maps"]
+__all__ = ["MANIFEST", "OPEN", "Bundle", "BundleObject", "CutoverRule", "object_name", "unite_maps"]
 
 MANIFEST = "bundle.toml"
 
-# What the interface document names and this version cannot do yet: refused by name, never ignored.
-_NOT_YET = {
-    "object.program": "program types and skipped programs",
-}
+OPEN = "..."
+"""What stands in a manifest for an answer that a person has yet to give."""
+
 _CONSISTENCY = ("hook", "connection")
 _LONGEST = 86400  # s that connections may stay with the old release
 _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "": {"bundle": dict, "object": list, "attach": list, "map": dict, "cutover": dict},
+    "": {"bundle": dict, "object": list, "attach": list, "map": dict, "cutover": dict, "types": dict},
     "cutover": {"consistency": str, "deadline": (int, float)},
     "bundle": {"name": str, "version": str},
+    "types": {"file": str},
     "object": {"file": str, "program": dict},
+    "program": {"type": str, "skip": bool},
     "attach": ATTACH_KEYS,
     "map": {
         "was": str, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str, "on_collision": str,
@@ -43,7 +47,7 @@ _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     },
     "field": {"was": str, "merge": str, "default": (int, float)},
 }  # fmt: skip
-_REQUIRED = {"bundle": ("name", "version"), "object": ("file",), "attach": ATTACH_NEEDS}
+_REQUIRED = {"bundle": ("name", "version"), "object": ("file",), "types": ("file",), "attach": ATTACH_NEEDS}
 _FUNCTION = re.compile(r"([A-Za-z_][A-Za-z0-9_]*):([A-Za-z_][A-Za-z0-9_]*)")
 _FUNCTIONS = ("", "_key", "_back", "_key_back")  # what may follow a converter's name, see layout/structured.py
 _MODULE_BYTES = 1 << 18  # it travels in the record of an upgrade, which may have to be finished without the bundle
@@ -58,6 +62,11 @@ class CutoverRule(msgspec.Struct, frozen=True):
 
     consistency: str = "hook"
     deadline: float = 60.0
+
+
+def object_name(file: str) -> str:
+    """What an object is called after its file."""
+    return Path(file).name.removesuffix(".o").removesuffix(".bpf")
 
 
 class BundleObject(msgspec.Struct, frozen=True):
@@ -225,11 +234,13 @@ class _Reader:
         self._variables = variables
         self._lines = _key_lines(text)
         self._converters: dict[str, str] = {}
+        self._types: Dwarf | None = None
 
     def bundle(self) -> Bundle:
         try:
             manifest = tomllib.loads(self._text)
             self._check_text(manifest, ())
+            self._check_answered(manifest)
         except RecursionError:
             raise BundleError(f"{self._file}: nested too deeply for a manifest", file=str(self._file)) from None
         except tomllib.TOMLDecodeError as error:
@@ -243,6 +254,11 @@ class _Reader:
             name: Binding(rule.get("key"), rule.get("value"), rule.get("infer", False))
             for name, rule in manifest.get("map", {}).items()
         }
+        carried = b""
+        if "types" in manifest:
+            self._check(manifest["types"], "types", ("types",))
+            carried = self._beside(manifest["types"]["file"], ("types", "file"))
+            self._types = Dwarf.parse(carried, manifest["types"]["file"])
         objects = [
             self._object(entry, bindings, ("object", str(index)))
             for index, entry in enumerate(manifest.get("object", []))
@@ -256,6 +272,7 @@ class _Reader:
         maps = unite_maps(specs)
         programs = self._programs(specs)
         rules = {name: self._rules(entry, maps, name, objects) for name, entry in manifest.get("map", {}).items()}
+        self._check_one_heir(rules, maps)
         attach = []
         for index, entry in enumerate(manifest.get("attach", [])):
             self._check(entry, "attach", ("attach", str(index)))
@@ -264,6 +281,8 @@ class _Reader:
         digest = hashlib.sha256(self._text.encode())
         for item in objects:
             digest.update(hashlib.sha256(item.data).digest())
+        if carried:
+            digest.update(hashlib.sha256(carried).digest())
         for module in sorted(self._converters):
             digest.update(hashlib.sha256(self._converters[module].encode()).digest())
         return Bundle(
@@ -298,22 +317,30 @@ class _Reader:
                     self.fail((*path, str(key)), f"{text!r} has control characters")
             self._check_text(value, (*path, str(key)))
 
+    def _check_answered(self, manifest: Any) -> None:
+        questions = [(self._lines.get(path), path) for path in _open_questions(manifest, ())]
+        if questions:
+            words = [f"line {line}: {'.'.join(path)}" if line else ".".join(path) for line, path in questions]
+            raise BundleError(
+                f"{self._file} has questions that wait for an answer ({'; '.join(words)}): write it in the place of "
+                f'"{OPEN}", or delete the line where its comment says that this may be',
+                file=str(self._file),
+                line=questions[0][0],
+                questions=[{"line": line, "key": ".".join(path)} for line, path in questions],
+            )
+
     def _check(self, table: Any, kind: str, path: tuple[str, ...]) -> None:
         """Types and names of the keys of one table; ``kind`` is its row in _KEYS."""
         if not isinstance(table, dict):
             self.fail(path, f"{'.'.join(path)} must be a table")
         known = _KEYS[kind]
         for key, value in table.items():
-            if f"{kind}.{key}" in _NOT_YET:
-                feature = _NOT_YET[f"{kind}.{key}"]
-                raise UnsupportedError(
-                    f"{self.where((*path, key))}: {key}: {feature} are not supported yet", feature=f"{kind}.{key}"
-                )
             if key not in known:
                 self.fail((*path, key), f"unknown key {key!r}; known here: {', '.join(known)}")
             if kind == "map" and key == "was" and isinstance(value, list):
                 raise UnsupportedError(
-                    f"{self.where((*path, key))}: folding several maps into one is not supported yet",
+                    f"{self.where((*path, key))}: folding several maps into one is not supported yet: name the one "
+                    "whose entries matter most, and say by --allow-loss that those of the others may go",
                     feature="map.was list",
                 )
             if not isinstance(value, known[key]) or (isinstance(value, bool) and known[key] is not bool):
@@ -326,17 +353,53 @@ class _Reader:
 
     def _object(self, entry: Any, bindings: Mapping[str, Binding], path: tuple[str, ...]) -> BundleObject:
         self._check(entry, "object", path)
-        file = self._file.parent / entry["file"]
-        if file.resolve().parent != self._file.parent.resolve():
-            self.fail((*path, "file"), f"{entry['file']} is not a file beside the manifest")
-        try:
-            data = self._files.read(entry["file"])
-        except OSError as error:
-            self.fail((*path, "file"), f"{file} cannot be read: {error.strerror}; was the object compiled?")
-        name = file.name.removesuffix(".o").removesuffix(".bpf")
-        spec = read_object(data, name)
+        data = self._beside(entry["file"], (*path, "file"))
+        name = object_name(entry["file"])
+        spec = self._settled(read_object(data, name, types=self._types), entry.get("program", {}), path)
         bound = {item.name: bindings[item.name] for item in spec.maps if any(bindings.get(item.name, ()))}
-        return BundleObject(read_object(data, name, bound) if bound else spec, data)
+        if bound:
+            spec = msgspec.structs.replace(spec, maps=read_object(data, name, bound, self._types).maps)
+        return BundleObject(spec, data)
+
+    def _beside(self, name: str, path: tuple[str, ...]) -> bytes:
+        """The bytes of a file beside the manifest, which names it at ``path``."""
+        file = self._file.parent / name
+        if file.resolve().parent != self._file.parent.resolve():
+            self.fail(path, f"{name} is not a file beside the manifest")
+        try:
+            return self._files.read(name)
+        except OSError as error:
+            self.fail(path, f"{file} cannot be read: {error.strerror}; was the object compiled?")
+
+    def _settled(self, spec: ObjectSpec, entries: Mapping[str, Any], path: tuple[str, ...]) -> ObjectSpec:
+        """The object with what the manifest says of its programs: a type, or that one is left out."""
+        programs = {program.name: program for program in spec.programs}
+        for name, entry in entries.items():
+            here = (*path, "program", name)
+            self._check(entry, "program", here)
+            if name not in programs:
+                known = ", ".join(sorted(programs)) or "none"
+                self.fail(here, f"{spec.name} has no program {name}; there are: {known}")
+            if "type" in entry:
+                kinds = meant(entry["type"])
+                if kinds is None:
+                    self.fail(
+                        (*here, "type"),
+                        f"{entry['type']!r} is no type of programs: give a section's name as libbpf knows it, "
+                        'as "xdp", "tc" or "cgroup/connect4"',
+                    )
+                programs[name] = msgspec.structs.replace(programs[name], type=kinds[0], attach_type=kinds[1])
+            if "skip" in entry:
+                programs[name] = msgspec.structs.replace(programs[name], autoload=not entry["skip"])
+        for program in programs.values():
+            if program.autoload and not program.type:
+                self.fail(
+                    path,
+                    f"{spec.name}: libbpf does not know section {program.section}: say what program {program.name} is "
+                    f'by [object.program.{program.name}] with type = "xdp", "cgroup/connect4" or the like, or leave it '
+                    "out by skip = true",
+                )
+        return msgspec.structs.replace(spec, programs=tuple(programs.values()))
 
     def _programs(self, objects: Iterable[ObjectSpec]) -> dict[str, ProgramSpec]:
         programs: dict[str, ProgramSpec] = {}
@@ -398,6 +461,21 @@ class _Reader:
                 self.fail((*path, "field", str(field)) if field else path, error.message)
         return rules
 
+    def _check_one_heir(self, rules: Mapping[str, MapRules], maps: Mapping[str, MapSpec]) -> None:
+        """The entries of an old map go to one new map; only variables are carried one by one."""
+        heirs: dict[str, str] = {}
+        for name, rule in rules.items():
+            if rule.was is None or name not in maps or section_of(maps[name]) is not None:
+                continue
+            other = heirs.setdefault(rule.was, name)
+            if other != name:
+                raise UnsupportedError(
+                    f"{self.where(('map', name, 'was'))}: {other} and {name} both say was = \"{rule.was}\": splitting "
+                    "a map is not supported, its entries go to one map: leave out one of the two",
+                    feature="map split",
+                    maps=[other, name],
+                )
+
     def _slots(
         self, entry: Mapping[str, Any], spec: MapSpec | None, objects: Iterable[BundleObject], path: tuple[str, ...]
     ) -> dict[int, str]:
@@ -425,6 +503,8 @@ class _Reader:
             return None
         found = (read_btf(item.data, item.spec.name).find(entry[key]) for item in objects)
         made = next((made for made in found if made is not None), None)
+        if made is None and self._types is not None:
+            made = self._types.find(entry[key])
         if made is None:
             self.fail(
                 (*path, key),
@@ -491,6 +571,14 @@ class _Reader:
     def fail(self, path: tuple[str, ...], why: str) -> NoReturn:
         where = self.where(path)
         raise BundleError(f"{where}: {why}", file=str(self._file), line=where.rpartition(":")[2], key=".".join(path))
+
+
+def _open_questions(item: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    if item == OPEN:
+        yield path
+    items = item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, list) else ()
+    for key, value in items:
+        yield from _open_questions(value, (*path, str(key)))
 
 
 def _key_lines(text: str) -> dict[tuple[str, ...], int]:

@@ -15,12 +15,13 @@ from hitless.errors import BundleError
 from hitless.groups import group_of, torn
 from hitless.layout.answers import answer
 from hitless.layout.diff import MapDiff, diff_maps, is_constant, phrases
+from hitless.layout.dwarf import Dwarf
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
 from hitless.layout.variables import diff_sections
 from hitless.sources import Source, read_source
 
-__all__ = ["Comparison", "Judged", "compare"]
+__all__ = ["Comparison", "Judged", "compare", "compare_sources"]
 
 # From best to worst; an added map loses nothing.
 _ORDER = ("identical", "added", "lossless", "lossy", "removed", "needs-converter", "not-carried", "unknown")
@@ -98,12 +99,18 @@ class Comparison(msgspec.Struct, frozen=True):
         }
 
 
-def compare(old: str, new: str, allow_loss: Collection[str] = ()) -> Comparison:
+def compare(old: str, new: str, allow_loss: Collection[str] = (), types: Dwarf | None = None) -> Comparison:
     """Compare the maps of two sources under the rules of the new one; ``allow_loss`` names maps that may lose state.
+
+    ``types`` are for maps of objects that carry none, as in :func:`hitless.sources.read_source`.
 
     Raises HitlessError by kind: BundleError also for an allowed loss of a map that neither side has.
     """
-    before, after = read_source(old), read_source(new)
+    return compare_sources(read_source(old, types), read_source(new, types), allow_loss)
+
+
+def compare_sources(before: Source, after: Source, allow_loss: Collection[str] = ()) -> Comparison:
+    """The same of sources that were read."""
     if before.kind == after.kind == "pinned map" and set(before.maps) != set(after.maps):
         # Two pinned maps are compared with each other, whatever they are called.
         (spec,) = before.maps.values()

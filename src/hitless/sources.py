@@ -7,9 +7,10 @@ from pathlib import Path
 
 import msgspec
 
-from hitless.bundle import MANIFEST, Bundle, unite_maps
+from hitless.bundle import MANIFEST, Bundle, object_name, unite_maps
 from hitless.errors import BundleError
-from hitless.layout.elf import read_object
+from hitless.layout.dwarf import Dwarf
+from hitless.layout.elf import Binding, read_object
 from hitless.layout.model import MapSpec, ObjectSpec
 from hitless.layout.rules import MapRules
 
@@ -35,8 +36,11 @@ class Source(msgspec.Struct, frozen=True):
         return str(Path(self.path) / MANIFEST) if self.kind == "bundle" else self.path
 
 
-def read_source(what: str) -> Source:
-    """Read ``what``. Raises HitlessError by kind; never needs the kernel unless ``what`` is on a bpffs."""
+def read_source(what: str, types: Dwarf | None = None) -> Source:
+    """Read ``what``. Raises HitlessError by kind; never needs the kernel unless ``what`` is on a bpffs.
+
+    ``types`` are for the maps of an object that carry none: of those, the one that fits by size and name.
+    """
     path = Path(what)
     if not path.exists():
         raise BundleError(
@@ -59,13 +63,26 @@ def read_source(what: str) -> Source:
             return Source(what, "pinned map", {path.name: pinned.spec(path.name)})
     data = path.read_bytes()
     if data[:4] == b"\x7fELF" or path.suffix == ".o":
-        read = read_object(data, path.name.removesuffix(".o").removesuffix(".bpf"))
+        read = _bound(data, object_name(path.name), types)
         return Source(what, "object", unite_maps([read]), {read.name: read})
     # Only here: a check of objects must start at once.
     from hitless.layout import kmesh, snapshot
 
     registry = kmesh.load(data) if kmesh.is_kmesh(data) else snapshot.load(data)
     return Source(what, "snapshot", unite_maps(registry.values()), registry)
+
+
+def _bound(data: bytes, name: str, types: Dwarf | None) -> ObjectSpec:
+    read = read_object(data, name, types=types)
+    if types is None:
+        return read
+    # Who gives a header for just this object has accepted what fits alone.
+    guessed = {
+        spec.name: Binding(spec.inferred_type("key"), spec.inferred_type("value"))
+        for spec in read.maps
+        if spec.inferred
+    }
+    return read_object(data, name, guessed, types) if guessed else read
 
 
 def _read_node(root: Path) -> Source:

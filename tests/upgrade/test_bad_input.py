@@ -64,7 +64,6 @@ def test_a_wrong_manifest_is_refused_with_its_line(tmp_path: Path, text: str, li
     ("text", "feature"),
     [
         (HEAD + "[map.tally]\nwas = ['a', 'b']\n", "map.was list"),
-        (HEAD + "[object.program.count4]\nskip = true\n", "object.program"),
     ],
 )
 def test_what_is_not_supported_yet_is_refused_by_name(tmp_path: Path, text: str, feature: str) -> None:

@@ -9,11 +9,15 @@ import shutil
 import sys
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hitless.errors import HitlessError
+
+if TYPE_CHECKING:
+    from hitless.layout.dwarf import Dwarf
 
 __all__ = ["main"]
 
@@ -109,6 +113,14 @@ _set = click.option(
 _digest = click.option(
     "--digest", callback=_sha256, metavar="SHA256", help="Refuse any BUNDLE but this one; inspect prints the digest.",
 )  # fmt: skip
+def _header(_context: click.Context, _parameter: click.Parameter, given: str | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+_types_from = click.option(
+    "--types-from", "header", type=_PATH, callback=_header, metavar="HEADER",
+    help="A C header with the types of maps that carry none; needs clang.",
+)  # fmt: skip
 _allow_loss = click.option(
     "--allow-loss", multiple=True, metavar="MAP", help="This map may lose what the plan says it loses."
 )
@@ -159,29 +171,57 @@ def main() -> None:
 
 @main.command(epilog="Example: hitless inspect release-2/")
 @click.argument("what", type=_PATH)
+@_types_from
 @_command()
-def inspect(what: str, as_json: bool) -> None:
+def inspect(what: str, header: Path | None, as_json: bool) -> None:
     """Show maps, programs and layouts of WHAT: a .o file, a bundle, a snapshot, a pinned map or a pin root."""
     from hitless.cli.output import print_json, show_source
     from hitless.sources import read_source
 
-    source = read_source(what)
+    source = read_source(what, _types_of(header))
     if as_json:
         print_json({"schema": 1, **_facts(source)})
     else:
         click.echo(show_source(source))
 
 
+@main.command(epilog="Example: hitless init build/*.bpf.o -o release-2/ --from release-1/")
+@click.argument("objects", nargs=-1, required=True, type=_PATH)
+@click.option("-o", "directory", type=_PATH, metavar="DIR", help="Where the bundle is to be; else beside the objects.")
+@click.option(
+    "--from", "old", type=_PATH, multiple=True, metavar="OLD",
+    help="The release before (bundle, snapshot or object, also several): suggest renames and list losses.",
+)  # fmt: skip
+@_types_from
+@_command()
+def init(
+    objects: tuple[str, ...], directory: str | None, old: tuple[str, ...], header: Path | None, as_json: bool
+) -> None:
+    """Write a bundle.toml for OBJECTS that a person finishes: whatever files do not tell is a question in it.
+
+    It reads files only: no root, no kernel. No command takes the bundle while a question is open.
+    """
+    from hitless.cli.output import print_json, show_skeleton
+    from hitless.skeleton import start_bundle
+
+    manifest, made = start_bundle([Path(one) for one in objects], Path(directory) if directory else None, old, header)
+    if as_json:
+        print_json({"schema": 1, "file": str(manifest), **_facts(made)})
+    else:
+        click.echo(show_skeleton(str(manifest), made))
+
+
 @main.command(epilog="Example: hitless diff release-1/ release-2/")
 @click.argument("old", type=_PATH)
 @click.argument("new", type=_PATH)
+@_types_from
 @_command(trouble=2)
-def diff(old: str, new: str, as_json: bool) -> int:
+def diff(old: str, new: str, header: Path | None, as_json: bool) -> int:
     """Say what changed between the maps of OLD and NEW. Exit code: 0 same, 1 differ, 2 trouble."""
     from hitless.cli.output import print_json, show_diffs
     from hitless.compare import compare
 
-    comparison = compare(old, new)
+    comparison = compare(old, new, (), _types_of(header))
     if as_json:
         print_json(comparison.to_dict())
     else:
@@ -193,19 +233,22 @@ def diff(old: str, new: str, as_json: bool) -> int:
 @click.argument("old", type=_PATH)
 @click.argument("new", type=_PATH)
 @_allow_loss
+@_types_from
 @click.option(
     "--format", "form", type=click.Choice(["text", "json", "github", "html"]), default="text", show_default=True,
     help="html is one page with a memory map of every changed struct; github annotates a pull request.",
 )  # fmt: skip
 @_command(trouble=2)
-def check(old: str, new: str, allow_loss: tuple[str, ...], form: str, as_json: bool) -> int:
+def check(
+    old: str, new: str, allow_loss: tuple[str, ...], header: Path | None, form: str, as_json: bool
+) -> int:
     """Say whether all state of OLD survives an upgrade to NEW: for CI, on any system, without root.
 
     Exit code: 0 all of it does (or the loss is accepted), 1 some would be lost, 2 trouble.
     """
     from hitless.compare import compare
 
-    comparison = compare(old, new, allow_loss)
+    comparison = compare(old, new, allow_loss, _types_of(header))
     if as_json or form == "json":
         from hitless.cli.output import print_json
 
@@ -219,6 +262,12 @@ def check(old: str, new: str, allow_loss: tuple[str, ...], form: str, as_json: b
 
         click.echo(show_annotations(comparison) if form == "github" else show_diffs(comparison, _width()))
     return 1 if comparison.lost else 0
+
+
+def _types_of(header: Path | None) -> Dwarf | None:
+    from hitless.headers import types_of_header
+
+    return None if header is None else types_of_header(header)
 
 
 def _width() -> int | None:

@@ -18,6 +18,7 @@ from hitless.layout.show import diff_lines, show_map
 
 if TYPE_CHECKING:
     from hitless.compare import Comparison
+    from hitless.skeleton import Skeleton
     from hitless.sources import Source
     from hitless.upgrade.gc import Garbage
     from hitless.upgrade.holders import Holder, Holders
@@ -39,6 +40,7 @@ __all__ = [
     "show_plan",
     "show_recovery",
     "show_result",
+    "show_skeleton",
     "show_source",
     "show_status",
     "show_verification",
@@ -68,6 +70,15 @@ def show_source(source: Source) -> str:
         rows = [(p.name, p.section, p.type or "type unknown", p.attach_type) for p in programs]
         parts.append("programs:\n" + "\n".join(_aligned(rows)))
     return printable("\n\n".join(parts), "\n")
+
+
+def show_skeleton(file: str, made: Skeleton) -> str:
+    """Where the manifest is, what is open in it, and what an upgrade to it would lose."""
+    count = len(made.questions)
+    parts = [f"{file}: {count} {_plural(count, 'question')} to answer"]
+    parts += [f"  line {question.line}: {question.key}: {question.asks}" for question in made.questions]
+    parts += [f"  {name} loses {'; '.join(texts)}" for name, texts in made.losses.items()]
+    return printable("\n".join(parts), "\n")
 
 
 def show_diffs(comparison: Comparison, width: int | None = None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hitless.kernel.libbpf import Object, check, ffi, lib, messages, options, pi
 from hitless.kernel.maps import Map
 from hitless.kernel.names import attach_number, in_kernel, program_name, program_number
 from hitless.layout.elf import for_old_libbpf
+from hitless.layout.model import ProgramSpec
 from hitless.layout.sections import program_type
 
 __all__ = ["Loaded", "Program", "ProgramInfo", "is_loaded", "load_code", "load_object"]
@@ -116,11 +117,18 @@ class Loaded(msgspec.Struct):
     programs: dict[str, Program]
 
 
-def load_object(data: bytes, name: str, reuse: Mapping[str, Map], sections: Mapping[str, int]) -> Loaded:
+def load_object(
+    data: bytes,
+    name: str,
+    reuse: Mapping[str, Map],
+    sections: Mapping[str, int],
+    programs: Iterable[ProgramSpec] = (),
+) -> Loaded:
     """Load the ELF object ``data`` called ``name``; maps named in ``reuse`` are used, the others created.
 
     ``sections`` are the maps of its global data in the order of the object: their names, as in ``reuse``, and sizes in
-    bytes. Nothing is pinned or attached; struct_ops maps are ready to be. Raises KernelError whose message ends in the
+    bytes. ``programs`` are those whose types are known, and which of them to leave out; of others libbpf decides both.
+    Nothing is pinned or attached; struct_ops maps are ready to be. Raises KernelError whose message ends in the
     verifier's last words and whose fact ``log`` is all that libbpf and the verifier printed, UnsupportedError for
     sections that only libbpf knows.
     """
@@ -148,25 +156,25 @@ def load_object(data: bytes, name: str, reuse: Mapping[str, Map], sections: Mapp
                 if title in reuse:
                     check(lib().bpf_map__reuse_fd(entry, reuse[title].fd), "bpf_map__reuse_fd", title)
                 entry = lib().bpf_object__next_map(handle, entry)
+            settled = {program.name: program for program in programs}
             program = lib().bpf_object__next_program(handle, ffi.NULL)
             while program:
-                if lib().bpf_program__type(program) == 0:
-                    _set_type(program)
+                _settle(program, settled.get(ffi.string(lib().bpf_program__name(program)).decode()))
                 program = lib().bpf_object__next_program(handle, program)
             result = lib().bpf_object__load(handle)
             if result < 0:
                 _fail(result, "loading", name, heard)
             for entry in ops:
                 _make_ready(entry, name, heard)
-            programs = {}
+            loaded = {}
             program = lib().bpf_object__next_program(handle, ffi.NULL)
             while program:
                 title = ffi.string(lib().bpf_program__name(program)).decode()
                 fd = lib().bpf_program__fd(program)
                 if fd >= 0:  # a section that begins with "?" is not loaded unless asked for
-                    programs[title] = Program(os.dup(fd))
+                    loaded[title] = Program(os.dup(fd))
                 program = lib().bpf_object__next_program(handle, program)
-            return Loaded({title: Map(os.dup(lib().bpf_map__fd(entry))) for title, entry in maps.items()}, programs)
+            return Loaded({title: Map(os.dup(lib().bpf_map__fd(entry))) for title, entry in maps.items()}, loaded)
         finally:
             lib().bpf_object__close(handle)
 
@@ -188,9 +196,15 @@ def _make_ready(entry: Any, name: str, heard: list[str]) -> None:
     lib().bpf_link__destroy(link)
 
 
-def _set_type(program: Any) -> None:
-    """Tell libbpf what a section means that a newer libbpf knows; of others it says itself that it does not."""
-    kind, attach = program_type(ffi.string(lib().bpf_program__section_name(program)).decode())
+def _settle(program: Any, spec: ProgramSpec | None) -> None:
+    """Tell libbpf what a program is where it does not know by its section, or the release's manifest says otherwise."""
+    section = ffi.string(lib().bpf_program__section_name(program)).decode()
+    known = program_type(section.removeprefix("?"))
+    kind, attach = (spec.type, spec.attach_type) if spec else known
+    if spec is not None:
+        check(lib().bpf_program__set_autoload(program, spec.autoload), "bpf_program__set_autoload", spec.name)
+    if lib().bpf_program__type(program) and (kind, attach) == known:
+        return
     if kind:
         check(lib().bpf_program__set_type(program, program_number(kind)), "bpf_program__set_type", kind)
     if attach:

@@ -21,7 +21,7 @@ from hitless.layout.members import overlapping, repeated
 from hitless.layout.model import Array, Field, Int, MapSpec, ObjectSpec, Ops, Order, ProgramSpec, Record, Type
 from hitless.layout.sections import program_type
 
-__all__ = ["MAP_TYPES", "STRUCT_OPS", "Binding", "for_old_libbpf", "read_btf", "read_object"]
+__all__ = ["MAP_TYPES", "STRUCT_OPS", "Binding", "Types", "for_old_libbpf", "needs_types", "read_btf", "read_object"]
 
 #: Names of the kernel's map types; the index is the number in ``enum bpf_map_type``.
 MAP_TYPES = (
@@ -101,11 +101,13 @@ class _Elf(NamedTuple):
         return next((part for part in self.parts if part.name == name), None)
 
 
-def read_object(data: bytes, name: str, bindings: Mapping[str, Binding] | None = None) -> ObjectSpec:
+def read_object(
+    data: bytes, name: str, bindings: Mapping[str, Binding] | None = None, types: Dwarf | None = None
+) -> ObjectSpec:
     """Everything that an object file says about its maps and programs; ``name`` is used in messages and the spec.
 
     ``bindings`` gives types, by map name, to maps that were declared with sizes only. The types are looked up in BTF,
-    then in the debug information if the object has any.
+    then in the debug information if the object has any, then in ``types``.
 
     Raises :class:`LayoutError` if the bytes are no whole BPF object, have no ``.BTF`` or no ``.maps``, or define a
     map that makes no sense; :class:`UnsupportedError` for legacy ``maps`` sections, struct_ops maps that cannot be
@@ -126,9 +128,9 @@ def read_object(data: bytes, name: str, bindings: Mapping[str, Binding] | None =
     if (maps_part is None or ".maps" not in sections) and not ops:
         raise LayoutError(f'{name}: no .maps section: the object defines no map with SEC(".maps")', object=name)
     bound = dict(bindings or {})
-    types = _Types(btf, data, name)
+    found_types = Types(btf, data, name, types)
     maps = [
-        _bind(_map(btf, var.type_id, var.name, var.tags, name), bound.pop(var.name, Binding()), types, name)
+        _bind(_map(btf, var.type_id, var.name, var.tags, name), bound.pop(var.name, Binding()), found_types, name)
         for var in (sections[".maps"].variables if ".maps" in sections else ())
     ]
     if bound:
@@ -491,30 +493,48 @@ def _finished(spec: MapSpec, elf: _Elf, btf: Btf, section: Section | None, where
     return msgspec.structs.replace(spec, slots=tuple(sorted(slots)))
 
 
-class _Types:
-    """The types that an object's maps can be bound to: BTF's, and where those do not do, the debug information's."""
+class Types:
+    """What an object's maps can be bound to: types of its BTF, else its debug information, else those ``beside`` it."""
 
-    def __init__(self, btf: Btf, data: bytes, where: str) -> None:
+    def __init__(self, btf: Btf, data: bytes, where: str, beside: Dwarf | None = None) -> None:
         self.btf = btf
+        self.beside = beside
         self._data = data
         self._where = where
         self._dwarf: Dwarf | None = None
 
     @property
     def dwarf(self) -> Dwarf:
+        """The object's own debug information."""
         if self._dwarf is None:
             self._dwarf = Dwarf.parse(self._data, self._where)
         return self._dwarf
 
     def find(self, name: str) -> Type | None:
+        """The type called ``name``, or None. Raises LayoutError if it is damaged."""
         made = self.btf.find(name)
-        return self.dwarf.find(name) if made is None else made
+        if made is None:
+            made = self.dwarf.find(name)
+        return self.beside.find(name) if made is None and self.beside else made
+
+    def source(self, name: str) -> str:
+        """Where :meth:`find` finds it, in words."""
+        if self.btf.find(name) is not None:
+            return "BTF"
+        return "debug information" if self.dwarf.find(name) is not None else "the types beside it"
 
     def names(self) -> set[str]:
-        return {*self.btf.names(), *self.dwarf.names()}
+        """Names of structs, unions and typedefs."""
+        return {*self.btf.names(), *self.dwarf.names(), *(self.beside.names() if self.beside else ())}
 
 
-def _bind(spec: MapSpec, binding: Binding, types: _Types, where: str) -> MapSpec:
+def needs_types(spec: MapSpec, side: Literal["key", "value"]) -> bool:
+    """Whether this side of a map is bytes that have a meaning, and nothing here tells which."""
+    made, size = (spec.key, spec.key_size) if side == "key" else (spec.value, spec.value_size)
+    return made is None and size > 0 and spec.type in _TYPED
+
+
+def _bind(spec: MapSpec, binding: Binding, types: Types, where: str) -> MapSpec:
     def bad(why: str) -> LayoutError:
         return LayoutError(f"{where}: map {spec.name!r}: {why}", object=where, map=spec.name)
 
@@ -527,13 +547,14 @@ def _bind(spec: MapSpec, binding: Binding, types: _Types, where: str) -> MapSpec
         if type_name is not None:
             made = types.find(type_name)
             if made is None:
-                raise bad(f"no type {type_name!r} in the object's BTF or debug information")
+                beside = ", nor in the types beside it" if types.beside else ""
+                raise bad(f"no type {type_name!r} in the object's BTF or debug information{beside}")
             if made.size != size:
                 raise bad(f"{side} is {size} bytes but type {type_name!r} has {made.size}")
             sides[side] = made
-        elif sides[side] is None and size and spec.type in _TYPED:
+        elif needs_types(spec, side):
             # Reading debug information takes its time, so that a mere proposal does without.
-            names = types.names() if binding.infer else types.btf.names()
+            names = types.names() if binding.infer or types.beside else types.btf.names()
             guess = fitting(spec.name, side, size, names, types.find)
             if guess is not None:
                 inferred.append((side, guess))

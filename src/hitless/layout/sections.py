@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SECTIONS", "program_type"]
+__all__ = ["SECTIONS", "meant", "program_type"]
 
 #: Section name -> (program type, attach type), names as in the kernel's enums, lower case. A name that ends in
 #: ``+`` also stands for every ``name/anything``; the others match exactly. Longest match wins.
@@ -108,3 +108,14 @@ def program_type(section: str) -> tuple[str, str]:
         return SECTIONS[section]
     name = section.split("/", 1)[0]
     return SECTIONS.get(name + "+", ("", ""))
+
+
+def meant(name: str) -> tuple[str, str] | None:
+    """(program type, attach type) of what a person calls a type: a section's name, or a program type of the kernel.
+
+    None if that is neither, or a program type that is attached in several ways, so that only a section's name tells.
+    """
+    if any(program_type(name)):
+        return program_type(name)
+    found = {pair for pair in SECTIONS.values() if pair[0] == name}
+    return (name, "") if (name, "") in found else found.pop() if len(found) == 1 else None

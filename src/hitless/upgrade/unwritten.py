@@ -44,7 +44,7 @@ def prove_unwritten(item: BundleObject, rules: Mapping[str, MapRules], maps: Map
     given = {name: held for name, held in maps.items() if name in specs and not answer(held.info.type).anew}
     sections = {name: spec.value_size for name, spec in specs.items() if is_global(name)}
     try:
-        loaded = load_object(item.data, item.spec.name, {**given, **twins}, sections)
+        loaded = load_object(item.data, item.spec.name, {**given, **twins}, sections, item.spec.programs)
     except KernelError as error:
         if error.facts["errno"] in (*PASSING, errno.EPERM):  # which says nothing of the programs
             raise

@@ -1,0 +1,6 @@
+#ifdef NEW
+struct value { __be16 port; __u16 a; };
+#else
+struct value { __u16 port; __u16 a; };
+#endif
+MAP(m, HASH, 8, __u32, struct value);

@@ -1,0 +1,6 @@
+#ifdef NEW
+struct value { char name[4]; };
+#else
+struct value { char name[8]; };
+#endif
+MAP(m, HASH, 8, __u32, struct value);

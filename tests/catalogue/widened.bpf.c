@@ -1,0 +1,6 @@
+#ifdef NEW
+struct value { __u64 a; __u32 b; };
+#else
+struct value { __u32 a; __u16 b; };
+#endif
+MAP(m, HASH, 8, __u32, struct value);
