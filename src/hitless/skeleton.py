@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 
 from hitless.attach import ONE_MAP_ITERATORS
-from hitless.bundle import MANIFEST, OPEN, object_name, unite_maps
+from hitless.bundle import MANIFEST, OPEN, Bundle, object_name, unite_maps
 from hitless.compare import compare_sources
 from hitless.errors import BundleError
 from hitless.headers import compile_header
@@ -92,8 +92,12 @@ def start_bundle(
     if types and _TYPES in files:
         raise BundleError(f"an object is called {_TYPES}, as the one with the header's types will be: rename it")
     carried = Dwarf.parse(types, str(header)) if types else None
-    before = _united([read_source(what, carried) for what in old])
-    made = draw_up(files, directory.resolve().name, before, carried, _TYPES if types else "")
+    sources = [read_source(what, carried) for what in old]
+    bundles = [Bundle.load(source.path) for source in sources if source.kind == "bundle"]
+    name = bundles[0].name if bundles else directory.resolve().name
+    # A hook goes from one release to the next in place only where its link keeps its name.
+    links = {entry.program: entry.link for bundle in bundles for entry in bundle.attach}
+    made = draw_up(files, name, _united(sources), carried, _TYPES if types else "", links)
     directory.mkdir(parents=True, exist_ok=True)
     for name, data in (*files.items(), *([(_TYPES, types)] if types else [])):
         place = directory / name
@@ -142,13 +146,18 @@ class _Page:
 
 
 def draw_up(
-    files: Mapping[str, bytes], name: str, old: Source | None = None, types: Dwarf | None = None, beside: str = ""
+    files: Mapping[str, bytes],
+    name: str,
+    old: Source | None = None,
+    types: Dwarf | None = None,
+    beside: str = "",
+    links: Mapping[str, str] = {},
 ) -> Skeleton:
     """A manifest for the objects ``files``, by the name of their file, of a bundle called ``name``.
 
     ``old`` is the release before, for renames and losses; ``types``, which are in the file ``beside``, are for maps
-    that carry none. Raises LayoutError, UnsupportedError as :func:`hitless.layout.elf.read_object`, BundleError if
-    objects cannot be of one bundle.
+    that carry none; ``links`` are the names of links that programs have. Raises LayoutError and UnsupportedError
+    as :func:`hitless.layout.elf.read_object`, BundleError if objects cannot be of one bundle.
     """
     read = [
         _Read(file, read_object(data, object_name(file), types=types), Types(read_btf(data, file), data, file, types))
@@ -171,7 +180,7 @@ def draw_up(
     jumped = {program for spec in maps.values() for _slot, program in spec.slots}
     for item in read:
         for program in item.spec.hookable:
-            _attach(page, program, maps, jumped)
+            _attach(page, program, maps, jumped, links)
     renames, losses = _former(read, maps, old)
     for map_name, spec in maps.items():
         # Objects share a map by its name, and any of them may have its types.
@@ -226,7 +235,9 @@ def _likely(section: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in longer if name in SECTIONS))[:1]
 
 
-def _attach(page: _Page, program: ProgramSpec, maps: Mapping[str, MapSpec], jumped: set[str]) -> None:
+def _attach(
+    page: _Page, program: ProgramSpec, maps: Mapping[str, MapSpec], jumped: set[str], links: Mapping[str, str]
+) -> None:
     section = program.section.removeprefix("?")
     kind, _, own = section.partition("/")
     kind = kind.removesuffix(".s").removesuffix(".multi")
@@ -253,7 +264,7 @@ def _attach(page: _Page, program: ProgramSpec, maps: Mapping[str, MapSpec], jump
         choice = " or ".join(hooks) if hooks else "what its type is for"
         page.ask("hook", f"{choice}; or delete this [[attach]] if it is only jumped to", hooks)
     _target(page, program, hooks, own, maps)
-    page.say(f"link = {_quoted(program.name[:64])}")
+    page.say(f"link = {_quoted(links.get(program.name, program.name[:64]))}")
     if hooks == ["netfilter"]:
         page.ask("family", '"ipv4" or "ipv6"', ("ipv4", "ipv6"))
         page.ask("point", '"prerouting", "input", "forward", "output" or "postrouting"', ("input",))

@@ -143,6 +143,8 @@ def test_renames_are_asked_and_losses_are_told(tmp_path: Path) -> None:
     assert found["losses"] == {"flow": ["cpu is dropped"]}
     complete(tmp_path / "two", found["questions"], GIVEN)
     assert 'was = "counter"' in (tmp_path / "two" / "bundle.toml").read_text()
+    drawn = hitless.Bundle.load(tmp_path / "two")
+    assert (drawn.name, {entry.link for entry in drawn.attach}) == ("mesh", {"connect4", "connect6", "sockops"})
     compared = as_json("check", RELEASES / "v1", tmp_path / "two", code=1)["maps"]
     verdicts = {entry["name"]: entry["verdict"] for entry in compared}
     assert verdicts["service_counter"] == "lossless"
