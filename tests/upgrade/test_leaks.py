@@ -212,6 +212,20 @@ def test_nothing_is_held_by_the_process_when_an_upgrade_is_over(
     assert {what for what in after if what.startswith(("descriptor anon_inode:bpf", "mapping"))} == set()
 
 
+def test_nothing_is_held_for_nodes_that_nobody_uses_any_more(
+    node: hitless.Node, release: Release, collected_by_nobody: None
+) -> None:
+    hitless.apply(node, release(1))
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    for _ in range(5):
+        again = hitless.Node(node.root)
+        again.map(f"{OURS}tally").items()
+        with again.lock():
+            pass
+        del again
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
 def test_kills_and_recoveries_leave_no_more_than_the_first_did(
     node: hitless.Node, release: Release, lab: Lab, collected_by_nobody: None
 ) -> None:

@@ -76,6 +76,9 @@ class WriterLock:
                 os.close(descriptor)
         self._turnstile_fd = self._room_fd = -1
 
+    def __del__(self) -> None:
+        self.close()
+
     def __enter__(self) -> None:
         if self._is_alone:
             raise BusyError(
