@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,11 @@ def waiting(command: list[object], root: Path) -> subprocess.Popen[str]:
 
 
 def has_open(pid: int, path: Path) -> bool:
-    return str(path) in (os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir())  # noqa: PTH115
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            if os.readlink(file) == str(path):  # noqa: PTH115
+                return True
+    return False
 
 
 def test_of_two_applies_the_second_waits_and_finds_the_work_done(
