@@ -109,7 +109,6 @@ def test_the_quick_form_has_every_figure_and_a_verdict_on_every_goal() -> None:
         assert run["figures"]["ours-base"]["kernel_bytes"] > 10_000 * 64
         assert run["upgrade"]["seconds"] > run["upgrade"]["steps"]["copy"] > 0
     # A copy as short as this one can be over before a probe is due.
-    assert all(stall["longest"] >= 0 for stall in report["stalls"])
     assert any(stall["longest"] > 0 for stall in report["stalls"] if stall["probe"] != "busy")
     assert all(phase["samples"] > 0 for each in report["connects"] for phase in each["phases"].values())
     assert {goal["met"] for goal in report["goals"]} <= {True, False, None}
