@@ -248,7 +248,10 @@ class Dispatcher:
 
         It is pinned at ``spare`` before; one that is there is of somebody who was killed here. Raises KernelError.
         """
-        spare.unlink(missing_ok=True)
+        if os.path.lexists(spare):
+            with Link.open(spare) as left:
+                left.detach()  # at once; without its pin it would hold the map's hook for a moment more
+            spare.unlink()
         with Program.by_id(self._link.info.program_id) as program:
             link = Link.attach(program, held.fd, attach_type, f"map {held.info.label}")
         link.pin(spare)
