@@ -17,6 +17,7 @@ __all__ = ["ATTACH_KEYS", "ATTACH_NEEDS", "ONE_MAP_ITERATORS", "Attach", "Lines"
 ATTACH_KEYS: dict[str, type | tuple[type, ...]] = {
     "program": str, "hook": str, "target": str, "link": str, "was": str, "netns": str, "mode": str, "by": str,
     "family": str, "point": str, "priority": int, "handle": int, "adopt": bool,
+    "pin": str,
 }  # fmt: skip
 """What an entry may say, with the types."""
 
@@ -151,10 +152,12 @@ def read_attach(
             f"{hook} is attached by a link, which takes no other program's place: adopt is for cgroup, "
             'tc-ingress, tc-egress, and xdp with by = "netlink"',
         )
+    if "pin" in entry and (not HOOKS[hook].linked or HOOKS[hook].slot or HOOKS[hook].on in ("map", "cpu")):
+        file.fail((*path, "pin"), f"pin is where another loader pins the link, and {hook} has none that it could pin")
     for key in ("link", "was"):
         if key in entry and not _PIN_NAME.fullmatch(entry[key]):
             file.fail((*path, key), f"{entry[key]!r} cannot be a pin name: letters, digits, _ and - only")
-    return Attach(
+    made = Attach(
         program=entry["program"],
         hook=hook,
         target=file.substitute(entry["target"], (*path, "target")),
@@ -167,6 +170,9 @@ def read_attach(
         handle=entry.get("handle", 0),
         adopt=entry.get("adopt", False),
     )
+    if "pin" in entry and made.is_pattern:
+        file.fail((*path, "pin"), "pin is the place of one link, and a pattern leads to several")
+    return made
 
 
 def _check_section(entry: Any, program: ProgramSpec, path: tuple[str, ...], file: Lines) -> None:

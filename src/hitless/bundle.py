@@ -23,6 +23,7 @@ from hitless.layout.elf import Binding, read_btf, read_object
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec, Type
 from hitless.layout.rules import FieldRule, MapRules
 from hitless.layout.sections import meant
+from hitless.public import Public
 
 __all__ = ["MANIFEST", "OPEN", "Bundle", "BundleObject", "CutoverRule", "object_name", "unite_maps"]
 
@@ -34,16 +35,21 @@ OPEN = "..."
 _CONSISTENCY = ("hook", "connection")
 _LONGEST = 86400  # s that connections may stay with the old release
 _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "": {"bundle": dict, "object": list, "attach": list, "map": dict, "cutover": dict, "types": dict},
+    "": {"bundle": dict, "object": list, "attach": list, "map": dict, "cutover": dict, "types": dict,
+        "public": dict},
+    "public": {
+        "maps": str, "version_map": str, "version": str, "snapshot": str, "leave": list, "unproven": str,
+    },
     "cutover": {"consistency": str, "deadline": (int, float)},
     "bundle": {"name": str, "version": str},
     "types": {"file": str},
-    "object": {"file": str, "program": dict},
+    "object": {"file": str, "name": str, "program": dict},
     "program": {"type": str, "skip": bool},
     "attach": ATTACH_KEYS,
     "map": {
         "was": str, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str, "on_collision": str,
         "on_loss": str, "group": str, "programs": str, "infer": bool, "field": dict, "slots": dict,
+        "pin": str,
     },
     "field": {"was": str, "merge": str, "default": (int, float)},
 }  # fmt: skip
@@ -51,6 +57,8 @@ _REQUIRED = {"bundle": ("name", "version"), "object": ("file",), "types": ("file
 _FUNCTION = re.compile(r"([A-Za-z_][A-Za-z0-9_]*):([A-Za-z_][A-Za-z0-9_]*)")
 _FUNCTIONS = ("", "_key", "_back", "_key_back")  # what may follow a converter's name, see layout/structured.py
 _MODULE_BYTES = 1 << 18  # it travels in the record of an upgrade, which may have to be finished without the bundle
+_OBJECT = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_PATH = re.compile(r"(?!/*$)[^.]*(\.\.?/[^.]*)*")  # below a bpffs, which has no dot in a name, or a way to it
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -82,6 +90,7 @@ class Bundle(msgspec.Struct, frozen=True):
     It is of what the files hold, so what ``variables`` fill in does not change it.
     ``maps`` and ``programs``, or what else hooks can run, are by name over all objects; ``attach`` is in the order of
     cutover. ``converters`` are the sources of the modules that the rules name, by module; nothing of them was run.
+    ``public`` tells where a daemon that does not know hitless looks for what is pinned; None if there is none.
     """
 
     path: Path
@@ -95,6 +104,7 @@ class Bundle(msgspec.Struct, frozen=True):
     rules: dict[str, MapRules]
     converters: dict[str, str] = {}
     cutover: CutoverRule = CutoverRule()
+    public: Public | None = None
 
     @classmethod
     def load(
@@ -268,7 +278,7 @@ class _Reader:
         specs = [item.spec for item in objects]
         for index, spec in enumerate(specs):
             if spec.name in {other.name for other in specs[:index]}:
-                self.fail(("object", str(index)), f"two [[object]] are called {spec.name}")
+                self.fail(("object", str(index)), f"two [[object]] are called {spec.name}: give one another name")
         maps = unite_maps(specs)
         programs = self._programs(specs)
         rules = {name: self._rules(entry, maps, name, objects) for name, entry in manifest.get("map", {}).items()}
@@ -297,6 +307,7 @@ class _Reader:
             rules=rules,
             converters=self._converters,
             cutover=self._cutover(manifest.get("cutover", {})),
+            public=self._public(manifest, maps),
         )
 
     def _cutover(self, entry: Mapping[str, Any]) -> CutoverRule:
@@ -307,6 +318,46 @@ class _Reader:
         if not 0 <= rule.deadline <= _LONGEST:
             self.fail(("cutover", "deadline"), f"deadline is in seconds, from 0 to {_LONGEST}, not {rule.deadline}")
         return rule
+
+    def _public(self, manifest: Mapping[str, Any], maps: Mapping[str, MapSpec]) -> Public | None:
+        entry = manifest.get("public", {})
+        self._check(entry, "public", ("public",))
+        rules, attach = manifest.get("map", {}), manifest.get("attach", [])
+        pins = {name: self._pin(rule["pin"], ("map", name, "pin")) for name, rule in rules.items() if "pin" in rule}
+        links = {
+            one["link"]: self._pin(one["pin"], ("attach", str(index), "pin"))
+            for index, one in enumerate(attach)
+            if "pin" in one
+        }
+        if "public" not in manifest and not pins and not links:
+            return None
+        version_map = entry.get("version_map")
+        if version_map is not None:
+            spec = maps.get(version_map)
+            if spec is None or (spec.type, spec.key_size, spec.value_size) != ("array", 4, 4):
+                why = f"no object has an array {version_map} with a value of 4 bytes, which is to hold the version"
+                self.fail(("public", "version_map"), why)
+        if entry.get("unproven", "error") not in ("error", "accept"):
+            self.fail(("public", "unproven"), f'unproven is "error" or "accept", not {entry["unproven"]!r}')
+        if not all(isinstance(name, str) for name in entry.get("leave", [])):
+            self.fail(("public", "leave"), "leave is a list of names of programs")
+        return Public(
+            version=self.substitute(entry.get("version", manifest["bundle"]["version"]), ("public", "version")),
+            maps=self._pin(entry["maps"], ("public", "maps")) if "maps" in entry else None,
+            version_map=version_map,
+            snapshot=self.substitute(entry["snapshot"], ("public", "snapshot")) if "snapshot" in entry else None,
+            leave=tuple(entry.get("leave", ())),
+            unproven=entry.get("unproven", "error"),
+            pins=pins,
+            links=links,
+        )
+
+    def _pin(self, text: str, path: tuple[str, ...]) -> str:
+        """A place on a bpffs, which cannot be in what hitless makes itself."""
+        place = self.substitute(text, path)
+        if self._variables is not None and not _PATH.fullmatch(place):
+            self.fail(path, f"{place!r} is no path on a bpffs, whose names have no dots")
+        return place
 
     def _check_text(self, item: Any, path: tuple[str, ...]) -> None:
         # Names and values end up in messages and plans, whose lines a control character could forge.
@@ -354,7 +405,9 @@ class _Reader:
     def _object(self, entry: Any, bindings: Mapping[str, Binding], path: tuple[str, ...]) -> BundleObject:
         self._check(entry, "object", path)
         data = self._beside(entry["file"], (*path, "file"))
-        name = object_name(entry["file"])
+        name = entry.get("name", object_name(entry["file"]))
+        if not _OBJECT.fullmatch(name):
+            self.fail((*path, "name"), f"{name!r} cannot be an object's name: letters, digits, _ and - only")
         spec = self._settled(read_object(data, name, types=self._types), entry.get("program", {}), path)
         bound = {item.name: bindings[item.name] for item in spec.maps if any(bindings.get(item.name, ()))}
         if bound:
