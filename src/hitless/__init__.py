@@ -31,6 +31,7 @@ from hitless.errors import (
 
 if TYPE_CHECKING:
     from hitless.bundle import Bundle
+    from hitless.upgrade.adopt import Adopted, adopt, adopt_for, recognise_running
     from hitless.upgrade.gc import Garbage, gc
     from hitless.upgrade.handle import MapHandle, RingReader
     from hitless.upgrade.model import NodeState, Plan, Progress, Result
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from hitless.upgrade.verify import Verification, verify
 
 __all__ = [
+    "Adopted",
     "Bundle",
     "BundleError",
     "BusyError",
@@ -65,12 +67,15 @@ __all__ = [
     "UnsupportedError",
     "Verification",
     "VerifyError",
+    "adopt",
+    "adopt_for",
     "apply",
     "gc",
     "include_dir",
     "load_plan",
     "plan",
     "plan_rollback",
+    "recognise_running",
     "recover",
     "rollback",
     "save_plan",
@@ -80,6 +85,7 @@ __all__ = [
 
 # Layouts can be read and compared where there is no libbpf, so the rest is imported when it is asked for.
 _ROOMS = {
+    "Adopted": "upgrade.adopt",
     "Bundle": "bundle",
     "Garbage": "upgrade.gc",
     "MapHandle": "upgrade.handle",
@@ -91,11 +97,14 @@ _ROOMS = {
     "Result": "upgrade.model",
     "RingReader": "upgrade.handle",
     "Verification": "upgrade.verify",
+    "adopt": "upgrade.adopt",
+    "adopt_for": "upgrade.adopt",
     "apply": "upgrade.transaction",
     "gc": "upgrade.gc",
     "load_plan": "upgrade.saved",
     "plan": "upgrade.transaction",
     "plan_rollback": "upgrade.transaction",
+    "recognise_running": "upgrade.adopt",
     "recover": "upgrade.transaction",
     "rollback": "upgrade.transaction",
     "save_plan": "upgrade.saved",

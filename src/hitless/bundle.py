@@ -57,7 +57,7 @@ _REQUIRED = {"bundle": ("name", "version"), "object": ("file",), "types": ("file
 _FUNCTION = re.compile(r"([A-Za-z_][A-Za-z0-9_]*):([A-Za-z_][A-Za-z0-9_]*)")
 _FUNCTIONS = ("", "_key", "_back", "_key_back")  # what may follow a converter's name, see layout/structured.py
 _MODULE_BYTES = 1 << 18  # it travels in the record of an upgrade, which may have to be finished without the bundle
-_OBJECT = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_OBJECT = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PATH = re.compile(r"(?!/*$)[^.]*(\.\.?/[^.]*)*")  # below a bpffs, which has no dot in a name, or a way to it
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -406,8 +406,8 @@ class _Reader:
         self._check(entry, "object", path)
         data = self._beside(entry["file"], (*path, "file"))
         name = entry.get("name", object_name(entry["file"]))
-        if not _OBJECT.fullmatch(name):
-            self.fail((*path, "name"), f"{name!r} cannot be an object's name: letters, digits, _ and - only")
+        if "name" in entry and not _OBJECT.fullmatch(name):
+            self.fail((*path, "name"), f"{name!r} cannot be an object's name: letters, digits, dots, _ and - only")
         spec = self._settled(read_object(data, name, types=self._types), entry.get("program", {}), path)
         bound = {item.name: bindings[item.name] for item in spec.maps if any(bindings.get(item.name, ()))}
         if bound:

@@ -359,7 +359,7 @@ def section_way(
 ) -> SectionWay:
     """How the variables of ``section`` come from the maps ``old`` to its own among ``new``; ``rules`` are by map."""
     name = section.diff.name
-    if section.diff.verdict in ("identical", "added", "removed"):
+    if section.diff.verdict in ("added", "removed"):
         return SectionWay((), section.losses, "exact")
     spec, own = new[name], rules.get(name, MapRules())
     losses = list(section.losses)

@@ -7,7 +7,7 @@ follows. So the one exchange that commits an upgrade changes what all of them sh
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -20,6 +20,8 @@ __all__ = ["HOME", "Public", "version_number"]
 
 HOME = "hitless"
 """The directory, in that of the other daemon, of all that is hitless's own."""
+
+_NUMBER = re.compile(r"0x[0-9a-f]{8}")
 
 
 class Public(msgspec.Struct, frozen=True):
@@ -44,7 +46,7 @@ class Public(msgspec.Struct, frozen=True):
         """Where the map is pinned; None if it is not."""
         if name in self.pins:
             return self.pins[name]
-        return os.path.join(self.maps, name) if self.maps is not None and not is_global(name) else None
+        return f"{self.maps}/{name}" if self.maps is not None and not is_global(name) else None
 
     def places(self, maps: Mapping[str, MapSpec], links: Iterable[str]) -> dict[str, str]:
         """What each path leads to, by a path below :data:`HOME`: for all of the release's maps, and links it has."""
@@ -54,7 +56,9 @@ class Public(msgspec.Struct, frozen=True):
 
 
 def version_number(version: str) -> int:
-    """The 32 bits that Kmesh keeps of a version: FNV-1a over its text."""
+    """The 32 bits that Kmesh keeps of a version: FNV-1a over its text. ``0x`` and eight digits are such a number."""
+    if _NUMBER.fullmatch(version):
+        return int(version, 16)
     number = 0x811C9DC5
     for byte in version.encode():
         number = (number ^ byte) * 0x01000193 & 0xFFFFFFFF

@@ -106,6 +106,7 @@ ffi.cdef(
     int bpf_obj_get(const char *pathname);
     int bpf_obj_get_info_by_fd(int fd, void *info, __u32 *info_len);
     int bpf_prog_get_fd_by_id(__u32 id);
+    int bpf_prog_get_next_id(__u32 start_id, __u32 *next_id);
     int bpf_btf_get_fd_by_id(__u32 id);
     int bpf_link_get_fd_by_id(__u32 id);
     int bpf_link_get_next_id(__u32 start_id, __u32 *next_id);

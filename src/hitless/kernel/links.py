@@ -143,6 +143,11 @@ class Link(Object):
             os.close(target)
 
     @classmethod
+    def by_id(cls, link_id: int) -> Link:
+        """Open the link with the kernel's ``link_id``. Raises KernelError (ENOENT if it is gone)."""
+        return cls(check(lib().bpf_link_get_fd_by_id(link_id), "BPF_LINK_GET_FD_BY_ID", f"link {link_id}"))
+
+    @classmethod
     def attach(cls, program: Program, target: int, attach_type: str, what: object, flags: int = 0) -> Link:
         """Attach ``program`` to ``target``, which errors call ``what``.
 

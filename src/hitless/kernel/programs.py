@@ -18,7 +18,7 @@ from hitless.layout.elf import for_old_libbpf
 from hitless.layout.model import ProgramSpec
 from hitless.layout.sections import program_type
 
-__all__ = ["Loaded", "Program", "ProgramInfo", "is_loaded", "load_code", "load_object"]
+__all__ = ["Loaded", "Program", "ProgramInfo", "all_programs", "is_loaded", "load_code", "load_object"]
 
 _LOG_BYTES = 1 << 20
 _STRUCT_OPS = 26  # BPF_MAP_TYPE_STRUCT_OPS
@@ -86,6 +86,21 @@ def is_loaded(program_id: int) -> bool:
         return False
     os.close(check(fd, "BPF_PROG_GET_FD_BY_ID", f"program {program_id}"))
     return True
+
+
+def all_programs() -> Iterator[Program]:
+    """Every program that the kernel has now, whoever loaded it. Raises KernelError (EPERM without CAP_SYS_ADMIN)."""
+    number = ffi.new("__u32 *")
+    while True:
+        result = lib().bpf_prog_get_next_id(number[0], number)
+        if result < 0 and ffi.errno == errno.ENOENT:
+            return
+        check(result, "BPF_PROG_GET_NEXT_ID", "programs")
+        fd = lib().bpf_prog_get_fd_by_id(number[0])
+        if fd < 0 and ffi.errno == errno.ENOENT:
+            continue  # gone meanwhile
+        with Program(check(fd, "BPF_PROG_GET_FD_BY_ID", f"program {number[0]}")) as program:
+            yield program
 
 
 def load_code(kind: int, name: str, code: bytes, what: str, **fields: int) -> Program:

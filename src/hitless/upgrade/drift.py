@@ -14,7 +14,7 @@ from shlex import quote
 
 import msgspec
 
-from hitless.errors import InterruptedUpgradeError, NodeError
+from hitless.errors import InterruptedUpgradeError, KernelError, NodeError
 from hitless.hooks import HOOKS
 from hitless.kernel.links import LinkInfo
 from hitless.kernel.maps import Map, is_alive
@@ -120,15 +120,22 @@ def strangers(directory: Path, record: Record) -> Iterator[Path]:
             yield from sorted(set((directory / room).iterdir()) - expected)
 
 
-def expected_program(hook: Hook, record: Record, pinned: Mapping[str, int]) -> int | None:
+def expected_program(hook: Hook, record: Record, pinned: Mapping[str, int], link: LinkInfo | None) -> int | None:
     """Id of the program that should run on ``hook``: what the record says, else what is ``pinned`` (ids by name).
 
-    Of struct_ops it is the map's.
+    Of struct_ops it is the map's. An adopted daemon's own loader may have loaded the same program once more, and put
+    that on its ``link``.
     """
     if hook.hook == "struct_ops":
         return record.pinned_maps[hook.program].id
     noted = record.pinned_programs.get(hook.program)
-    return pinned.get(hook.program) if noted is None else noted.id
+    if noted is None:
+        return pinned.get(hook.program)
+    if record.public is not None and link is not None and link.program_id not in (0, noted.id):
+        with suppress(KernelError), Program.by_id(link.program_id) as program:
+            if program.info.tag == noted.tag:
+                return link.program_id
+    return noted.id
 
 
 def target_id(hook: Hook, links: Path) -> int | None:

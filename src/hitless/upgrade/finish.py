@@ -17,6 +17,7 @@ from hitless.upgrade.moving import come_along
 from hitless.upgrade.node import Node, read_generation
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.passages import Sides, make_carriers
+from hitless.upgrade.public import publish
 from hitless.upgrade.record import map_pin, read_record, write_record
 from hitless.upgrade.steps import in_step
 
@@ -40,6 +41,8 @@ def finish(node: Node) -> None:
             rename(node.links, hook.was, hook.link)
     come_along([hook for hook in planned if hook.moved], node.links, node.current / "links")
     hooks = _without_gone(node, record.hooks)
+    last = node.previous / "record"
+    publish(node, msgspec.structs.replace(record, hooks=hooks), read_record(last) if last.exists() else None)
     committed = msgspec.structs.replace(record, phase="committed", plan=None, former=None, hooks=hooks)
     write_record(node.current / "record", committed)
 

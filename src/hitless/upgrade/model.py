@@ -15,6 +15,7 @@ from hitless.kernel.programs import ProgramInfo
 from hitless.layout.diff import Change
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec
 from hitless.layout.rules import MapRules
+from hitless.public import Public
 from hitless.upgrade.phases import Recovery, recovery
 
 __all__ = [
@@ -247,6 +248,7 @@ class Record(msgspec.Struct, frozen=True):
     ``replaced`` are the maps of earlier generations that something may still hold, ``replaced_programs`` their
     programs. ``attach`` are the hooks as the manifest has them, patterns and all. ``unwritten`` are the maps that no
     program of the release writes, as the verifier has shown.
+    ``public`` tells where a daemon that does not know hitless looks for its pins, None if there is none.
     ``pinned_maps`` and ``pinned_programs`` tell what is pinned by its kernel's id, by name; empty in a record of a
     hitless that did not note them.
     """
@@ -271,6 +273,7 @@ class Record(msgspec.Struct, frozen=True):
     replaced_programs: tuple[ReplacedProgram, ...] = ()
     own_rules: dict[str, MapRules] = {}
     former: Former | None = None
+    public: Public | None = None
     schema: int = SCHEMA
 
     @property

@@ -11,6 +11,9 @@
 
 ``current`` and ``next`` change places in one exchange, so the public paths show all old or all new. All of it is
 root's alone, to read and to write: what is there is believed.
+
+On a node that was adopted, all this is in ``hitless/`` below the directory of the daemon that does not know of it:
+see :mod:`hitless.public`.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from hitless.kernel.programs import Program
 from hitless.kernel.rings import holders, unread_bytes
 from hitless.kernel.switchboard import PARTS
 from hitless.layout.model import MapSpec
+from hitless.public import HOME
 from hitless.upgrade.attached import open_attached
 from hitless.upgrade.handle import Access, MapHandle, RingReader
 from hitless.upgrade.model import Generation, LeftRing, LiveMap, NodeState, Record
@@ -57,11 +61,34 @@ _SUBDIRECTORIES = (*_PINS, "base", "back", "adopted", "links")
 
 
 class Node:
-    """The pin root at ``root``, a directory on a bpffs that may not exist yet. Making a Node has no effect."""
+    """The pin root at ``root``, a directory on a bpffs that may not exist yet. Making a Node has no effect.
+
+    ``base`` is what paths of an adopted daemon's pins are relative to: ``root`` is ``hitless/`` in it then.
+    """
 
     def __init__(self, root: Path | str) -> None:
         # Real, since removing a symbolic link to the root would leave all that is behind it.
-        self.root = Path(os.path.realpath(root))
+        self._given = Path(os.path.realpath(root))
+        self.find()
+
+    def find(self) -> None:
+        """Look again where hitless keeps what is its own: in the directory given, or below it once that was adopted."""
+        home = self._given / HOME
+        adopted = home.is_dir() and not (self._given / "current").is_dir()
+        self.root = home if adopted else self._given
+        self.base = self.root.parent if self.root.name == HOME else self.root
+        self._settle()
+
+    def move_below(self) -> None:
+        """Keep what is hitless's own below the directory given, which another daemon uses, unless it is in it already.
+
+        Nothing is made yet.
+        """
+        if self.root.name != HOME and not (self.root / "current").is_dir():
+            self.root, self.base = self._given / HOME, self._given
+            self._settle()
+
+    def _settle(self) -> None:
         self.current = self.root / "current"
         self.next = self.root / "next"
         self.previous = self.root / "previous"

@@ -7,7 +7,7 @@ A plan is made from what is live and what the release declares. A person can rea
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -37,7 +37,7 @@ from hitless.layout.variables import SectionDiff, diff_sections
 from hitless.upgrade.model import Generation, Hook, HookPlan, LeftRing, MapPlan, NodeState, Plan, Record
 from hitless.upgrade.places import Occupant, Place
 
-__all__ = ["awaited", "hooks_of", "late_hooks", "make_plan"]
+__all__ = ["awaited", "hook_at", "hooks_of", "late_hooks", "make_plan", "new_hook"]
 
 _MOVED = "exact; its sockets keep their hooks, and for a moment of the cutover some may not find each other"
 
@@ -65,7 +65,7 @@ def make_plan(
     if current is None:
         start_type = "normal"
         maps = tuple(_created(name) for name in bundle.maps)
-        hooks = tuple(_new_hook(place, bundle.programs, frozenset()) for place in places)
+        hooks = tuple(new_hook(place, bundle.programs, frozenset()) for place in places)
     elif into is None and (current.record.version, current.record.digest) == (bundle.version, bundle.digest):
         start_type = "restart"
         maps = tuple(MapPlan(name, "keep", method="same map") for name in current.record.maps)
@@ -304,7 +304,7 @@ def _plan_maps(
     new = {name: msgspec.structs.replace(spec, name=name) for name, spec in bundle.maps.items()}
     sections = {item.diff.name: item for item in diff_sections(old.values(), new.values(), bundle.rules)}
     plans = [
-        _plan_section(sections[diff.name], old, new, bundle, allow_loss)
+        _plan_section(sections[diff.name], old, new, bundle, allow_loss, apart)
         if diff.name in sections
         else _plan_map(diff, old, bundle, features, allow_loss, current.record.unwritten, apart)
         for diff in diff_maps(list(old.values()), list(new.values()), bundle.rules)
@@ -333,9 +333,6 @@ def _with_last(entry: MapPlan, current: Generation, into: Generation) -> MapPlan
     match entry.action:
         case "convert":
             return msgspec.structs.replace(entry, notes=_notes(entry, current, into))
-        case "keep":  # variables that did not change, in a map that did
-            loss = ("every variable: the running release has them in a map of its own",)
-            return msgspec.structs.replace(entry, action="discard", method=left, loss=loss)
         case "discard" if not is_global(entry.name) and emptied(there.info.type):
             return entry
         case "create" if not is_global(entry.name):
@@ -384,6 +381,7 @@ def _plan_section(
     new: Mapping[str, MapSpec],
     bundle: Bundle,
     allow_loss: Collection[str],
+    apart: Collection[str],
 ) -> MapPlan:
     """What becomes of the variables of one section; those without a source start as the release's object says."""
     diff = section.diff
@@ -403,8 +401,8 @@ def _plan_section(
 
     if diff.verdict == "removed":
         return planned("drop", "none")
-    if diff.verdict == "identical":
-        return planned("keep", "same map")
+    if diff.verdict == "identical" and diff.name not in apart:
+        return MapPlan(diff.name, "keep", diff.was, diff.verdict, "same map", changes=diff.changes)
     if found.parts:
         return planned("convert", "variables by name, merge in the kernel", "variables")
     return planned("discard" if found.losses else "create", "from the release's object")
@@ -519,11 +517,11 @@ def _with_left_rings(
     return tuple(out.values())
 
 
-def hooks_of(plan: Plan) -> tuple[Hook, ...]:
-    """The hooks that the release has when the plan is done."""
+def hooks_of(planned: Iterable[HookPlan]) -> tuple[Hook, ...]:
+    """The hooks that the release has when what is planned of them is done."""
     return tuple(
         Hook(hook.link, hook.program, hook.hook, hook.target, hook.attach_type, hook.netns, hook.mode, hook.matched)
-        for hook in plan.hooks
+        for hook in planned
         if hook.action != "detach"
     )
 
@@ -534,10 +532,10 @@ def late_hooks(plan: Plan, record: Record, places: Sequence[Place]) -> list[Hook
     programs = record.programs
     own = {program.id for program in record.pinned_programs.values()} | {hook.expected for hook in plan.hooks}
     so_far = "it came while hooks were switched, so the upgrade is taken back and the old release goes on"
-    return [_new_hook(place, programs, own, so_far) for place in places if (place.link, place.id) not in known]
+    return [new_hook(place, programs, own, so_far) for place in places if (place.link, place.id) not in known]
 
 
-def _new_hook(
+def new_hook(
     place: Place,
     programs: Mapping[str, ProgramSpec],
     own: Container[int | None],
@@ -561,7 +559,7 @@ def _new_hook(
     elif not (entry.hook.startswith("xdp") or entry.handle):
         there = []  # others have their own places
     if not there:
-        return _hook(place, programs, "attach")
+        return hook_at(place, programs, "attach")
     found = there[0]
     why = _not_adopted(place, there, own)
     if why:
@@ -572,7 +570,7 @@ def _new_hook(
             namespace=place.netns,
             programs=[one.program_id for one in there],
         )
-    planned = _hook(place, programs, "adopt", expected=found.program_id)
+    planned = hook_at(place, programs, "adopt", expected=found.program_id)
     return msgspec.structs.replace(
         planned, mode=found.mode, priority=found.priority, handle=found.handle, adopted=found.name
     )
@@ -625,9 +623,10 @@ def _taken_over(place: Place, link: LinkInfo, own: Container[int | None]) -> str
     return there[0].name
 
 
-def _hook(
+def hook_at(
     place: Place, programs: Mapping[str, ProgramSpec], action: str, was: str | None = None, expected: int | None = None
 ) -> HookPlan:
+    """The plan of the hook at ``place``: what is done there, with a link that was called ``was``, and what runs now."""
     entry = place.entry
     return HookPlan(
         link=place.link,
@@ -665,7 +664,7 @@ def _plan_hooks(
         # The kernel detached it with its target. Of a netfilter link it does not tell, so that another namespace at the
         # same path is taken for a sign that the old one is gone.
         if link is None or link.is_dead or (entry.point and link.target_id != place.id):
-            attached.append(_new_hook(place, bundle.programs, own))
+            attached.append(new_hook(place, bundle.programs, own))
             continue
         attach_type = entry.attach_type(bundle.programs[entry.program])
         if link.attach_type != attach_type or (name in known and known[name].hook != entry.hook):
@@ -695,7 +694,7 @@ def _plan_hooks(
         running = current.maps[entry.program].info if of_map else current.programs.get(entry.program)
         same = restart and running is not None and running.id == link.program_id
         was = name if name != place.link else None
-        planned = _hook(place, bundle.programs, "keep" if same else "update", was, link.program_id)
+        planned = hook_at(place, bundle.programs, "keep" if same else "update", was, link.program_id)
         if not HOOKS[entry.hook].linked and link.program_id not in own:
             planned = msgspec.structs.replace(planned, adopted=_taken_over(place, link, own))
         updated.append(planned)

@@ -58,6 +58,7 @@ def last_release(previous: Generation, current: Generation, path: Path) -> Bundl
         rules={name: rule for name, rule in rules.items() if rule != MapRules()},
         converters=current.record.converters,
         cutover=record.cutover,
+        public=record.public,
     )
 
 

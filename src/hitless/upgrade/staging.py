@@ -51,7 +51,7 @@ def build_next(node: Node, bundle: Bundle, decided: Plan, current: Generation | 
         phase="staging",
         objects=tuple(item.spec for item in bundle.objects),
         maps=bundle.maps,
-        hooks=hooks_of(decided),
+        hooks=hooks_of(decided.hooks),
         attach=bundle.attach,
         cutover=bundle.cutover,
         plan=decided,
@@ -59,6 +59,7 @@ def build_next(node: Node, bundle: Bundle, decided: Plan, current: Generation | 
         own_rules=bundle.rules,
         converters=bundle.converters,
         replaced=_replaced(decided, current, ()),
+        public=bundle.public,
     )
     create_record(node.next / "record", record)
     for directory in ("maps", "data", "progs", "base"):
@@ -107,7 +108,7 @@ def restage_last(node: Node, release: Bundle, decided: Plan, current: Generation
         rules=release.rules,
         converters=release.converters,
         replaced=_replaced(decided, current, own),
-        hooks=hooks_of(decided),
+        hooks=hooks_of(decided.hooks),
         former=Former(
             former.generation, former.rules, former.converters, former.replaced, former.replaced_programs, former.hooks
         ),

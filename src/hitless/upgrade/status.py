@@ -20,6 +20,7 @@ from hitless.upgrade.drift import (
 from hitless.upgrade.holders import Holders, find_holders
 from hitless.upgrade.model import LeftRing, NodeState
 from hitless.upgrade.node import Node
+from hitless.upgrade.public import path_problems
 from hitless.upgrade.record import map_pin
 from hitless.upgrade.remnants import Remnant, find_remnants, remnant_problems
 
@@ -113,13 +114,14 @@ def status(node: Node) -> Status:
     names |= {program.id: name for name, program in record.pinned_programs.items()}
     if not upgrading:
         problems += [*replaced_pins(node.current, state.current), *public_problems(node)]
+        problems += path_problems(node, record) if record.phase == "committed" else ()
     # Between two releases, links run the programs of one or the other: that is told already, and nobody else's doing.
     settled = record.phase == "committed" and (state.unfinished is None or state.abandoned)
     hooks = []
     for hook in record.hooks:
         link = state.links.get(hook.link)
-        expected = expected_program(hook, record, pinned)
-        runs = names.get(link.program_id) if link else None
+        expected = expected_program(hook, record, pinned, link)
+        runs = hook.program if link and link.program_id == expected else names.get(link.program_id) if link else None
         if hook.hook == "struct_ops":
             runs = hook.program if link and link.program_id == expected else None
         problem = hook_problem(hook, link, expected, node.links)

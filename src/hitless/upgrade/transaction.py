@@ -32,6 +32,7 @@ from hitless.kernel.processes import who
 from hitless.kernel.programs import Program
 from hitless.kernel.switchboard import Left, Switchboard
 from hitless.layout.model import ProgramSpec
+from hitless.upgrade.adopt import renew
 from hitless.upgrade.attached import open_attached
 from hitless.upgrade.carrier import Carrier, Tally
 from hitless.upgrade.checks import (
@@ -69,6 +70,7 @@ from hitless.upgrade.pace import Pace
 from hitless.upgrade.passages import Sides, make_carriers
 from hitless.upgrade.places import Place, find_places
 from hitless.upgrade.plan import awaited, hooks_of, late_hooks, make_plan
+from hitless.upgrade.public import publish, refuse_taken_paths, withdraw
 from hitless.upgrade.record import map_pin, pin_name, read_record, write_record
 from hitless.upgrade.release import last_release
 from hitless.upgrade.ring import drain
@@ -92,6 +94,8 @@ def plan(node: Node, bundle: Bundle, allow_loss: Collection[str] = ()) -> Plan:
 
     Raises HitlessError by kind, BusyError while another process upgrades, InterruptedUpgradeError after one was killed.
     """
+    if bundle.public is not None:
+        node.move_below()
     return _plan(node, _settled(node), bundle, allow_loss)
 
 
@@ -136,6 +140,7 @@ def _plan(
         require_unchanged(planned, fingerprint(state, targets, able, *machine))
     if state.current is not None:
         refuse_replaced_pins(node.current, state.current)
+    refuse_taken_paths(node, bundle, state.current.record if state.current is not None else None)
     decided = make_plan(state, bundle, places, asked, allow_loss)
     if planned is not None:
         require_same(planned, decided)
@@ -167,6 +172,7 @@ def _plan_back(node: Node, state: NodeState, allow_loss: Collection[str]) -> tup
     last = node.last()
     refuse_replaced_pins(node.previous, last)
     release = last_release(last, state.current, node.previous)
+    refuse_taken_paths(node, release, state.current.record)
     decided = make_plan(
         state, release, find_places(release.attach, release.programs), features(), allow_loss, last
     )
@@ -202,6 +208,8 @@ def apply(
     the old release runs as before, complete.
     """
     tell = progress or _nobody
+    if bundle.public is not None:
+        node.move_below()
     _plan_first(node, bundle, allow_loss, planned)
     made = not node.root.exists()
     make_directory(node.root, exist_ok=True)
@@ -211,6 +219,7 @@ def apply(
             if planned is not None:
                 _refuse_unfinished(node)
             recovered = _recover(node, tell, wait)
+            renew(node)
             state = node.observe()
             decided = _plan(node, state, bundle, allow_loss, planned)
             refuse_loss(decided)
@@ -283,6 +292,7 @@ def rollback(
     with node.lock(wait):
         node.access.lock.make()
         recovered = _recover(node, tell, wait)
+        renew(node)
         state = node.observe()
         if recovered is None and state.generation != seen:  # else of two rollbacks at once one would undo the other
             raise BusyError(
@@ -378,6 +388,7 @@ def unload(node: Node, wait: float = 10.0) -> list[str]:
             with open_attached(node.links, name):
                 pass
         removed = [str(path) for path in sorted(node.root.rglob("*")) if not path.is_dir()]
+        removed += map(str, withdraw(node))
         detach_hooks(names, node.links)
         _remove_all(node)
     return removed
@@ -433,10 +444,12 @@ class _Upgrade:
                 prepare(self._node)
         with self._step("cutover"):
             record = read_record(self._node.current / "record")
-            if hooks_of(self._plan) != record.hooks:
-                write_record(self._node.current / "record", msgspec.structs.replace(record, hooks=hooks_of(self._plan)))
+            hooks = hooks_of(self._plan.hooks)
+            if hooks != record.hooks:
+                write_record(self._node.current / "record", msgspec.structs.replace(record, hooks=hooks))
             gap = switch_hooks(self._plan.hooks, self._programs, self._node.links, self._node.current / "maps")
             detach_hooks([hook.link for hook in self._plan.hooks if hook.action == "detach"], self._node.links)
+            publish(self._node, read_record(self._node.current / "record"), None)
         return self._result(Cutover(sum(hook.action != "keep" for hook in self._plan.hooks), gap))
 
     @in_step("stage")
@@ -640,7 +653,7 @@ class _Upgrade:
             known = {hook.link for hook in late}
             others = [hook for hook in self._plan.hooks if hook.link not in known]
             self._plan = msgspec.structs.replace(self._plan, hooks=(*late, *others))
-            self._record = msgspec.structs.replace(self._record, plan=self._plan, hooks=hooks_of(self._plan))
+            self._record = msgspec.structs.replace(self._record, plan=self._plan, hooks=hooks_of(self._plan.hooks))
             write_record(self._node.next / "record", self._record)  # first, so that a recovery knows of them
             hold_adopted(late, self._node.next / "adopted")
             switch_hooks(late, self._programs, self._node.links, self._node.next / "maps")

@@ -38,6 +38,7 @@ from hitless.upgrade.drift import (
 )
 from hitless.upgrade.model import PinnedMap, Record
 from hitless.upgrade.node import PUBLIC, Node, foreign_error, generation_record
+from hitless.upgrade.public import path_problems
 from hitless.upgrade.record import map_pin, read_record
 
 __all__ = ["Check", "Verification", "check_generation", "verify"]
@@ -156,6 +157,7 @@ def _look(node: Node) -> Verification | None:
         programs,
         _check_links(node, record, ids),
         Check("public paths", len(PUBLIC), "maps and progs lead into current/", tuple(public_problems(node))),
+        *_check_adopted(node, record),
         _check_foreign(node, record),
     )
     return Verification(
@@ -320,7 +322,7 @@ def _check_links(node: Node, record: Record, programs: dict[str, int]) -> Check:
                 _must_tell(error)
                 problems.append(f"{error.message}; remove it, and apply the same release again")
                 continue
-        problem = hook_problem(hook, link, expected_program(hook, record, programs), node.links)
+        problem = hook_problem(hook, link, expected_program(hook, record, programs, link), node.links)
         if problem is not None:
             problems.append(problem)
         elif target_id(hook, node.links) is None and not hook.matched:
@@ -335,6 +337,13 @@ def _check_links(node: Node, record: Record, programs: dict[str, int]) -> Check:
     ]
     proves = "each is pinned, attached to its target with its attach type, and runs its program"
     return Check("links", len(record.hooks), proves, tuple(problems), tuple(untold))
+
+
+def _check_adopted(node: Node, record: Record) -> Iterator[Check]:
+    if record.public is not None:
+        count = len(record.public.places(record.maps, [hook.link for hook in record.hooks]))
+        proves = "each path of the daemon's own loader leads to the map or link of the running release"
+        yield Check("the daemon's paths", count, proves, tuple(path_problems(node, record)))
 
 
 def _check_foreign(node: Node, record: Record) -> Check:
