@@ -338,6 +338,39 @@ def plan(
     return 2 if decided.changes_anything else 0
 
 
+@main.command(epilog="Example: hitless adopt release-1/ --root /sys/fs/bpf/mesh --set cgroup=/sys/fs/cgroup/mesh")
+@click.argument("bundle", type=_PATH)
+@_root
+@_set
+@_digest
+@_wait
+@click.option("--dry-run", is_flag=True, help="Show what would be taken over, and change nothing.")
+@_command(on_node=True)
+def adopt(
+    bundle: str,
+    root: str,
+    variables: dict[str, str],
+    digest: str | None,
+    wait: float,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Take over what another loader started: BUNDLE is the release that runs. Nothing that runs is changed.
+
+    From then on the node can be planned, upgraded, rolled back as any other, and its own loader still finds its maps
+    and links where it looks for them.
+    """
+    import hitless
+    from hitless.cli.output import print_json, show_adopted
+
+    node, release = hitless.Node(root), hitless.Bundle.load(bundle, variables, digest)
+    found = hitless.recognise_running(node, release) if dry_run else hitless.adopt(node, release, wait)
+    if as_json:
+        print_json(found)
+    else:
+        show_adopted(found)
+
+
 @main.command(epilog="Example: hitless apply release-2/ --root /sys/fs/bpf/mesh --set cgroup=/sys/fs/cgroup/mesh")
 @click.argument("bundle", type=_PATH)
 @_root
@@ -347,6 +380,10 @@ def plan(
 @click.option(
     "--plan", "saved", type=_PATH, metavar="FILE",
     help="Do what this plan says (plan --out), or refuse and do nothing.",
+)  # fmt: skip
+@click.option("--adopt", "adopting", is_flag=True, help="First take over what another loader has started there.")
+@click.option(
+    "--running", type=_PATH, metavar="OLD", help="With --adopt: the bundle of the release that runs, if it is at hand.",
 )  # fmt: skip
 @_rate
 @_cpu
@@ -360,19 +397,29 @@ def apply(
     digest: str | None,
     allow_loss: tuple[str, ...],
     saved: str | None,
+    adopting: bool,
+    running: str | None,
     rate: float | None,
     cpu: float,
     wait: float,
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Bring the node to BUNDLE: start it, adopt it after a restart, or upgrade what runs."""
+    """Bring the node to BUNDLE: start it, use it again after a restart, or upgrade what runs.
+
+    With --adopt another loader starts things, and hitless upgrades what that has started: where it has started nothing,
+    or BUNDLE already, nothing is done.
+    """
     import hitless
     from hitless.cli.output import progress_line, show_plan
 
     if saved is not None and allow_loss:
         raise click.UsageError("--plan says itself what may be lost: give --allow-loss to plan --out, and look at it")
+    if running is not None and not adopting:
+        raise click.UsageError("--running says what --adopt takes over: give both")
     node, release = hitless.Node(root), hitless.Bundle.load(bundle, variables, digest)
+    if adopting and not _adopted(node, release, running, variables, wait, as_json):
+        return
     planned = hitless.load_plan(saved) if saved is not None else None
     if not as_json and not yes and sys.stdin.isatty():
         if planned is None:
@@ -422,6 +469,32 @@ def rollback(
     progress, pace = None if as_json else progress_line(), hitless.Pace(rate, cpu / 100)
     _show_done(node, hitless.rollback(node, allow_loss, progress, wait, pace), as_json)
     return 0
+
+
+def _adopted(
+    node: Any, release: Any, running: str | None, variables: dict[str, str], wait: float, as_json: bool
+) -> bool:
+    """Take over what runs if that was not done before; whether there is anything to upgrade now."""
+    import hitless
+    from hitless.cli.output import print_json, show_adopted
+
+    node.move_below()
+    if node.root.exists():
+        return True
+    before = hitless.Bundle.load(running, variables) if running is not None else None
+    found = hitless.adopt_for(node, release, before, wait)
+    if found is not None:
+        if not as_json:
+            show_adopted(found)
+        return True
+    if as_json:
+        print_json({"schema": 1, "root": str(node.base), "start_type": "none", "committed": False})
+    else:
+        click.echo(
+            f"nothing of {release.name} but maybe {release.version} itself runs under {node.base}: there is nothing to "
+            "take over, and its own loader starts it"
+        )
+    return False
 
 
 def _show_done(node: Any, result: Any, as_json: bool) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hitless.compare import Comparison
     from hitless.skeleton import Skeleton
     from hitless.sources import Source
+    from hitless.upgrade.adopt import Adopted
     from hitless.upgrade.gc import Garbage
     from hitless.upgrade.holders import Holder, Holders
     from hitless.upgrade.model import HookPlan, LeftRing, MapPlan, Plan, Progress, Result
@@ -33,6 +34,7 @@ __all__ = [
     "print_json",
     "printable",
     "progress_line",
+    "show_adopted",
     "show_annotations",
     "show_diffs",
     "show_garbage",
@@ -168,6 +170,8 @@ def show_plan(plan: Plan) -> None:
             "  connections that are open stay with the running release on all hooks until they end, at most for "
             f"{plan.cutover.deadline:g} s"
         )
+    for path in plan.paths:
+        click.echo(f"  {path.action} {path.path}, a path of the daemon's own loader")
     if plan.blocked:
         options = " ".join(f"--allow-loss {entry.name}" for entry in plan.blocked)
         command = "rollback" if plan.start_type == "rollback" else "apply"
@@ -272,6 +276,26 @@ def show_result(result: Result) -> None:
     steps = ", ".join(f"{name} {seconds * 1000:.1f}" for name, seconds in result.steps.items())
     click.echo(f"milliseconds: {steps}")
     click.echo(f"done: generation {result.generation}, version {result.to_version}")
+
+
+def show_adopted(found: Adopted) -> None:
+    """What was taken over from another loader, or would be."""
+    shown = {True: "yes", False: "no"}
+    how = "is taken over" if found.adopted else "would be taken over, with nothing changed that runs;"
+    click.echo(f"{found.name} {found.version} {how} under {found.root}")
+    _table(
+        "maps", ("map", "id", "pinned at", "types from"),
+        [(one.name, str(one.id), one.pin or "-", one.layout) for one in found.maps],
+    )  # fmt: skip
+    _table(
+        "hooks", ("link", "hook", "target", "program", "held by", "shown to be the object's"),
+        [
+            (one.link, one.hook, one.target, f"{one.program} ({one.program_id})", one.held, shown[one.proven])
+            for one in found.hooks
+        ],
+    )  # fmt: skip
+    for note in found.notes:
+        click.echo(f"  {note}")
 
 
 def show_recovery(found: Recovery) -> None:

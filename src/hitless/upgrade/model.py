@@ -33,6 +33,7 @@ __all__ = [
     "MapPlan",
     "MapResult",
     "NodeState",
+    "PathPlan",
     "PinnedMap",
     "PinnedProgram",
     "Plan",
@@ -106,6 +107,13 @@ class HookPlan(msgspec.Struct, frozen=True):
     clashes: tuple[int, ...] = ()
 
 
+class PathPlan(msgspec.Struct, frozen=True):
+    """A path of a daemon's own loader that is added or removed (``action``): see :mod:`hitless.public`."""
+
+    path: str
+    action: str
+
+
 class MapFacts(msgspec.Struct, frozen=True):
     """What a plan relies on of a live map. ``layout`` stands for its key, value and inner maps; see LiveMap."""
 
@@ -152,7 +160,8 @@ class Plan(msgspec.Struct, frozen=True):
     """What ``apply`` or ``rollback`` would do on one node.
 
     ``start_type`` is ``normal``, ``restart``, ``update`` or ``rollback``. ``digest`` is the bundle's. ``fingerprint``
-    is of the node; None in a plan of a rollback, or of a hitless that took none. ``cutover`` says how hooks go over.
+    is of the node; None in a plan of a rollback, or of a hitless that took none. ``cutover`` says how hooks go over,
+    ``paths`` which of the paths of an adopted daemon's own loader come and go.
     """
 
     root: str
@@ -166,6 +175,7 @@ class Plan(msgspec.Struct, frozen=True):
     hooks: tuple[HookPlan, ...] = ()
     fingerprint: Fingerprint | None = None
     cutover: CutoverRule = CutoverRule()
+    paths: tuple[PathPlan, ...] = ()
     schema: int = 1
 
     @property

@@ -34,7 +34,7 @@ from hitless.layout.diff import MapDiff, diff_maps, is_constant, phrases
 from hitless.layout.model import MapSpec, ProgramSpec
 from hitless.layout.rules import MapRules, only_read
 from hitless.layout.variables import SectionDiff, diff_sections
-from hitless.upgrade.model import Generation, Hook, HookPlan, LeftRing, MapPlan, NodeState, Plan, Record
+from hitless.upgrade.model import Generation, Hook, HookPlan, LeftRing, MapPlan, NodeState, PathPlan, Plan, Record
 from hitless.upgrade.places import Occupant, Place
 
 __all__ = ["awaited", "hook_at", "hooks_of", "late_hooks", "make_plan", "new_hook"]
@@ -104,7 +104,18 @@ def make_plan(
         maps=maps,
         hooks=hooks,
         cutover=bundle.cutover if start_type in ("update", "rollback") else CutoverRule(),
+        paths=_paths(current, bundle, hooks) if start_type != "restart" else (),
     )
+
+
+def _paths(current: Generation | None, bundle: Bundle, hooks: Iterable[HookPlan]) -> tuple[PathPlan, ...]:
+    """What changes of the paths by which the daemon's own loader finds its pins."""
+    record = current.record if current is not None else None
+    old = record.public.places(record.maps, [hook.link for hook in record.hooks]) if record and record.public else {}
+    links = [hook.link for hook in hooks if hook.action != "detach"]
+    new = bundle.public.places(bundle.maps, links) if bundle.public else {}
+    added = [PathPlan(path, "add") for path in sorted(new.keys() - old.keys())]
+    return (*added, *(PathPlan(path, "remove") for path in sorted(old.keys() - new.keys())))
 
 
 def _check_dispatchers(hooks: tuple[HookPlan, ...]) -> None:
