@@ -73,8 +73,9 @@ class Node:
 
     def find(self) -> None:
         """Look again where hitless keeps what is its own: in the directory given, or below it once that was adopted."""
-        home = self._given / HOME
-        adopted = home.is_dir() and not (self._given / "current").is_dir()
+        home, adopted = self._given / HOME, False
+        with suppress(PermissionError):  # a bpffs asked for a name with a dot
+            adopted = home.is_dir() and not (self._given / "current").is_dir()
         self.root = home if adopted else self._given
         self.base = self.root.parent if self.root.name == HOME else self.root
         self._settle()
