@@ -16,7 +16,7 @@ __all__ = ["ATTACH_KEYS", "ATTACH_NEEDS", "ONE_MAP_ITERATORS", "Attach", "Lines"
 
 ATTACH_KEYS: dict[str, type | tuple[type, ...]] = {
     "program": str, "hook": str, "target": str, "link": str, "was": str, "netns": str, "mode": str, "by": str,
-    "family": str, "point": str, "priority": int, "handle": int, "adopt": bool,
+    "family": str, "point": str, "priority": int, "handle": int, "adopt": (bool, str),
     "pin": str,
 }  # fmt: skip
 """What an entry may say, with the types."""
@@ -39,7 +39,7 @@ class Attach(msgspec.Struct, frozen=True):
     ``target`` and ``netns``, the network namespace of an interface, may be patterns: then there are as many links as
     things that match. ``mode`` is how XDP is to run, native or generic; None lets the kernel decide. ``point`` is where
     a netfilter program runs. ``priority`` and ``handle`` are those of a tc filter; 0 is one that is free. ``adopt``
-    lets it take the place of a program that another tool attached.
+    lets it take the place of a program that another tool attached; ``only`` there, where that is of the same name.
     """
 
     program: str
@@ -53,6 +53,7 @@ class Attach(msgspec.Struct, frozen=True):
     priority: int = 0
     handle: int = 0
     adopt: bool = False
+    only: bool = False
 
     def attach_type(self, program: ProgramSpec) -> str:
         """What the kernel says of a link for ``program`` here, as in LinkInfo."""
@@ -146,6 +147,8 @@ def read_attach(
         file.fail((*path, "mode"), f"mode is {' or '.join(_MODES)}, and for xdp only, not {entry['mode']!r}")
     _check_section(entry, program, path, file)
     _check_numbers(entry, path, file)
+    if isinstance(entry.get("adopt"), str) and entry["adopt"] != "only":
+        file.fail((*path, "adopt"), f'adopt is true, false or "only", not {entry["adopt"]!r}')
     if entry.get("adopt") and hook != "cgroup" and HOOKS[hook].linked:
         file.fail(
             (*path, "adopt"),
@@ -168,7 +171,8 @@ def read_attach(
         point=_point(entry, path, file),
         priority=0 if hook == "netfilter" else entry.get("priority", 0),
         handle=entry.get("handle", 0),
-        adopt=entry.get("adopt", False),
+        adopt=bool(entry.get("adopt", False)),
+        only=entry.get("adopt") == "only",
     )
     if "pin" in entry and made.is_pattern:
         file.fail((*path, "pin"), "pin is the place of one link, and a pattern leads to several")

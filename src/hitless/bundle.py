@@ -394,8 +394,9 @@ class _Reader:
                     "whose entries matter most, and say by --allow-loss that those of the others may go",
                     feature="map.was list",
                 )
-            if not isinstance(value, known[key]) or (isinstance(value, bool) and known[key] is not bool):
-                wanted = known[key]
+            wanted = known[key]
+            kinds = wanted if isinstance(wanted, tuple) else (wanted,)
+            if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in kinds):
                 names = wanted.__name__ if isinstance(wanted, type) else " or ".join(one.__name__ for one in wanted)
                 self.fail((*path, key), f"{key} must be of type {names}, not {type(value).__name__}")
         for key in _REQUIRED.get(kind, ()):

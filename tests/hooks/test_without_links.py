@@ -334,6 +334,35 @@ def test_programs_of_another_tool_are_adopted_without_a_gap(
     well(node)
 
 
+def test_where_another_tool_attached_its_own_it_is_adopted_and_nowhere_else(
+    pods: Pods, node: hitless.Node, make: Make, tool: Tool, tmp_path: Path
+) -> None:
+    managed, alone, foreign = pods.add(3)
+    only = EARLY + 'adopt = "only"\n'
+    Xdp.attach(tool.programs["early"], interface(pods, managed), "native")
+    source = SOURCE.replace("RELEASE", "0").replace("early", "stranger")
+    data = compile_object(source, tmp_path / "other.o").read_bytes()
+    other = load_object(data, "other", {}, {})
+    Xdp.attach(other.programs["stranger"], interface(pods, foreign), "native")
+    result = hitless.apply(node, make(1, only))
+    assert [(hook.action, hook.target) for hook in result.hooks] == [("adopt", "eth0")]
+    assert running(pods, alone)[0] == []
+    assert running(pods, foreign)[0] == [other.programs["stranger"].info.id]
+    well(node)
+    Xdp.attach(tool.programs["early"], interface(pods, alone), "native")  # the tool manages another pod by now
+    with Program.open(node.current / "progs" / "early") as ours:
+        found = Xdp.find(interface(pods, managed))
+        assert found is not None
+        found.detach(ours)  # and that one no more
+    result = hitless.apply(node, make(2, only))
+    assert {(hook.action, hook.link.rpartition("@")[0][-1]) for hook in result.hooks} == {
+        ("adopt", str(alone)), ("detach", str(managed)),
+    }  # fmt: skip
+    assert running(pods, alone)[0] == own(node)[0]
+    assert running(pods, managed)[0] == []
+    well(node)
+
+
 @pytest.mark.parametrize("how", ["error", "kill"])
 def test_an_undo_gives_an_adopted_hook_back_though_nothing_else_holds_its_program(
     pods: Pods, node: hitless.Node, make: Make, tool: Tool, how: str

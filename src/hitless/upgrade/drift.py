@@ -197,7 +197,8 @@ def hook_problem(hook: Hook, link: LinkInfo | None, expected: int | None, links:
 def unhooked(record: Record, links: Mapping[str, LinkInfo]) -> Iterator[str]:
     """What the patterns of the release match by now and no link of it is on."""
     known = {hook.link for hook in record.hooks}
-    for place in find_places((entry for entry in record.attach if entry.is_pattern), record.programs):
+    patterns = (entry for entry in record.attach if entry.is_pattern and not entry.only)
+    for place in find_places(patterns, record.programs):
         link = links.get(place.link)
         if place.link not in known and (link is None or link.target_id != place.id):
             yield (

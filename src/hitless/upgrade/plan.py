@@ -28,6 +28,7 @@ from hitless.errors import BundleError, NodeError, UnsupportedError
 from hitless.groups import group_of, torn
 from hitless.hooks import HOOKS, SLEEPABLE
 from hitless.kernel.links import LinkInfo
+from hitless.kernel.names import in_kernel
 from hitless.kernel.switchboard import KINDS
 from hitless.layout.answers import answer
 from hitless.layout.diff import MapDiff, diff_maps, is_constant, phrases
@@ -65,7 +66,8 @@ def make_plan(
     if current is None:
         start_type = "normal"
         maps = tuple(_created(name) for name in bundle.maps)
-        hooks = tuple(new_hook(place, bundle.programs, frozenset()) for place in places)
+        found = (new_hook(place, bundle.programs, frozenset()) for place in places)
+        hooks = tuple(hook for hook in found if hook is not None)
     elif into is None and (current.record.version, current.record.digest) == (bundle.version, bundle.digest):
         start_type = "restart"
         maps = tuple(MapPlan(name, "keep", method="same map") for name in current.record.maps)
@@ -543,7 +545,8 @@ def late_hooks(plan: Plan, record: Record, places: Sequence[Place]) -> list[Hook
     programs = record.programs
     own = {program.id for program in record.pinned_programs.values()} | {hook.expected for hook in plan.hooks}
     so_far = "it came while hooks were switched, so the upgrade is taken back and the old release goes on"
-    return [new_hook(place, programs, own, so_far) for place in places if (place.link, place.id) not in known]
+    late = (new_hook(place, programs, own, so_far) for place in places if (place.link, place.id) not in known)
+    return [hook for hook in late if hook is not None]
 
 
 def new_hook(
@@ -551,9 +554,10 @@ def new_hook(
     programs: Mapping[str, ProgramSpec],
     own: Container[int | None],
     so_far: str = "nothing was changed",
-) -> HookPlan:
+) -> HookPlan | None:
     """The plan of a hook on which nothing of its link is; ``own`` are ids of programs that are not of other tools.
 
+    None if there is nothing to adopt, and it is for that only.
     Raises NodeError if the place is taken, which says what was done ``so_far``.
     """
     entry = place.entry
@@ -567,10 +571,12 @@ def new_hook(
     if entry.adopt:
         # A filter has a place of its own; of XDP, and on a cgroup without a link, there can be but one of ours.
         there = [one for one in there if not one.priority or one.program_id not in own]
+        if entry.only:  # so that a program of yet another tool stays
+            there = [one for one in there if one.name == in_kernel(entry.program).decode()]
     elif not (entry.hook.startswith("xdp") or entry.handle):
         there = []  # others have their own places
     if not there:
-        return hook_at(place, programs, "attach")
+        return None if entry.only else hook_at(place, programs, "attach")
     found = there[0]
     why = _not_adopted(place, there, own)
     if why:
@@ -671,12 +677,15 @@ def _plan_hooks(
         entry = place.entry
         name = place.link if place.link in state.links else place.was or place.link
         link = state.links.get(name)
-        taken.add(name)
         # The kernel detached it with its target. Of a netfilter link it does not tell, so that another namespace at the
         # same path is taken for a sign that the old one is gone.
         if link is None or link.is_dead or (entry.point and link.target_id != place.id):
-            attached.append(new_hook(place, bundle.programs, own))
+            found = new_hook(place, bundle.programs, own)
+            if found is not None:
+                attached.append(found)
+                taken.add(name)
             continue
+        taken.add(name)
         attach_type = entry.attach_type(bundle.programs[entry.program])
         if link.attach_type != attach_type or (name in known and known[name].hook != entry.hook):
             raise UnsupportedError(
