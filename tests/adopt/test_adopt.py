@@ -14,6 +14,7 @@ import hitless
 from hitless.kernel.links import Link
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program, load_object
+from hitless.layout import kmesh
 from hitless.public import version_number
 from hitless.upgrade import adopt as adopting
 from hitless.upgrade.status import status
@@ -135,6 +136,37 @@ def test_another_release_than_the_one_that_runs_is_refused_by_what_shows_it(
     with pytest.raises(hitless.NodeError, match=r"count4 \(tag \w+\) that is not the one of the bundle's object"):
         hitless.adopt(node, hitless.Bundle.load(other, {"cgroup": str(lab.cgroup_of("clients"))}))
     assert sorted(path.name for path in loader.root.iterdir()) == ["map", "sockconn"]
+
+
+def test_a_version_that_the_daemon_does_not_call_so_is_asked_for_since_its_next_start_would_begin_anew(
+    lab: Lab, loader: Loader, node: hitless.Node, tmp_path: Path
+) -> None:
+    path = write_release(tmp_path / "o", "v1", OLD, MANIFEST)
+    wrong = hitless.Bundle.load(path, {"cgroup": str(lab.cgroup_of("clients"))})
+    with pytest.raises(hitless.NodeError, match=r"map version_of has 0xeb421bf2, and 'v1' is 0x\w+: the daemon"):
+        hitless.adopt(node, wrong)
+    path = write_release(tmp_path / "r", "v1", OLD, MANIFEST.replace("[public]", '[public]\nversion = "0xeb421bf2"'))
+    hitless.adopt(node, hitless.Bundle.load(path, {"cgroup": str(lab.cgroup_of("clients"))}))
+    assert node.map("version_of").get(0) == version_number("1.0") == 0xEB421BF2
+
+
+def test_types_that_nobody_else_knows_are_those_of_the_daemons_own_snapshot(
+    lab: Lab, loader: Loader, node: hitless.Node, release: Release, tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "mapspecs.json"
+    snapshot.write_bytes(kmesh.dump({"sockconn": release(1).objects[0].spec}))
+    told = snapshot.read_bytes()
+    public = f'[public]\nsnapshot = "{snapshot}"'
+    path = write_release(tmp_path / "2", "2.0", NEW, MANIFEST.replace("[public]", public))
+    into = hitless.Bundle.load(path, {"cgroup": str(lab.cgroup_of("clients"))})
+    found = hitless.adopt_for(node, into)
+    assert found is not None
+    assert {one.name: one.layout for one in found.maps}["tally"] == "snapshot"
+    assert snapshot.read_bytes() == told
+    hitless.apply(node, into)
+    assert node.map("tally").get(80) == {"since": 0, "count": 240, "last": 560}
+    maps = {spec.name: spec for spec in kmesh.load(snapshot.read_bytes())["store"].maps}
+    assert [field.name for field in maps["tally"].value.fields] == ["since", "count", "last"]  # type: ignore[union-attr]
 
 
 def test_a_program_that_uses_these_maps_and_that_nobody_named_is_asked_for_by_name(

@@ -34,8 +34,8 @@ _KEY = bytes(4)
 def publish(node: Node, record: Record, before: Record | None) -> None:
     """Let the public paths lead to what ``record`` has, and tell the daemon the version and the layouts.
 
-    ``before`` is the release before: paths that only it has go. May be repeated after a kill. Raises NodeError if
-    somebody else has put something there, KernelError.
+    ``before`` is the release before: paths that only it has go. Without one, the daemon's own word on the layouts
+    stands. May be repeated after a kill. Raises NodeError if somebody else has put something there, KernelError.
     """
     wanted = _places(node, record)
     for path in _places(node, before).keys() - wanted.keys():
@@ -54,7 +54,7 @@ def publish(node: Node, record: Record, before: Record | None) -> None:
         move(beside, path)
     if record.public is None:
         return
-    if record.public.snapshot is not None:
+    if record.public.snapshot is not None and (before is not None or not Path(record.public.snapshot).exists()):
         _write(Path(record.public.snapshot), kmesh.dump({item.name: item for item in record.objects}))
     if record.public.version_map is not None:
         # Last: who starts now and finds its own version uses all the rest.

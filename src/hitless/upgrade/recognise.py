@@ -43,6 +43,7 @@ __all__ = ["ADOPTING", "FoundHook", "FoundMap", "Recognised", "describe", "recog
 ADOPTING = "hitless-adopting"
 """The directory in which what will be ``hitless/`` is built."""
 
+_FIRST = bytes(4)  # the key of the only entry of an array
 _ADOPTED = "adopted"  # what stands for objects that nobody has
 _UNLINKED = ("cgroup_skb", "cgroup_sock_addr", "cgroup_sock", "sched_cls", "sock_ops", "xdp")
 
@@ -327,6 +328,19 @@ class _Look:
                     'if it is the same source in the hands of another loader, say [public] unproven = "accept"'
                 )
 
+    def ask_version(self) -> None:
+        """The version that the daemon itself has noted, by which its next start decides what is of use to it."""
+        held = self.maps.get(self.public.version_map or "")
+        if held is None:
+            return
+        noted, number = int.from_bytes(held.lookup(_FIRST) or b"", sys.byteorder), version_number(self.public.version)
+        if noted != number:
+            self.questions.append(
+                f"map {self.public.version_map} has {noted:#010x}, and {self.public.version!r} is {number:#010x}: the "
+                "daemon runs another version, or calls it otherwise; write the text that it has itself in [public] "
+                f"version, or the number ({noted:#010x})"
+            )
+
     # What else is there
 
     def ask_others(self) -> None:
@@ -397,6 +411,8 @@ class _Look:
                     )
             if held.info.value_type_id:
                 layout = "kernel"
+            elif fits and noted is not None and noted.value is not None and not self.bundle.digest:
+                layout = "snapshot"  # as it described the release that nobody has
             elif rules is not None and rules.value is not None:
                 layout = "manifest"
             elif spec.value is None:
@@ -426,6 +442,7 @@ def recognise(base: Path, bundle: Bundle) -> Recognised:
             path=str(base),
             questions=[],
         )
+    look.ask_version()
     look.ask_others()
     tags = look.prove() if not look.questions else {}
     look.ask_unproven(tags)
@@ -590,7 +607,7 @@ def _version(base: Path, public: Public, maps: Mapping[str, MapSpec]) -> str:
     if pin is None:
         return "unknown"
     with Map.open(base / pin) as held:
-        number = int.from_bytes(held.lookup(bytes(4)) or b"", sys.byteorder)
+        number = int.from_bytes(held.lookup(_FIRST) or b"", sys.byteorder)
     return public.version if number == version_number(public.version) else f"0x{number:08x}"
 
 
