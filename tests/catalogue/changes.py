@@ -36,6 +36,7 @@ class Kind(msgspec.Struct, frozen=True):
 def _attach(number: int) -> str:
     return (
         f'[[attach]]\nprogram = "connect{number}"\nhook = "cgroup"\ntarget = "${{cgroup}}"\nlink = "connect{number}"\n'
+        f'pin = "connect{number}"\n'
     )
 
 

@@ -1,7 +1,10 @@
-"""One kind of change: two objects compiled, the old one applied and filled, the new one applied, and what is there."""
+"""One kind of change: two objects compiled; the old one loaded by a loader that knows nothing of hitless, filled and
+adopted; then the upgrade to the new one, and what is there.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,11 @@ from typing import Any
 import msgspec
 
 import hitless
+from hitless.bundle import unite_maps
 from hitless.compare import compare
+from hitless.kernel.links import Link
+from hitless.kernel.programs import load_object
+from hitless.layout.codec import encode
 from meshd.demo.lab import Lab
 from tests.catalogue.changes import Kind
 from tests.releases import compile_object
@@ -42,7 +49,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 def run(kind: Kind, number: int, lab: Lab, objects: Mapping[tuple[str, str], Path]) -> Outcome:
-    """Upgrade from the old object to the new one. ``objects`` are by C file and "old" or "new"."""
+    """From what another loader made of the old object to the new one. ``objects`` are by C file and "old" or "new"."""
     folder = lab.scratch / f"catalogue-{number}"
     releases = {
         "old": _bundle(folder / "old", objects[kind.source, "old"], "1.0", kind.old_rules, ""),
@@ -50,11 +57,10 @@ def run(kind: Kind, number: int, lab: Lab, objects: Mapping[tuple[str, str], Pat
     }
     places = {"cgroup": str(lab.cgroup)}
     node = hitless.Node(lab.bpffs / f"catalogue-{number}")
-    hitless.apply(node, hitless.Bundle.load(releases["old"], places))
+    old = hitless.Bundle.load(releases["old"], places)
+    _start(old, node.root, lab.cgroup, kind)
+    hitless.adopt(node, old)
     try:
-        for name, entries in kind.before.items():
-            held = node.map(name)
-            held.update_many((_struct(key, held.spec.key), value) for key, value in entries.items())
         verdict = "unknown"
         try:
             verdict = compare(str(releases["old"]), str(releases["new"])).verdict
@@ -71,12 +77,34 @@ def run(kind: Kind, number: int, lab: Lab, objects: Mapping[tuple[str, str], Pat
         hitless.unload(node)
 
 
+def _start(old: hitless.Bundle, root: Path, cgroup: Path, kind: Kind) -> None:
+    """As another loader does it: maps pinned by their names, links as well, and the rest forgotten."""
+    (root / "map").mkdir(parents=True)
+    for item in old.objects:
+        sections = {name: spec.value_size for name, spec in unite_maps([item.spec]).items() if "." in name}
+        loaded = load_object(item.data, item.spec.name, {}, sections, item.spec.programs)
+        for name, held in loaded.maps.items():
+            for key, value in kind.before.get(name, {}).items():
+                spec = old.maps[name]
+                assert spec.key is not None and spec.value is not None
+                held.update(encode(spec.key, _struct(key, spec.key)), encode(spec.value, value))
+            if "." not in name:
+                held.pin(root / "map" / name)
+        for entry in old.attach:
+            fd = os.open(cgroup, os.O_RDONLY)
+            program, attach_type = loaded.programs[entry.program], old.programs[entry.program].attach_type
+            with Link.attach(program, fd, attach_type, cgroup) as link:
+                link.pin(root / entry.link)
+            os.close(fd)
+
+
 def _bundle(directory: Path, item: Path, version: str, rules: str, converters: str) -> Path:
     directory.mkdir(parents=True)
     file = "new.bpf.o" if version == "2.0" else "old.bpf.o"
     (directory / file).write_bytes(item.read_bytes())
     (directory / "bundle.toml").write_text(
-        f'[bundle]\nname = "catalogue"\nversion = "{version}"\n[[object]]\nfile = "{file}"\n{rules}'
+        f'[bundle]\nname = "catalogue"\nversion = "{version}"\n[public]\nmaps = "map"\n'
+        f'[[object]]\nfile = "{file}"\n{rules}'
     )
     if converters:
         (directory / "converters.py").write_text(converters)

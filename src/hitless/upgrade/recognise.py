@@ -392,6 +392,16 @@ class _Look:
 
     # The result
 
+    def objects(self) -> tuple[ObjectSpec, ...]:
+        """The release's objects; one of which nothing runs has no variables here."""
+        specs = (item.spec for item in self.bundle.objects)
+        return tuple(
+            spec
+            if self._runs(spec)
+            else msgspec.structs.replace(spec, maps=tuple(one for one in spec.maps if not is_global(one.name)))
+            for spec in specs
+        )
+
     def maps_with_layouts(self) -> tuple[dict[str, MapSpec], tuple[FoundMap, ...]]:
         """The release's word on each map, with the snapshot's where that has none."""
         known = _layouts(self.public)
@@ -457,7 +467,7 @@ def recognise(base: Path, bundle: Bundle) -> Recognised:
         version=bundle.version,
         digest=bundle.digest,
         phase="cutover",  # what follows is what follows a commit, and may be repeated
-        objects=tuple(item.spec for item in bundle.objects),
+        objects=look.objects(),
         maps=specs,
         hooks=hooks_of(hooks),
         attach=bundle.attach,
