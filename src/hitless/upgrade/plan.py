@@ -545,7 +545,11 @@ def late_hooks(plan: Plan, record: Record, places: Sequence[Place]) -> list[Hook
     programs = record.programs
     own = {program.id for program in record.pinned_programs.values()} | {hook.expected for hook in plan.hooks}
     so_far = "it came while hooks were switched, so the upgrade is taken back and the old release goes on"
-    late = (new_hook(place, programs, own, so_far) for place in places if (place.link, place.id) not in known)
+    late = (
+        new_hook(place, programs, _own_at(place, own, record, plan.hooks), so_far)
+        for place in places
+        if (place.link, place.id) not in known
+    )
     return [hook for hook in late if hook is not None]
 
 
@@ -591,6 +595,17 @@ def new_hook(
     return msgspec.structs.replace(
         planned, mode=found.mode, priority=found.priority, handle=found.handle, adopted=found.name
     )
+
+
+def _own_at(
+    place: Place, own: Container[int | None], record: Record, hooks: Iterable[Hook | HookPlan]
+) -> Container[int | None]:
+    """Which of our ``own`` programs say, by being there, that the place is one of our ``hooks`` already.
+
+    None where we have no hook, if another loader has these programs too: it attaches them to what comes.
+    """
+    ours = record.public is None or any((hook.target, hook.netns) == (place.target, place.netns) for hook in hooks)
+    return own if ours else frozenset()
 
 
 def _not_adopted(place: Place, there: Sequence[Occupant], own: Container[int | None]) -> str:
@@ -680,7 +695,8 @@ def _plan_hooks(
         # The kernel detached it with its target. Of a netfilter link it does not tell, so that another namespace at the
         # same path is taken for a sign that the old one is gone.
         if link is None or link.is_dead or (entry.point and link.target_id != place.id):
-            found = new_hook(place, bundle.programs, own)
+            at = _own_at(place, own, current.record, current.record.hooks)
+            found = new_hook(place, bundle.programs, at)
             if found is not None:
                 attached.append(found)
                 taken.add(name)
