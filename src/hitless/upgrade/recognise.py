@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from hitless.attach import Attach
 from hitless.bundle import Bundle, BundleObject, unite_maps
 from hitless.carry import is_global
 from hitless.errors import KernelError, NodeError
@@ -553,20 +554,21 @@ def describe(base: Path, into: Bundle) -> Bundle | None:
     attach, programs, links, used = [], {}, {}, {}
     owners = {one.name: item.spec.name for item in into.objects for one in item.spec.programs}
     for entry in into.attach:
-        pin = public.links.get(entry.link)
-        if pin is None or not (base / pin).exists():
+        runs = _running(base, into, entry)
+        if runs is None:
             continue
-        with Link.open(base / pin) as link, Program.by_id(link.info.program_id) as program:
+        with Program.by_id(runs[0]) as program:
             name, was = program.info.name, entry.was or entry.link
             if name in programs:
                 raise NodeError(
-                    f"two links run programs that the kernel calls {name}, so that nobody can tell them apart by name: "
+                    f"two hooks run programs that the kernel calls {name}, so that nobody can tell them apart by name: "
                     "give the release that runs as well (--running)",
                     path=str(base),
                 )
-            programs[name] = ProgramSpec(name, "", program.info.type, link.info.attach_type)
+            programs[name] = ProgramSpec(name, "", program.info.type, runs[1])
             used[name] = owners[entry.program], program.map_ids
-        links[was] = pin
+        if entry.link in public.links:
+            links[was] = public.links[entry.link]
         attach.append(msgspec.structs.replace(entry, program=name, link=was, was=None))
     variables = _variables(programs, used)
     own = {name for item in variables for name in (one.name for one in item.programs)}
@@ -589,6 +591,27 @@ def describe(base: Path, into: Bundle) -> Bundle | None:
             version_map=public.version_map if public.version_map in maps else None,
         ),
     )  # fmt: skip
+
+
+def _running(base: Path, into: Bundle, entry: Attach) -> tuple[int, str] | None:
+    """The id of the program on a hook of the release to come, and its attach type; None if no hook is like that.
+
+    Without a link it is the one of the same name, which is all that tells it from what others attached.
+    """
+    pin = into.public.links.get(entry.link) if into.public is not None else None
+    if pin is not None:
+        if not (base / pin).exists():
+            return None
+        with Link.open(base / pin) as link:
+            return link.info.program_id, link.info.attach_type
+    program = into.programs[entry.program]
+    if not entry.adopt:
+        return None
+    for place in find_places([entry], into.programs):
+        for one in place.occupants:
+            if one.name.encode() == in_kernel(program.name) and not one.is_linked:
+                return one.program_id, program.attach_type
+    return None
 
 
 def _variables(
