@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import hitless
-from hitless.kernel.links import Link
+from hitless.kernel.links import Link, LinkInfo, all_links
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program, load_object
 from hitless.layout import kmesh
 from hitless.public import version_number
 from hitless.upgrade import adopt as adopting
+from hitless.upgrade import recognise
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.adopt.conftest import MANIFEST, NEW, OLD, Loader, connect, pinned
@@ -42,6 +44,20 @@ def test_what_runs_is_adopted_as_it_is_and_its_paths_lead_to_the_same_maps_and_l
     assert (seen.version, seen.problems) == ("1.0", ())
     assert hitless.verify(node).problems == ()
     assert hitless.plan(node, release(1)).start_type == "restart"
+
+
+def test_links_of_others_that_go_meanwhile_are_passed_over(
+    node: hitless.Node, release: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list(all_links())
+
+    def with_gone() -> Iterator[LinkInfo]:
+        for link in seen:
+            yield link
+            yield msgspec.structs.replace(link, id=1 << 30, program_id=1 << 30)
+
+    monkeypatch.setattr(recognise, "all_links", with_gone)
+    assert [one.link for one in hitless.adopt(node, release(1)).hooks] == ["connect4"]
 
 
 def test_an_upgrade_of_what_was_adopted_changes_all_its_public_paths_at_once_and_loses_nothing(

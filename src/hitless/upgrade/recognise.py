@@ -10,6 +10,7 @@ What cannot be known is asked for, all of it in one error, by the name of what i
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +25,7 @@ from hitless.errors import KernelError, NodeError
 from hitless.hooks import HOOKS
 from hitless.kernel.dispatcher import SOCKET_HOOKS, attached_program
 from hitless.kernel.libbpf import PASSING
-from hitless.kernel.links import Link, all_links
+from hitless.kernel.links import Link, LinkInfo, all_links
 from hitless.kernel.maps import Map
 from hitless.kernel.names import in_kernel
 from hitless.kernel.processes import holders_of
@@ -215,20 +216,24 @@ class _Look:
                     "program there: leave it out of the bundle, and let its loader go on with it"
                 )
             elif kind.linked and kind.on != "map":
-                self._find_link(place, [link.id for link in links if self._could_be(place, link.id)])
+                self._find_link(place, [link.id for link in links if self._could_be(place, link)])
             else:
                 self._find_noted(place)
 
-    def _could_be(self, place: Place, number: int) -> bool:
-        with Link.by_id(number) as link:
+    def _could_be(self, place: Place, link: LinkInfo) -> bool:
+        try:
             return self._why_not(place, link) is None
+        except KernelError as error:
+            if error.facts["errno"] != errno.ENOENT:
+                raise
+            return False  # somebody's, who took it off meanwhile
 
     def _find_link(self, place: Place, candidates: list[int]) -> None:
         pin = self.public.links.get(place.entry.link)
         path = self.base / pin if pin is not None else None
         if path is not None and path.exists():
             link, held = Link.open(path), f"link at {path}"
-            why = self._why_not(place, link)
+            why = self._why_not(place, link.info)
             if why is not None:
                 self.questions.append(f"the link at {path} {why}: correct the pin of link {place.link}")
                 return
@@ -246,9 +251,9 @@ class _Look:
         self.links[place.link] = link
         self._take(hook_at(place, self.bundle.programs, "keep", expected=link.info.program_id), held)
 
-    def _why_not(self, place: Place, link: Link) -> str | None:
+    def _why_not(self, place: Place, info: LinkInfo) -> str | None:
         """Why the link is not that of the place, in words that follow its name."""
-        info, entry = link.info, place.entry
+        entry = place.entry
         wanted = entry.attach_type(self.bundle.programs[entry.program])
         if info.attach_type != wanted:
             return f"is on {info.attach_type or info.type}, not on {wanted}"
