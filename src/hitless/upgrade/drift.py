@@ -18,10 +18,11 @@ from hitless.errors import InterruptedUpgradeError, KernelError, NodeError
 from hitless.hooks import HOOKS
 from hitless.kernel.links import LinkInfo
 from hitless.kernel.maps import Map, is_alive
+from hitless.kernel.names import in_kernel
 from hitless.kernel.programs import Program, is_loaded
 from hitless.upgrade.model import Generation, Hook, NodeState, PinnedMap, PinnedProgram, Record, ReplacedProgram
 from hitless.upgrade.node import PUBLIC, Node
-from hitless.upgrade.places import file_of, find_places, place_id
+from hitless.upgrade.places import Place, file_of, find_places, place_id
 from hitless.upgrade.record import map_pin
 
 __all__ = [
@@ -197,14 +198,35 @@ def hook_problem(hook: Hook, link: LinkInfo | None, expected: int | None, links:
 def unhooked(record: Record, links: Mapping[str, LinkInfo]) -> Iterator[str]:
     """What the patterns of the release match by now and no link of it is on."""
     known = {hook.link for hook in record.hooks}
-    patterns = (entry for entry in record.attach if entry.is_pattern and not entry.only)
+    patterns = (entry for entry in record.attach if entry.is_pattern)
     for place in find_places(patterns, record.programs):
         link = links.get(place.link)
-        if place.link not in known and (link is None or link.target_id != place.id):
+        if place.link in known or (link is not None and link.target_id == place.id):
+            continue
+        if place.entry.only:
+            yield from _of_other_releases(place, record)
+        else:
             yield (
                 f"{place} came since: hook {place.entry.link} means it, and nothing of this release runs there; apply "
                 "the same release again"
             )
+
+
+def _of_other_releases(place: Place, record: Record) -> Iterator[str]:
+    """What the daemon's own loader has put there, if that is not what the release has."""
+    noted = record.pinned_programs.get(place.entry.program)
+    if noted is None:
+        return
+    for one in place.occupants:
+        if one.name.encode() != in_kernel(place.entry.program):
+            continue
+        with suppress(KernelError), Program.by_id(one.program_id) as program:  # gone meanwhile: no problem
+            if program.info.tag != noted.tag:
+                yield (
+                    f"{place} came since, and has program {one.program_id} ({one.name}) of another release than "
+                    f"{record.version}, with that one's maps: a loader of that release still runs; stop it, then apply "
+                    "the same release again, which takes its place"
+                )
 
 
 def public_problems(node: Node) -> Iterator[str]:
