@@ -45,6 +45,7 @@ program = "sendmsg_prog"
 hook = "sk_msg"
 target = "km_sockhash"
 link = "sendmsg"
+adopt = true
 
 [[attach]]
 program = "xdp_auth_prog"
@@ -54,7 +55,7 @@ mode = "generic"
 target = "eth0"
 netns = "${pods}"
 link = "xdp_auth"
-adopt = true
+adopt = "only"
 """
 _FILTERS = {
     "tc_workload_prog": ("tc-ingress", "workload", 1),
@@ -142,7 +143,7 @@ def _manifest(release: int, typed: bool, told: bool) -> Iterator[str]:
     yield _WITHOUT_LINK
     for program, (hook, link, priority) in _FILTERS.items():
         yield f'[[attach]]\nprogram = "{program}"\nhook = "{hook}"\ntarget = "eth0"\nnetns = "${{pods}}"'
-        yield f'link = "{link}"\npriority = {priority}\nhandle = 1\nadopt = true\n'
+        yield f'link = "{link}"\npriority = {priority}\nhandle = 1\nadopt = "only"\n'
     was = {new: old for old, new in RENAMED.items()} if release > 1 else RENAMED
     for name in (*SCHEMAS[release], "km_sockhash", *(one for one in _SUMS if one.endswith(".bss"))):
         yield f'[map."{name}"]'

@@ -21,11 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hitless.kernel.filters import filters
-from hitless.kernel.interfaces import interfaces
+from hitless.kernel.interfaces import Interface, interfaces
 from hitless.kernel.links import Link
 from hitless.kernel.maps import Map, possible_cpus
 from hitless.kernel.namespaces import Namespace
 from hitless.kernel.programs import Program
+from hitless.kernel.xdp import Xdp
 from hitless.layout.model import Record
 from meshd.demo.lab import BACKENDS6, Lab
 from meshd.demo.pods import Pods
@@ -201,9 +202,14 @@ class KmeshNode:
         script = [sys.executable, str(HERE / "peers.py"), "server", address, str(TCP), str(UDP)]
         return self.lab.popen([*within, *script], stdout=subprocess.PIPE)
 
-    def start(self, release: int, version: str | None = None, objects: Path | None = None) -> Loader:
-        """Start the daemon of a release. Raises LoaderError with its words, or "Update" if it would have to carry."""
-        namespaces = sorted(self.pods.directory.iterdir())
+    def start(
+        self, release: int, version: str | None = None, objects: Path | None = None, pods: int | None = None
+    ) -> Loader:
+        """Start the daemon of a release, which manages the first ``pods``, or all.
+
+        Raises LoaderError with its words, or "Update" if it would have to carry.
+        """
+        namespaces = sorted(self.pods.directory.iterdir())[:pods]
         command: list[str | Path] = [
             self.built.loader, objects or self.built.stripped[release], self.root, self.lab.cgroup,
             version or VERSIONS[release], *namespaces,
@@ -260,9 +266,23 @@ class KmeshNode:
         """All global variables, ``object.variable``, as the running programs have them."""
         with self.link("cgroup_sockops_prog") as link:
             sockops = link.info.program_id
-        (device,) = interfaces("eth0", Namespace.at(str(self.pods.directory / "pod1")))
-        (decrypt,) = (one.program_id for one in filters(device, "ingress") if one.priority == 2)
+        (decrypt,) = (one.program_id for one in filters(self.device("pod1"), "ingress") if one.priority == 2)
         return dict(_variables("sockops", sockops)) | dict(_variables("tc_mark_decrypt", decrypt))
+
+    def device(self, pod: str) -> Interface:
+        """A pod's interface."""
+        (found,) = interfaces("eth0", Namespace.at(str(self.pods.directory / pod)))
+        return found
+
+    def programs_of_pods(self) -> dict[str, tuple[int, ...]]:
+        """By pod, the kernel's ids of the programs on its interface: of XDP, then of filters, in and out."""
+        found = {}
+        for pod in sorted(self.pods.directory.iterdir()):
+            device = self.device(pod.name)
+            xdp = Xdp.find(device)
+            both = (*filters(device, "ingress"), *filters(device, "egress"))
+            found[pod.name] = (*((xdp.info.program_id,) if xdp else ()), *(one.program_id for one in both))
+        return found
 
     def hooks(self, release: int) -> dict[str, dict[str, int]]:
         """What km_hooks counted, by hook."""
