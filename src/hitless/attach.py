@@ -149,6 +149,8 @@ def read_attach(
     _check_numbers(entry, path, file)
     if isinstance(entry.get("adopt"), str) and entry["adopt"] != "only":
         file.fail((*path, "adopt"), f'adopt is true, false or "only", not {entry["adopt"]!r}')
+    if entry.get("adopt") == "only" and HOOKS[hook].on == "map":
+        file.fail((*path, "adopt"), f'"only" is for places of which some have the hook, and {hook} has one: say true')
     if entry.get("adopt") and hook != "cgroup" and HOOKS[hook].on != "map" and HOOKS[hook].linked:
         file.fail(
             (*path, "adopt"),

@@ -13,7 +13,7 @@ import pytest
 import hitless
 from hitless.kernel.dispatcher import attached_program, is_dispatcher
 from hitless.kernel.handover import Handover
-from hitless.kernel.links import all_links
+from hitless.kernel.links import Link, all_links
 from hitless.kernel.map_places import MapPlace
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program, load_object
@@ -22,6 +22,7 @@ from hitless.upgrade import finish, socket_hooks, transaction
 from hitless.upgrade.socket_hooks import SocketHook
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
+from tests.adopt.conftest import pinned
 from tests.hooks.test_sockets import BY_CONNECTION, ECHO, ECHOING, LOSS, NOTE, PORTS, REDIRECT, SOURCE, TURNED
 from tests.kernel.connections import SERVER, attach_the_old_way, clients
 from tests.releases import compile_object, write_release
@@ -376,6 +377,57 @@ def test_what_is_only_noted_runs_on_until_an_upgrade_takes_its_place(
         assert attached_program(held, "sk_msg_verdict") == 0
 
 
+def start(root: Path, lab: Lab, data: bytes) -> int:
+    """What a daemon does at its start that knows nothing of hitless; returns the id of its program for sockets."""
+    (root / "map").mkdir(parents=True, exist_ok=True)
+    there = {path.name: Map(pinned(path)) for path in (root / "map").iterdir()}
+    loaded = load_object(data, "daemon", there, {})
+    for name in loaded.maps.keys() - there.keys():
+        loaded.maps[name].pin(root / "map" / name)
+    if (root / "note").exists():
+        with Link(pinned(root / "note")) as link, Program.by_id(link.info.program_id) as old:
+            link.update(loaded.programs["note"], old)
+    else:
+        with Link.attach_cgroup(loaded.programs["note"], lab.cgroup, "cgroup_sock_ops") as link:
+            link.pin(root / "note")
+    attach_the_old_way(loaded.programs["redirect"], loaded.maps["peers"], "sk_msg_verdict")
+    return loaded.programs["redirect"].info.id
+
+
+def test_a_daemon_that_was_adopted_as_it_ran_is_upgraded_and_started_by_its_own_loader(lab: Lab, make: Make) -> None:
+    public = '[public]\nmaps = "map"\n' + NOTE + 'pin = "note"\n' + REDIRECT + "adopt = true\n"
+    first, second = (make(number, number, manifest=public) for number in (1, 2))
+    root = lab.bpffs / "daemon"
+    node = hitless.Node(root)
+    theirs = start(root, lab, first.objects[0].data)
+    with clients(lab, answers=True) as held:
+        held.say("connect 50")
+        held.say("run 0")
+        found = hitless.adopt(node, first)
+        assert {one.link: (one.program_id, one.proven) for one in found.hooks}["redirect"] == (theirs, True)
+        assert attached(node) == theirs
+        assert hitless.verify(node).problems == ()
+        hitless.apply(node, second, LOSS)
+        assert run_by(node)[theirs] == 0
+        theirs = start(root, lab, second.objects[0].data)
+        held.say("connect 50")
+        assert attached(node) == theirs
+        assert {hook.link: hook.action for hook in hitless.apply(node, second).hooks} == {
+            "note": "keep", "redirect": "keep"
+        }  # fmt: skip
+        assert status(node).problems == ()
+        assert hitless.verify(node).problems == ()
+        hitless.rollback(node, LOSS)
+        assert run_by(node)[theirs] == 0
+        counted(node, 2 * held.say("stop"), missed=4)
+        before = seen(node, 2)
+        held.say("rounds 1")
+        assert seen(node, 2) == before
+        assert status(node).problems == ()
+    assert not is_linked(node)
+    hitless.unload(node)
+
+
 def test_a_dispatcher_that_somebody_took_off_is_attached_again_to_all_sockets(
     lab: Lab, node: hitless.Node, make: Make
 ) -> None:
@@ -393,6 +445,11 @@ def test_a_dispatcher_that_somebody_took_off_is_attached_again_to_all_sockets(
         assert seen(node, 1, 2) == [0, 20]
     assert not is_linked(node)
     assert hitless.verify(node).problems == ()
+
+
+def test_one_map_is_no_place_of_many(make: Make) -> None:
+    with pytest.raises(hitless.BundleError, match=r"toml:\d+: \"only\" is for places of which some have the hook"):
+        make(1, manifest=NOTE + REDIRECT + 'adopt = "only"\n')
 
 
 def test_what_an_adopted_hook_of_a_map_cannot_do_is_refused_by_name(
