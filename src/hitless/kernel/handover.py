@@ -133,11 +133,16 @@ class Handover:
         exchanger = Pass.load("tcp", self._code(), "hand_over")
         try:
             while self.left() and time.monotonic() < until:
+                gone = False
                 for namespace in places:
-                    with suppress(GoneError), entered(namespace):
-                        exchanger.open(self._held)
-                        while exchanger.read(1 << 15):
-                            pass
+                    try:
+                        with entered(namespace):
+                            exchanger.open(self._held)
+                            while exchanger.read(1 << 15):
+                                pass
+                    except GoneError:
+                        gone = True  # with a process by which it was found; others may be in it
+                places = _all_namespaces() if gone else places
                 time.sleep(_PAUSE)
         finally:
             exchanger.close()
@@ -307,7 +312,7 @@ def _all_namespaces() -> list[Namespace]:
     Sockets of one that may not be entered are left, and counted as such.
     """
     found: dict[tuple[int, int], Namespace] = {}
-    for path in ("", *map(str, Path("/proc").glob("[0-9]*/ns/net")), *map(str, Path("/run/netns").glob("*"))):
+    for path in ("", *map(str, Path("/run/netns").glob("*")), *map(str, Path("/proc").glob("[0-9]*/ns/net"))):
         with suppress(NodeError):
             namespace = Namespace.at(path)
             found.setdefault((namespace.device, namespace.inode), namespace)
