@@ -211,6 +211,23 @@ def test_another_program_in_the_place_of_ours_is_refused_without_adopt(
     assert attached(node) == theirs
 
 
+def test_sockets_that_come_behind_the_plan_are_handed_over_as_well(
+    lab: Lab, node: hitless.Node, make: Make, loader: Loader
+) -> None:
+    hitless.apply(node, make(1, manifest=NOTE))
+    theirs = loader.start()
+
+    def late(event: hitless.Progress) -> None:
+        if event.step == "prepare":
+            held.say("connect 5")
+            assert run_by(node) == {theirs: 10}
+
+    with clients(lab, answers=True) as held:
+        hitless.apply(node, make(2, 2), LOSS, progress=late)
+        held.say("rounds 1")
+        assert seen(node, 1, 2) == [0, 10]
+
+
 def test_an_upgrade_that_fails_puts_the_program_of_the_loader_back(
     lab: Lab, node: hitless.Node, make: Make, loader: Loader
 ) -> None:
@@ -474,6 +491,13 @@ def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def off_and_die(hook: SocketHook, *_: object) -> None:
+    """As within the moment in which sockets come back from beside the map."""
+    with Program.by_id(hook.program_id) as dispatcher:
+        hook.place.take_off(dispatcher)
+    die()
+
+
 def die_amid(node: hitless.Node, release: hitless.Bundle, step: str) -> None:
     """An apply in a process of its own, which is killed at ``step``."""
     pid = os.fork()
@@ -486,13 +510,14 @@ def die_amid(node: hitless.Node, release: hitless.Bundle, step: str) -> None:
                 ("begun", Handover, "run"),
                 ("handed", Handover, "put_back"),
                 ("switching", SocketHook, "update"),
+                ("off", SocketHook, "update"),
                 ("finished", finish, "come_along"),
                 ("back", transaction, "switch_back"),
                 ("given", SocketHook, "give_back"),
                 ("dropped", transaction._Upgrade, "_drop"),
             ):
                 if step == name:
-                    patch.setattr(owner, called, die)
+                    patch.setattr(owner, called, off_and_die if step == "off" else die)
 
             def progress(event: hitless.Progress) -> None:
                 if event.step == step:
@@ -508,7 +533,7 @@ def die_amid(node: hitless.Node, release: hitless.Bundle, step: str) -> None:
     assert os.WIFSIGNALED(ended)
 
 
-STEPS = ["noted", "slots", "taken", "begun", "handed", "switching", "finished", "back", "given", "dropped"]
+STEPS = ["noted", "slots", "taken", "begun", "handed", "off", "off, back", "finished", "back", "given", "dropped"]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -520,14 +545,17 @@ def test_sockets_outlive_whoever_takes_the_place_of_their_program_and_is_killed(
     with clients(lab, answers=True) as held:
         held.say("connect 20")
         held.say("run 0")
-        die_amid(node, make(2, 2), step)
-        held.say("connect 20")
+        die_amid(node, make(2, 2), step.removesuffix(", back"))
+        if not step.startswith("off"):
+            held.say("connect 20")
         held.say("run 0")
         if step == "dropped":
             hitless.gc(node)
         else:
-            hitless.recover(node)
-        back = step in ("back", "given", "dropped")
+            hitless.recover(node, back=step == "off, back")
+        if step.startswith("off"):
+            held.say("connect 20")
+        back = step in ("off, back", "back", "given", "dropped")
         assert (attached(node) == theirs) == back
         messages = held.say("stop")
         before = seen(node, 2)

@@ -128,3 +128,17 @@ def test_sockets_beside_come_back_with_the_program_that_they_have(lab: Lab, hand
         assert handing.pins == []
         assert list_sockets(handing.peers) == keys
         assert handing.run_by() == {handing.programs[0].info.id: 2, handing.programs[1].info.id: 38}
+
+
+def test_a_socket_that_somebody_waits_on_does_not_leave_its_map(lab: Lab, handing: Handing) -> None:
+    with clients(lab, answers=True) as held:
+        held.say("connect 2")
+        handing.attach(1)
+        keys = list_sockets(handing.peers)
+        held.say("wait 2")
+        handover = handing.begin()
+        handover.run(0.1)
+        assert list_sockets(handing.peers) == keys
+        assert handing.run_by() == {handing.programs[0].info.id: 2, handing.programs[1].info.id: 2}
+        handover.put_back(handing.aside())
+        held.say("wake")
