@@ -149,11 +149,13 @@ def read_attach(
     _check_numbers(entry, path, file)
     if isinstance(entry.get("adopt"), str) and entry["adopt"] != "only":
         file.fail((*path, "adopt"), f'adopt is true, false or "only", not {entry["adopt"]!r}')
-    if entry.get("adopt") and hook != "cgroup" and HOOKS[hook].linked:
+    if entry.get("adopt") == "only" and HOOKS[hook].on == "map":
+        file.fail((*path, "adopt"), f'"only" is for places of which some have the hook, and {hook} has one: say true')
+    if entry.get("adopt") and hook != "cgroup" and HOOKS[hook].on != "map" and HOOKS[hook].linked:
         file.fail(
             (*path, "adopt"),
             f"{hook} is attached by a link, which takes no other program's place: adopt is for cgroup, "
-            'tc-ingress, tc-egress, and xdp with by = "netlink"',
+            'tc-ingress, tc-egress, sk_msg, sk_skb, and xdp with by = "netlink"',
         )
     if "pin" in entry and (not HOOKS[hook].linked or HOOKS[hook].slot or HOOKS[hook].on in ("map", "cpu")):
         file.fail((*path, "pin"), f"pin is where another loader pins the link, and {hook} has none that it could pin")

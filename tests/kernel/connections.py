@@ -65,6 +65,11 @@ SEC("sk_msg") int to_peer_if_there(struct sk_msg_md *msg)
     redirect(msg);
     return SK_PASS;
 }
+SEC("sk_msg") int passed(struct sk_msg_md *msg)
+{
+    count(msg->size);
+    return SK_PASS;
+}
 /* What comes to the server's end goes out of it again; the client's end gets it as it is. */
 SEC("sk_skb/stream_verdict") int echo(struct __sk_buff *skb)
 {
@@ -91,7 +96,7 @@ SERVER = 7000
 
 # Rounds of numbered messages over all connections, each to come back whole before the next round begins.
 CLIENTS = """
-import json, select, socket, sys, time
+import json, select, socket, sys, threading, time
 count, port, answers = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "answers"
 listener = socket.create_server(("127.0.0.1", port), backlog=count)
 pairs = []
@@ -162,6 +167,17 @@ while True:
                     raise AssertionError("too much: %r" % end.recv(100))
                 except BlockingIOError:
                     end.settimeout(5)
+    elif word[0] == "wait":
+        readers = [threading.Thread(target=server.recv, args=(16,)) for _, server in pairs[: int(word[1])]]
+        for reader, (_, server) in zip(readers, pairs):
+            server.settimeout(None)
+            reader.start()
+        time.sleep(0.05)
+    elif word[0] == "wake":
+        for reader, (client, server) in zip(readers, pairs):
+            client.sendall(b"%015d\\n" % rounds)
+            reader.join()
+            server.settimeout(5)
     elif word[0] == "rounds":
         for _ in range(int(word[1])):
             turn()

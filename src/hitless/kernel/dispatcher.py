@@ -36,7 +36,7 @@ from hitless.kernel.maps import Map, create
 from hitless.kernel.names import attach_number, program_number
 from hitless.kernel.programs import Program, load_code
 
-__all__ = ["JUMPS", "SOCKET_HOOKS", "Dispatcher", "Jump", "attached_program", "is_dispatcher", "jump_for"]
+__all__ = ["JUMPS", "SOCKET_HOOKS", "Dispatcher", "Jump", "Slots", "attached_program", "is_dispatcher", "jump_for"]
 
 _TAIL_CALL = 12  # bpf_tail_call
 _PROG_ARRAY = 3  # BPF_MAP_TYPE_PROG_ARRAY
@@ -283,6 +283,58 @@ class Dispatcher:
 
     def _runs(self) -> int:
         return int.from_bytes(self._slots.lookup(_number(self._own)) or b"", sys.byteorder)
+
+
+class Slots:
+    """The slots of a map's hook whose dispatcher no link holds: any number of dispatchers jump to the first of them."""
+
+    def __init__(self, array: Map) -> None:
+        """Take it over; see :meth:`make` and :meth:`open`."""
+        self._array = array
+
+    @classmethod
+    def make(cls, first: Program, pin: Path) -> Slots:
+        """Those pinned at ``pin``, or new ones, with ``first`` in them. Raises KernelError (EINVAL: see :meth:`fill`).
+        """
+        kept = os.path.lexists(pin)
+        array = Map.open(pin) if kept else create(_PROG_ARRAY, _NAMES[0], 4, 4, len(_NAMES))
+        made = cls(array)
+        made.fill(first)
+        if not kept:
+            array.pin(pin)
+        return made
+
+    @classmethod
+    def open(cls, pin: Path) -> Slots:
+        """Those that are pinned there. Raises KernelError."""
+        return cls(Map.open(pin))
+
+    @property
+    def program_id(self) -> int:
+        """The program in the slots; 0 if all passes."""
+        return int.from_bytes(self._array.lookup(_number(0)) or b"", sys.byteorder)
+
+    def has(self, program_id: int) -> bool:
+        """Whether that program is a dispatcher to these slots; false if it is gone. Raises KernelError."""
+        if not is_dispatcher(program_id):
+            return False
+        with Program.by_id(program_id) as program:
+            return bool(program.map_ids == {self._array.info.id})
+
+    def fill(self, program: Program) -> None:
+        """Let all who have a dispatcher to these run ``program`` from their next message on.
+
+        Raises KernelError (EINVAL: it was loaded for another attach type than what the slots had first).
+        """
+        _fill(self._array, program)
+
+    def dispatcher(self, attach_type: str) -> Program:
+        """A new one. Raises KernelError."""
+        return _load(_socket_jump(attach_type), self._array, 0, attach_type)
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        self._array.close()
 
 
 def jump_for(hook: str, target: str) -> Jump:

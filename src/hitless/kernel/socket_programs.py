@@ -7,7 +7,8 @@ on when it leaves that map. Adding it to a map that has a program of a kind that
 - a socket without a program is given one by adding it to a map that has it (:func:`give`), which may go again;
 - from one that has a program nothing takes it without harm: a verdict on sent messages (sk_msg) ends when the socket is
   in no map any more, which loses what was redirected to it and is not read yet; one on received data ends when it
-  leaves any map that has such a verdict, and data comes meanwhile. It can only be told (:func:`programs_of_sockets`).
+  leaves any map that has such a verdict, and data comes meanwhile. It can be told (:func:`programs_of_sockets`), and
+  goes over to another under the socket's lock where nothing is queued (:mod:`hitless.kernel.handover`).
 """
 
 from __future__ import annotations

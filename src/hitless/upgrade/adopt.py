@@ -129,7 +129,7 @@ def _build(made: Node, found: Recognised) -> None:
     for name, link in found.links.items():
         link.pin(made.links / name)
     for hook in found.noted:
-        with attaching.adopt(hook, made.links):
+        with attaching.adopt(hook, made.links, made.current / "maps"):
             pass  # a note; what runs there is not touched
     for name in PUBLIC:
         with system_call("symlink", made.root / name):

@@ -2,8 +2,9 @@
 
 ``links`` is always the directory of link pins. Hooks of sockmaps and those whose links cannot be updated have a
 dispatcher, whose slots are pinned in ``slots/`` beside it, under the same name. A hook without a link has a note there:
-see :mod:`hitless.upgrade.notes`. Where connections keep to their release, what is attached is a dispatcher of the board
-in ``board/`` (:mod:`hitless.upgrade.connections`), and what runs is in its slots.
+see :mod:`hitless.upgrade.notes`, and of a map :mod:`hitless.upgrade.socket_hooks`. Where connections keep to their
+release, what is attached is a dispatcher of the board in ``board/`` (:mod:`hitless.upgrade.connections`), and what runs
+is in its slots.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from hitless.errors import NodeError
 from hitless.kernel.bpffs import move, unpin
 from hitless.kernel.dispatcher import Dispatcher
 from hitless.kernel.links import Link, LinkInfo
+from hitless.kernel.map_places import MapPlace
 from hitless.kernel.programs import Program
 from hitless.kernel.switchboard import PARTS, Switchboard
 from hitless.upgrade.model import HookPlan
 from hitless.upgrade.notes import Noted, read_note
+from hitless.upgrade.socket_hooks import SocketHook
 
 __all__ = ["Attached", "BoardHook", "open_attached", "open_below", "pin_of", "remove", "rename", "slot_of"]
 
@@ -137,11 +140,12 @@ def _open(links: Path, name: str) -> Attached:
 
 
 def _open_below(links: Path, name: str) -> Attached:
-    slot = slot_of(links, name)
-    if slot.exists():
-        return Dispatcher.open(slot, links / name)
-    where = read_note(links / name)
-    return Link.open(links / name) if where is None else Noted(where, links.parent)
+    slot, where = slot_of(links, name), read_note(links / name)
+    if isinstance(where, MapPlace):
+        return SocketHook(where, slot, links.parent)
+    if where is not None:
+        return Noted(where, links.parent)
+    return Dispatcher.open(slot, links / name) if slot.exists() else Link.open(links / name)
 
 
 def slot_of(links: Path, name: str) -> Path:

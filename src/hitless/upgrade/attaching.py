@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hitless.errors import GoneError, KernelError, NodeError
+from hitless.errors import GoneError, KernelError
 from hitless.hooks import HOOKS
 from hitless.kernel.bpffs import make_directory
 from hitless.kernel.cgroups import CgroupPlace
@@ -18,20 +18,20 @@ from hitless.kernel.filters import Direction, Filter, free_place
 from hitless.kernel.interfaces import Interface, interfaces
 from hitless.kernel.libbpf import system_call
 from hitless.kernel.links import Link
+from hitless.kernel.map_places import MapPlace
 from hitless.kernel.maps import Map
 from hitless.kernel.namespaces import Namespace, entered
 from hitless.kernel.netfilter import attach_netfilter
 from hitless.kernel.programs import Program
-from hitless.kernel.socket_programs import give
-from hitless.kernel.sockets import list_sockets
 from hitless.kernel.tracing import attach_event, attach_probe, attach_raw_tracepoint, attach_tracepoint
 from hitless.kernel.xdp import Mode, Xdp
 from hitless.upgrade.attached import Attached, open_attached, remove, slot_of
 from hitless.upgrade.model import HookPlan
 from hitless.upgrade.notes import Where, note, noted, read_note
 from hitless.upgrade.places import file_of
+from hitless.upgrade.socket_hooks import SocketHook, give_all
 
-__all__ = ["adopt", "attach", "give_all"]
+__all__ = ["adopt", "attach"]
 
 _XDP_MODES = {"generic": 2, "native": 4}  # XDP_FLAGS_SKB_MODE, XDP_FLAGS_DRV_MODE
 
@@ -45,7 +45,12 @@ def attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
     match HOOKS[hook.hook].on:
         case "map":
             with Map.open(maps / hook.target) as held:
-                _attach_dispatcher(held, hook, program, links)
+                if hook.unlinked:
+                    place = MapPlace(held.info.id, hook.attach_type)
+                    note(pin, place)
+                    SocketHook(place, slot_of(links, hook.link), links.parent).take(program)
+                else:
+                    _attach_dispatcher(held, hook, program, links)
             return
         case "interface" if not HOOKS[hook.hook].linked:
             _attach_noted(hook, program, pin)
@@ -70,10 +75,10 @@ def attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
 
 
 @contextmanager
-def adopt(hook: HookPlan, links: Path) -> Iterator[Attached]:
+def adopt(hook: HookPlan, links: Path, maps: Path) -> Iterator[Attached]:
     """What another tool attached, under a note of our own from now on; it runs on. Raises as :func:`attach`."""
     pin = links / hook.link
-    where = _where(hook)
+    where = _where(hook, maps)
     if pin.exists() and read_note(pin) != where:
         remove(links, hook.link)  # of an interface that was there before
     if not pin.exists():
@@ -114,26 +119,7 @@ def _attach_dispatcher(held: Map, hook: HookPlan, program: Program, links: Path)
     slot = slot_of(links, hook.link)
     make_directory(slot.parent, exist_ok=True)
     with Dispatcher.attach(held, hook.attach_type, program, slot, links / hook.link) as made:
-        give_all(held, hook, made)
-
-
-def give_all(held: Map, hook: HookPlan, made: Dispatcher) -> None:
-    """Let also those sockets of ``held`` run the hook that came while it had no program, and would never run one.
-
-    Raises NodeError if not all can, KernelError.
-    """
-    if not list_sockets(held):
-        return
-    with Program.by_id(made.program_id) as dispatcher:
-        given = give(held, hook.attach_type, dispatcher)
-    if given.left:
-        why = ", ".join(f"{count} {reason}" for reason, count in given.left.items())
-        raise NodeError(
-            f"map {hook.target}: not all sockets in it can be given {hook.program} ({why}): they run another program "
-            "of this kind, from another map; let whoever added them close them, then apply again",
-            map=hook.target,
-            left=given.left,
-        )
+        give_all(held, hook.attach_type, made.program_id)
 
 
 def _attach_noted(hook: HookPlan, program: Program, pin: Path) -> None:
@@ -158,7 +144,10 @@ def _attach_noted(hook: HookPlan, program: Program, pin: Path) -> None:
                 raise
 
 
-def _where(hook: HookPlan) -> Where:
+def _where(hook: HookPlan, maps: Path) -> Where:
+    if HOOKS[hook.hook].on == "map":
+        with Map.open(maps / hook.target) as held:
+            return MapPlace(held.info.id, hook.attach_type)
     if hook.hook == "cgroup":
         return CgroupPlace(hook.target, hook.target_id, hook.attach_type)
     interface = _interface(hook)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hitless.errors import GoneError, KernelError
 from hitless.hooks import HOOKS
-from hitless.kernel.bpffs import make_directory
+from hitless.kernel.bpffs import make_directory, unpin
 from hitless.kernel.dispatcher import Dispatcher
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
@@ -22,6 +22,7 @@ from hitless.upgrade.attaching import adopt, attach
 from hitless.upgrade.model import HookPlan
 from hitless.upgrade.moving import lead, reattach
 from hitless.upgrade.record import map_pin, pin_name
+from hitless.upgrade.socket_hooks import SocketHook
 
 __all__ = ["detach_hooks", "hold_adopted", "switch_back", "switch_hooks", "with_ops"]
 
@@ -58,11 +59,15 @@ def switch_hooks(hooks: Sequence[HookPlan], programs: Mapping[str, Program], lin
                 with _may_go(hook):
                     adopted = hook.action == "adopt"
                     there = held.enter_context(
-                        adopt(hook, links) if adopted else open_attached(links, pin_of(hook, links))
+                        adopt(hook, links, maps) if adopted else open_attached(links, pin_of(hook, links))
                     )
                     if there.info.program_id == new.info.id:
                         continue
                     old = held.enter_context(_expected(hook))
+                    if isinstance(there, SocketHook):
+                        there.take(old)
+                        if hook.handed:
+                            there.hand_over()
                     changes.append((hook, partial(there.update, new, old)))
                     if hook.hook in ("xdp", "xdp-netlink"):
                         xdp |= {program.info.id: program for program in (old, new)}
@@ -121,7 +126,10 @@ def _attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
             meant = hook.point is None or found.target_id == hook.target_id  # see plan: its death is not told
             if found.program_id == program.info.id and not found.is_dead and meant:
                 return
-        remove(links, hook.link)  # its target is gone, and the link with it
+        if HOOKS[hook.hook].on == "map":
+            unpin(links / hook.link)  # the slots are its sockets', who have a dispatcher still
+        else:
+            remove(links, hook.link)  # its target is gone, and the link with it
     attach(hook, program, links, maps)
 
 
@@ -162,6 +170,8 @@ def switch_back(hooks: Sequence[HookPlan], programs: Mapping[str, Program], link
             with Map.open(maps / pin_name(hook.moved)) as old_map:
                 reattach(hook, links, links, old_map)
         with open_attached(links, name) as there:
+            if isinstance(there, SocketHook) and hook.action != "attach":
+                there.settle()
             runs = there.info.program_id
             ours = runs == program.info.id
             if hook.action == "attach":
@@ -174,6 +184,9 @@ def switch_back(hooks: Sequence[HookPlan], programs: Mapping[str, Program], link
                         there.update_own(old, program)  # the others when they are in the old map
                     else:
                         there.update(old, program)
+            if isinstance(there, SocketHook) and hook.action == "adopt":
+                with _expected(hook) as old:
+                    there.give_back(old)
         if hook.action == "adopt" or (hook.action == "attach" and (ours or not HOOKS[hook.hook].linked)):
             remove(links, name)
     _renew(hooks)

@@ -187,6 +187,12 @@ def hook_problem(hook: Hook, link: LinkInfo | None, expected: int | None, links:
             f"{link.program_id} instead of {hook.program} (program {expected}): another tool attached it; let that "
             "take it off, then apply the same release again"
         )
+    if expected is not None and link.program_id != expected and (link.type, link.id) == ("sockmap", 0):
+        return (
+            f"hook {name}: map {hook.target} has program {link.program_id} instead of {hook.program} (program "
+            f"{expected}), as after a start of the loader that it was adopted from: sockets that are added from now on "
+            "run that, those of before run ours; apply the same release again, which takes the place again"
+        )
     if expected is not None and link.program_id != expected:
         return (
             f"link {name} runs program {link.program_id}, not {hook.program} (program {expected}): someone else "

@@ -183,7 +183,8 @@ def require_same(planned: Plan, decided: Plan) -> None:
 
 def _decisions(plan: Plan) -> Plan:
     maps = tuple(msgspec.structs.replace(entry, loss=()) for entry in plan.maps)
-    hooks = tuple(msgspec.structs.replace(hook, clashes=()) for hook in plan.hooks)
+    # What sockets run changes with each that closes.
+    hooks = tuple(msgspec.structs.replace(hook, clashes=(), method="", handed=False) for hook in plan.hooks)
     return msgspec.structs.replace(plan, maps=maps, hooks=hooks, fingerprint=None)
 
 

@@ -83,7 +83,9 @@ class HookPlan(msgspec.Struct, frozen=True):
     words, and ``point`` where one of netfilter runs. ``clashes`` are links of others of that point and priority, which
     keep this one out if they are in the same network namespace: the kernel does not tell in which. ``priority`` and
     ``handle`` are those of a tc filter; 0 is one that is free when it is attached. ``moved`` is the running release's
-    name of the map of sockets that it is on, if that becomes another: see :mod:`hitless.upgrade.moving`.
+    name of the map of sockets that it is on, if that becomes another: see :mod:`hitless.upgrade.moving`. ``unlinked``
+    says that no link is to hold it, where one could, and ``handed`` that the sockets that run another program than its
+    dispatcher are handed over to that: see :mod:`hitless.upgrade.socket_hooks`.
     """
 
     link: str
@@ -105,6 +107,8 @@ class HookPlan(msgspec.Struct, frozen=True):
     adopted: str | None = None
     moved: str | None = None
     clashes: tuple[int, ...] = ()
+    unlinked: bool = False
+    handed: bool = False
 
 
 class PathPlan(msgspec.Struct, frozen=True):

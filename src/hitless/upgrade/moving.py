@@ -27,8 +27,8 @@ from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
 from hitless.kernel.socket_programs import programs_of_sockets
 from hitless.upgrade.attached import pin_of, slot_of
-from hitless.upgrade.attaching import give_all
 from hitless.upgrade.model import HookPlan
+from hitless.upgrade.socket_hooks import give_all
 
 __all__ = ["aside", "come_along", "lead", "read_types", "reattach", "require_moved", "settle"]
 
@@ -74,7 +74,7 @@ def aside(hooks: Sequence[HookPlan], links: Path, room: Path, held: Map) -> Iter
         yield
     for hook in there:
         with _open(hook, links, room) as dispatcher:
-            give_all(held, hook, dispatcher)
+            give_all(held, hook.attach_type, dispatcher.program_id)
 
 
 def settle(hook: HookPlan, program: Program, links: Path, room: Path, held: Map) -> None:
@@ -87,7 +87,7 @@ def settle(hook: HookPlan, program: Program, links: Path, room: Path, held: Map)
     with _open(hook, links, room) as there:
         if there.info.program_id == program.info.id:
             there.update(program, program)
-            give_all(held, hook, there)
+            give_all(held, hook.attach_type, there.program_id)
 
 
 def require_moved(hook: HookPlan, program: Program, links: Path, room: Path) -> None:

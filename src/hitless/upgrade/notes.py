@@ -1,4 +1,4 @@
-"""A hook whose program no link holds, but the interface or cgroup: under ``links/`` is a note of where that is instead.
+"""A hook whose program no link holds, but the interface, cgroup or map: under ``links/`` is a note of where that is.
 
 The note is pinned before the program is attached and goes after it was detached, so whoever is killed between leaves
 word of what there may be. What runs there is never noted: the kernel is asked.
@@ -19,13 +19,14 @@ from hitless.kernel.cgroups import CgroupPlace
 from hitless.kernel.filters import Filter
 from hitless.kernel.libbpf import pinned_kind
 from hitless.kernel.links import LinkInfo
+from hitless.kernel.map_places import MapPlace
 from hitless.kernel.maps import Map, create
 from hitless.kernel.programs import Program
 from hitless.kernel.xdp import Xdp
 
-__all__ = ["Noted", "Where", "note", "noted", "read_note"]
+__all__ = ["Noted", "Where", "note", "noted", "own_programs", "read_note"]
 
-Where = Filter | Xdp | CgroupPlace
+Where = Filter | Xdp | CgroupPlace | MapPlace
 
 _KEY = bytes(4)
 _ARRAY = 2
@@ -37,12 +38,16 @@ class _Note(msgspec.Struct, frozen=True, omit_defaults=True):
     filter: Filter | None = None
     xdp: Xdp | None = None
     cgroup: CgroupPlace | None = None
+    map: MapPlace | None = None
 
 
 class Noted:
-    """What runs at ``where``; ``root`` is the pin root, whose programs are ours."""
+    """What runs at ``where``; ``root`` is the pin root, whose programs are ours.
 
-    def __init__(self, where: Where, root: Path) -> None:
+    Of a map see :mod:`hitless.upgrade.socket_hooks`.
+    """
+
+    def __init__(self, where: Filter | Xdp | CgroupPlace, root: Path) -> None:
         self.where = where
         self._root = root
 
@@ -51,7 +56,7 @@ class Noted:
         """The program that runs there now, in the words of a link. Raises KernelError, NodeError."""
         if isinstance(self.where, CgroupPlace):
             # Others may be attached there the same way; only ours is what the note is about.
-            own = self._own()
+            own = own_programs(self._root)
             runs = next((one for one in self.where.programs() if one in own), 0)
             return LinkInfo(0, "cgroup", runs, self.where.id if runs else 0, self.where.attach_type)
         found = self.where.info
@@ -68,19 +73,21 @@ class Noted:
     def detach(self) -> None:
         """Take a program of this root off; another's stays. Raises as :meth:`update`."""
         runs = self.info.program_id
-        if runs in (own := self._own()):
+        if runs in (own := own_programs(self._root)):
             with Program.open(own[runs]) as program:
                 self.where.detach(program)
 
-    def _own(self) -> dict[int, Path]:
-        own = {}
-        for pin in (*self._root.glob("*/progs/*"), *self._root.glob("board/dispatchers/*")):
-            with Program.open(pin) as program:
-                own[program.info.id] = pin
-        return own
-
     def close(self) -> None:
         """Nothing is held."""
+
+
+def own_programs(root: Path) -> dict[int, Path]:
+    """The pins of programs under a root, by the programs' ids. Raises KernelError."""
+    own = {}
+    for pin in (*root.glob("*/progs/*"), *root.glob("board/dispatchers/*")):
+        with Program.open(pin) as program:
+            own[program.info.id] = pin
+    return own
 
 
 def note(pin: Path, where: Where) -> None:
@@ -92,6 +99,8 @@ def note(pin: Path, where: Where) -> None:
             made = _Note(filter=where)
         case CgroupPlace():
             made = _Note(cgroup=where)
+        case MapPlace():
+            made = _Note(map=where)
     with create(_ARRAY, _NAME, 4, _ROOM, 1) as pinned:
         pinned.update(_KEY, msgspec.json.encode(made).ljust(_ROOM))
         pinned.pin(pin)
@@ -122,7 +131,7 @@ def read_note(pin: Path) -> Where | None:
         made = msgspec.json.decode(text or b"", type=_Note)
     except msgspec.DecodeError:
         made = _Note()
-    where = made.xdp or made.filter or made.cgroup
+    where = made.xdp or made.filter or made.cgroup or made.map
     if where is None:
         raise NodeError(f"{pin} is a pinned map, not a link; it is not from hitless", path=str(pin))
     return where

@@ -136,7 +136,7 @@ def _places(entry: Attach, program: ProgramSpec) -> Iterator[Place]:
     elif not entry.is_pattern:
         number = place_id(entry.hook, entry.target, entry.netns)
         there: list[int] = []
-        if entry.adopt:  # a cgroup's
+        if entry.adopt and HOOKS[entry.hook].on == "cgroup":  # of a map the release's pins tell which it is
             there = CgroupPlace(entry.target, number, HOOKS[entry.hook].attach_type(program)).programs()
         seen = tuple(Occupant(one.info.id, one.info.name) for one in map(_loaded, there) if one is not None)
         yield Place(entry, entry.link, entry.was, entry.target, entry.netns, number, seen)

@@ -26,6 +26,7 @@ from hitless.hooks import HOOKS
 from hitless.kernel.dispatcher import SOCKET_HOOKS, attached_program
 from hitless.kernel.libbpf import PASSING
 from hitless.kernel.links import Link, LinkInfo, all_links
+from hitless.kernel.map_places import MapPlace
 from hitless.kernel.maps import Map
 from hitless.kernel.names import in_kernel
 from hitless.kernel.processes import holders_of
@@ -284,7 +285,17 @@ class _Look:
         self._take(hook, "no link")
 
     def _adopted(self, place: Place) -> HookPlan | None:
-        return new_hook(place, self.bundle.programs, frozenset())
+        programs = self.bundle.programs
+        if HOOKS[place.entry.hook].on != "map":
+            return new_hook(place, programs, frozenset())
+        held = self.maps.get(place.target)
+        if held is None or not place.entry.adopt:
+            return None
+        kind = place.entry.attach_type(programs[place.entry.program])
+        number = MapPlace(held.info.id, kind).program()
+        if not number or any((link.program_id, link.target_id) == (number, held.info.id) for link in all_links()):
+            return None
+        return hook_at(place, programs, "adopt", expected=number)
 
     def _take(self, hook: HookPlan, held: str) -> None:
         assert hook.expected is not None  # what runs there

@@ -30,8 +30,8 @@ class Remnant(msgspec.Struct, frozen=True):
 
     ``pinned`` tells whether a pin under the root refers to it. ``processes`` hold it by a descriptor, ``links`` run it
     and are none of ours, ``programs`` are earlier ones that use it. With none of these, something holds it that cannot
-    be seen: a pin elsewhere, an attachment without a link, a connection that has a struct_ops, a slot of a program
-    array, or mapped memory.
+    be seen: a pin elsewhere, an attachment without a link, a connection that has a struct_ops, a socket that keeps
+    the program of a map, a slot of a program array, or mapped memory.
     """
 
     kind: str

@@ -74,6 +74,7 @@ from hitless.upgrade.public import publish, refuse_taken_paths, withdraw
 from hitless.upgrade.record import map_pin, pin_name, read_record, write_record
 from hitless.upgrade.release import last_release
 from hitless.upgrade.ring import drain
+from hitless.upgrade.socket_plans import with_socket_hooks
 from hitless.upgrade.staging import Built, build_next, give_up, open_programs, remove_last, restage_last
 from hitless.upgrade.steps import in_step
 from hitless.upgrade.verify import check_generation
@@ -142,6 +143,7 @@ def _plan(
         refuse_replaced_pins(node.current, state.current)
     refuse_taken_paths(node, bundle, state.current.record if state.current is not None else None)
     decided = make_plan(state, bundle, places, asked, allow_loss)
+    decided = with_socket_hooks(node, state, decided, bundle.attach)
     if planned is not None:
         require_same(planned, decided)
     refuse_overfull(node, state, bundle, decided)
@@ -176,6 +178,7 @@ def _plan_back(node: Node, state: NodeState, allow_loss: Collection[str]) -> tup
     decided = make_plan(
         state, release, find_places(release.attach, release.programs), features(), allow_loss, last
     )
+    decided = with_socket_hooks(node, state, decided, release.attach)
     refuse_overfull(node, state, release, decided)
     refuse_exclusive(decided)
     refuse_taken_names(decided)
