@@ -61,17 +61,28 @@ class Known(msgspec.Struct, frozen=True):
 
 
 def together(profile: Known, seen: Known) -> Known:
-    """Both at once: what was ``seen`` on a node counts where a profile says otherwise."""
+    """Both at once. What was ``seen`` on a node counts, but for where a hook's target is: a profile is for all nodes."""
 
     def merged(mine: Mapping[str, _T], other: Mapping[str, _T]) -> dict[str, _T]:
         return {**mine, **other}
 
+    hooks = {name: _told_twice(profile.hooks.get(name, ()), found) for name, found in seen.hooks.items()}
     return msgspec.structs.replace(
         profile,
         public=merged(profile.public, seen.public),
-        hooks=merged(profile.hooks, seen.hooks),
+        hooks=merged(profile.hooks, hooks),
         pins=merged(profile.pins, seen.pins),
         slots=merged(profile.slots, seen.slots),
         open_slots={name: one for name, one in profile.open_slots.items() if name not in seen.slots},
         notes=(*profile.notes, *seen.notes),
     )
+
+
+def _told_twice(mine: tuple[KnownHook, ...], seen: tuple[KnownHook, ...]) -> tuple[KnownHook, ...]:
+    if len(mine) != 1 or len(seen) != 1:
+        return seen
+    one, other = mine[0], seen[0]
+    alike = all(one.keys.get(key) == other.keys.get(key) for key in ("hook", "by", "adopt"))
+    if not alike or ("pin" in one.keys) != ("pin" in other.keys):
+        return seen
+    return (msgspec.structs.replace(one, keys={**one.keys, **{k: v for k, v in other.keys.items() if k == "pin"}}),)
