@@ -61,7 +61,7 @@ class Known(msgspec.Struct, frozen=True):
 
 
 def together(profile: Known, seen: Known) -> Known:
-    """Both at once. What was ``seen`` on a node counts, but for where a hook's target is: a profile is for all nodes."""
+    """Both at once: what was ``seen`` on a node counts, but for targets of hooks, since a profile is for all nodes."""
 
     def merged(mine: Mapping[str, _T], other: Mapping[str, _T]) -> dict[str, _T]:
         return {**mine, **other}
@@ -79,8 +79,8 @@ def together(profile: Known, seen: Known) -> Known:
 
 
 def _told_twice(mine: tuple[KnownHook, ...], seen: tuple[KnownHook, ...]) -> tuple[KnownHook, ...]:
-    if len(mine) != 1 or len(seen) != 1:
-        return seen
+    if not seen or len(mine) != 1 or len(seen) != 1:
+        return seen or mine
     one, other = mine[0], seen[0]
     alike = all(one.keys.get(key) == other.keys.get(key) for key in ("hook", "by", "adopt"))
     if not alike or ("pin" in one.keys) != ("pin" in other.keys):

@@ -283,7 +283,7 @@ def _likely(section: str) -> tuple[str, ...]:
 
 def _known_hooks(page: _Page, program: ProgramSpec, hooks: Sequence[KnownHook], links: Mapping[str, str]) -> None:
     if not hooks:
-        page.say("", f"# program {program.name} is attached nowhere: it is jumped to.")
+        page.say("", f"# program {program.name} is attached nowhere: it is jumped to, or not in use.")
     link = links.get(program.name, program.name[:64])
     for number, entry in enumerate(hooks, 1):
         page.say("", *([f"# {entry.note}"] if entry.note else []), "[[attach]]", f"program = {_quoted(program.name)}")

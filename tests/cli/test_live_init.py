@@ -73,9 +73,9 @@ def other(lab: Lab, tmp_path: Path) -> Path:
     for number in (4, 6):
         program = programs[f"a_program_with_one_long_name{number}"]
         Link.attach_cgroup(program, lab.cgroup, f"cgroup_inet{number}_connect").pin(root / "links" / f"c{number}")
-    directory = os.open(lab.cgroup, os.O_RDONLY)
-    attach(programs["said"], directory, "cgroup_udp4_sendmsg", 2)
-    os.close(directory)
+    cgroup = os.open(lab.cgroup, os.O_RDONLY)
+    attach(programs["said"], cgroup, "cgroup_udp4_sendmsg", 2)
+    os.close(cgroup)
     attach(programs["sent"], maps["peers"].fd, "sk_msg_verdict", 0)
     maps["leaves"].update((2).to_bytes(4, sys.byteorder), programs["leaf"].fd.to_bytes(4, sys.byteorder))
     interface = interfaces("lo", Namespace.at(str(lab.netns)))[0]
@@ -106,7 +106,7 @@ def test_pins_hooks_and_slots_of_a_node_are_filled_in(other: Path, lab: Lab, tmp
         assert hooks[name] == {"hook": "cgroup", "target": str(lab.cgroup), "pin": f"links/c{number}", "link": name}
     assert hooks["said"] == {"hook": "cgroup", "target": str(lab.cgroup), "adopt": True, "link": "said"}
     assert hooks["sent"] == {"hook": "sk_msg", "target": "peers", "adopt": True, "link": "sent"}
-    pods = {"target": "lo", "netns": "/run/netns/*", "adopt": True}
+    pods = {"target": "lo", "netns": "/run/netns/*", "adopt": "only"}
     assert hooks["early"] == {"hook": "xdp", "by": "netlink", **pods, "link": "early"}
     assert hooks["late"] == {"hook": "tc-egress", "priority": 7, "handle": 1, **pods, "link": "late"}
 

@@ -62,7 +62,6 @@ SOCKETS = "sockets"
 """Stands for the map of sockets in a target."""
 
 _CGROUP = "${cgroup}"
-_EVERY_POD = "/run/netns/*"
 _HELD_BY_NOTHING = "Kmesh attaches it without a link."
 
 
@@ -70,23 +69,15 @@ def _linked(pin: str) -> KnownHook:
     return KnownHook({"hook": "cgroup", "target": _CGROUP, "pin": pin})
 
 
-def _marking(where: str, *likely: str) -> KnownHook:
-    return KnownHook(
-        {"hook": "tc-ingress", "priority": 1, "handle": 1, "adopt": True},
-        {"target": f"{where}; if IPsec is off here, run init again without this object"},
-        {"target": likely},
-        "Attached with IPsec only, in the node's own namespace.",
-    )
-
-
 _XDP = KnownHook(
-    {"hook": "xdp", "by": "netlink", "target": "[!l]*", "netns": _EVERY_POD, "adopt": True},
-    note="Kmesh attaches it by netlink to what is up in the namespaces of its pods, but for lo.",
+    {"hook": "xdp", "by": "netlink", "target": "*", "netns": "/run/netns/*", "adopt": "only"},
+    note="Kmesh attaches it by netlink in the namespaces of its pods, which container runtimes keep under /run/netns.",
 )
-_GENERAL = {
-    "tc_mark_encrypt": _marking("the host's ends of the pods' interfaces, as your CNI calls them", "veth*"),
-    "tc_mark_decrypt": _marking("the node's own interface", "eth0"),
-}
+_MARKING = KnownHook(
+    {"hook": "tc-ingress", "target": "*", "priority": 1, "handle": 1, "adopt": "only"},
+    note="Kmesh attaches it with IPsec only, in the node's own namespace.",
+)
+_GENERAL = {"tc_mark_encrypt": _MARKING, "tc_mark_decrypt": _MARKING}
 
 HOOKS = {
     "workload": {

@@ -83,6 +83,7 @@ def look_at(root: Path, objects: Sequence[ObjectSpec]) -> Known:
     idle = [name for name in programs if name not in hooks and name not in jumped]
     if idle:
         notes.append(f"attached nowhere on this node, and in no slot: {', '.join(idle)}")
+    hooks |= dict.fromkeys((name for name in programs if name not in hooks), ())
     return Known(
         public={"maps": directory} if directory is not None else {},
         hooks=hooks,
@@ -247,7 +248,9 @@ def _is_ours(number: int, program: ProgramSpec, ids: set[int]) -> bool:
 
 def _all_interfaces() -> tuple[list[Interface], list[str]]:
     """Those here, of the namespaces with a name, and of those that only processes are in; and paths that are closed."""
-    seen, found, closed = set(), [], []
+    seen: set[int] = set()
+    found: list[Interface] = []
+    closed: list[str] = []
     processes = [str(path / "ns" / "net") for path in Path("/proc").iterdir() if path.name.isdigit()]
     for path in ("", *(one.path for one in namespaces(_PODS)), *sorted(processes)):
         try:
@@ -309,7 +312,7 @@ def _together(keys: Mapping[str, str | int | bool], places: Iterable[Interface])
         said["netns"] = _PODS
     else:
         asks["netns"] = f"a pattern for the files of the pods' namespaces, for now {', '.join(spaces[:_FEW])}"
-    said["adopt"] = True
+    said["adopt"] = "only"
     yield KnownHook(said, asks, answers, f"Found in {len(spaces)} network namespace{'s' if len(spaces) > 1 else ''}.")
 
 
