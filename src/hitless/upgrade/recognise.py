@@ -529,6 +529,8 @@ def describe(base: Path, into: Bundle) -> Bundle | None:
     public = into.public or Public(into.version)
     known = _layouts(public)
     paths: dict[str, str] = {}
+    if public.version_map in into.maps and (pin := public.pin_of(public.version_map)) is not None:
+        paths[public.version_map] = pin  # else it is no map of the release, but the daemon's own
     for name, rule in into.rules.items():
         if rule.was is not None and name in into.maps and not is_global(name):
             for was in (rule.was,) if isinstance(rule.was, str) else rule.was:
@@ -537,7 +539,7 @@ def describe(base: Path, into: Bundle) -> Bundle | None:
     paths |= {name: pin for name, pin in public.pins.items() if name not in paths}
     if public.maps is not None and (base / public.maps).is_dir():
         for path in sorted((base / public.maps).iterdir()):
-            if path.is_file() and path.name not in paths:
+            if path.is_file() and path.name not in paths and path.name != public.version_map:
                 paths[path.name] = f"{public.maps}/{path.name}"
     maps = {}
     for name, pin in paths.items():
@@ -572,7 +574,7 @@ def describe(base: Path, into: Bundle) -> Bundle | None:
     own = {name for item in variables for name in (one.name for one in item.programs)}
     rest = tuple(spec for name, spec in programs.items() if name not in own)
     specs = (ObjectSpec(_ADOPTED, tuple(maps.values()), rest), *variables)
-    version = _version(base, public, maps)
+    version = _version(base, public)
     return Bundle(
         path=base,
         name=into.name,
@@ -586,7 +588,6 @@ def describe(base: Path, into: Bundle) -> Bundle | None:
         public=msgspec.structs.replace(
             public, version=version, unproven="accept",
             pins={name: pin for name, pin in paths.items() if name in maps}, links=links,
-            version_map=public.version_map if public.version_map in maps else None,
         ),
     )  # fmt: skip
 
@@ -610,11 +611,10 @@ def _variables(
     return tuple(ObjectSpec(name, tuple(found.values()), tuple(users[name])) for name, found in sections.items())
 
 
-def _version(base: Path, public: Public, maps: Mapping[str, MapSpec]) -> str:
+def _version(base: Path, public: Public) -> str:
     """What the daemon itself says of its version: a number, of which its own text cannot be told."""
-    name = public.version_map
-    pin = public.pin_of(name) if name is not None and name in maps else None
-    if pin is None:
+    pin = public.pin_of(public.version_map) if public.version_map is not None else None
+    if pin is None or not (base / pin).exists():
         return "unknown"
     with Map.open(base / pin) as held:
         number = int.from_bytes(held.lookup(_FIRST) or b"", sys.byteorder)
