@@ -319,6 +319,8 @@ def _attach(
         page.say("", f"# program {program.name}: iterators over one map ({section}) are not supported.")
         return
     hooks = _hooks(program, section)
+    if known.types.get(program.name) == "tc":
+        hooks = sorted(("tc-ingress", "tc-egress"), key=lambda hook: hook.removeprefix("tc-") not in section)
     if not hooks and program_type(section)[0]:
         page.say("", f"# program {program.name} (section {section}) is for no hook of hitless: it is only loaded.")
         return

@@ -216,6 +216,19 @@ def test_what_no_profile_knows_is_asked_as_ever(tmp_path: Path) -> None:
     assert manifest["map"]["km_brand_new"]["value"] == "..."
 
 
+def test_what_is_one_of_a_kind_may_be_called_otherwise(tmp_path: Path) -> None:
+    source = CONNECTING.replace("cgroup_connect4_prog", "connect_by_any_name") + (
+        'SEC("cgroup/connect4/policy") int beyond(struct bpf_sock_addr *ctx) { return 1; }\n'
+        'SEC("tc_egress") int leaving(struct __sk_buff *ctx) { return 0; }\n'
+    )
+    asked, manifest = drawn(kmesh(tmp_path / "objects", {"kmeshcgroupsockworkload_bpfel.o": source}), tmp_path / "out")
+    hooks = {entry["program"]: entry for entry in manifest["attach"]}
+    assert hooks["connect_by_any_name"]["pin"] == "sockconn/sockconn_prog"
+    assert hooks["beyond"]["hook"] == "..." and "pin" not in hooks["beyond"]
+    assert manifest["object"][0]["program"]["beyond"] == {"type": "cgroup/connect4"}
+    assert ["tc-egress", "tc-ingress"] in [entry["candidates"] for entry in asked["questions"]]
+
+
 def test_of_all_objects_that_a_daemon_embeds_those_of_one_node_are_taken(built: list[Path], tmp_path: Path) -> None:
     sources = {
         "kmeshxdpauthcompat_bpfel.o": AUTHORIZING,

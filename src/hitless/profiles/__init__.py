@@ -8,6 +8,7 @@ of maps are compared by their :func:`role`, since releases call one map ``map_of
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
@@ -16,6 +17,7 @@ from hitless.errors import BundleError
 from hitless.known import MODES, Known, KnownHook
 from hitless.layout.elf import BYTES
 from hitless.layout.model import MapSpec, ObjectSpec
+from hitless.layout.sections import program_type
 from hitless.profiles import kmesh
 
 __all__ = ["profile"]
@@ -54,10 +56,10 @@ def profile(files: Mapping[str, ObjectSpec], mode: str | None = None) -> Known:
         public=kmesh.PUBLIC,
         objects={file: names[file] or "" for file in kept if names[file]},
         types={
-            program.name: kmesh.SECTIONS[section]
+            program.name: kind
             for spec in kept.values()
             for program in spec.programs
-            if not program.type and (section := _known_section(program.section)) is not None
+            if not program.type and (kind := _type_of(program.section)) is not None
         },
         hooks=_hooks(kept.values(), maps, found, slots),
         keys=of_roles({one: keys for one, (keys, _values) in types.items()}),
@@ -115,9 +117,13 @@ def _left_out(names: Mapping[str, str | None], mode: str) -> dict[str, str]:
     return out
 
 
-def _known_section(section: str) -> str | None:
+def _type_of(section: str) -> str | None:
+    """What a program is whose section libbpf does not know: Kmesh adds to names that it knows what is jumped to."""
     bare = section.removeprefix("?")
-    return next((known for known in kmesh.SECTIONS if bare == known or bare.startswith(f"{known}/")), None)
+    if bare in kmesh.SECTIONS:
+        return kmesh.SECTIONS[bare]
+    longer = bare.rpartition("/")[0]
+    return longer if any(program_type(longer)) else None
 
 
 def _slots(
@@ -151,9 +157,13 @@ def _hooks(
     out: dict[str, tuple[KnownHook, ...]] = {}
     sockets = [name for name, spec in maps.items() if spec.type in _SOCKET_MAPS]
     filled = {one for table in slots.values() for one in table.values()}
-    for spec in objects:
+    found = list(objects)
+    sections = Counter(program.section for spec in found for program in spec.programs)
+    for spec in found:
         for program in spec.programs:
-            entry = kmesh.HOOKS[mode].get(program.name)
+            # Where Kmesh attaches one program of a kind, its name may be another in another release.
+            alone = sections[program.section] == 1 and kmesh.ONE_OF_A_KIND[mode].get(program.section)
+            entry = kmesh.HOOKS[mode].get(program.name) or kmesh.HOOKS[mode].get(alone or "")
             if entry is not None:
                 keys = dict(entry.keys)
                 if keys.get("target") == kmesh.SOCKETS:

@@ -13,8 +13,8 @@ import msgspec
 from hitless.known import KnownHook
 
 __all__ = [
-    "BINDINGS", "GROUP", "HOOKS", "JUMPED", "MODE_OBJECTS", "NOTES", "OBJECTS", "POINTING", "PUBLIC", "SCRATCH",
-    "SECTIONS", "SOCKETS", "STRUCTURES", "STRUCTURES_ASK", "TABLES", "Table",
+    "BINDINGS", "GROUP", "HOOKS", "JUMPED", "MODE_OBJECTS", "NOTES", "OBJECTS", "ONE_OF_A_KIND", "POINTING", "PUBLIC",
+    "SCRATCH", "SECTIONS", "SOCKETS", "STRUCTURES", "STRUCTURES_ASK", "TABLES", "Table",
 ]  # fmt: skip
 
 PUBLIC = {
@@ -53,10 +53,8 @@ SECTIONS = {
     "xdp_auth": "xdp",
     "tc_ingress": "tc",
     "tc_egress": "tc",
-    "cgroup/connect4": "cgroup/connect4",
-    "sockops": "sockops",
 }
-"""What sections are that libbpf does not know, by how they begin: the last two are those of tail calls."""
+"""What programs are whose section libbpf does not know."""
 
 SOCKETS = "sockets"
 """Stands for the map of sockets in a target."""
@@ -100,6 +98,21 @@ HOOKS = {
     },
 }
 """By mode and program."""
+
+ONE_OF_A_KIND = {
+    "workload": {
+        "cgroup/connect4": "cgroup_connect4_prog",
+        "cgroup/connect6": "cgroup_connect6_prog",
+        "cgroup/sendmsg4": "bpf_redirect_dns_send",
+        "cgroup/recvmsg4": "bpf_restore_dns_recv",
+        "sockops": "sockops_prog",
+        "cgroup_skb/ingress": "cgroup_skb_ingress_prog",
+        "cgroup_skb/egress": "cgroup_skb_egress_prog",
+        "sk_msg": "sendmsg_prog",
+    },
+    "ads": {"cgroup/connect4": "cgroup_connect4_prog", "sockops": "sockops_prog"},
+}
+"""By mode and section: where the one program of a kind is attached, as that one of :data:`HOOKS`."""
 
 
 class Table(msgspec.Struct, frozen=True):
