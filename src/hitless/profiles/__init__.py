@@ -82,7 +82,10 @@ def _object_name(file: str, spec: ObjectSpec) -> str | None:
     if found is not None:
         return f"{found}Compat" if bare != stem.lower() else found
     programs = {program.name for program in spec.programs}
-    return next((name for name, own in kmesh.OBJECTS.items() if own and own <= programs), None)
+    found = next((name for name, own in kmesh.OBJECTS.items() if own <= programs), None)
+    if found is not None and {role(one.name) for one in spec.maps} & kmesh.ADS_ROLES:
+        return found.removesuffix("Workload")
+    return found
 
 
 def _mode(names: Mapping[str, str | None]) -> str:

@@ -13,8 +13,8 @@ import msgspec
 from hitless.known import KnownHook
 
 __all__ = [
-    "BINDINGS", "GROUP", "HOOKS", "JUMPED", "MODE_OBJECTS", "NOTES", "OBJECTS", "ONE_OF_A_KIND", "POINTING", "PUBLIC",
-    "SCRATCH", "SECTIONS", "SOCKETS", "STRUCTURES", "STRUCTURES_ASK", "TABLES", "Table",
+    "ADS_ROLES", "BINDINGS", "GROUP", "HOOKS", "JUMPED", "MODE_OBJECTS", "NOTES", "OBJECTS", "ONE_OF_A_KIND", "POINTING",
+    "PUBLIC", "SCRATCH", "SECTIONS", "SOCKETS", "STRUCTURES", "STRUCTURES_ASK", "TABLES", "Table",
 ]  # fmt: skip
 
 PUBLIC = {
@@ -48,6 +48,9 @@ MODE_OBJECTS = {
     "ads": {"KmeshCgroupSock", "KmeshSockops", "KmeshTracePoint"},
 }  # fmt: skip
 """Those that belong to one mode only."""
+
+ADS_ROLES = frozenset({"listener", "cluster", "clusterstats", "clustersock", "routerconfig"})
+"""Roles of maps that only kernel-native mode has."""
 
 SECTIONS = {
     "xdp_auth": "xdp",
@@ -109,6 +112,7 @@ ONE_OF_A_KIND = {
         "cgroup_skb/ingress": "cgroup_skb_ingress_prog",
         "cgroup_skb/egress": "cgroup_skb_egress_prog",
         "sk_msg": "sendmsg_prog",
+        "xdp_auth": "xdp_authz",
     },
     "ads": {"cgroup/connect4": "cgroup_connect4_prog", "sockops": "sockops_prog"},
 }
