@@ -440,8 +440,8 @@ def _bind(
     if likely:
         told = f"{' or '.join(map(_quoted, likely))} would be it, which is not known here in that size; {told}"
     asks = (
-        f"the type of its {side}, {size} bytes: {told}; {_quoted(BYTES)} if these are to be taken as they are; or delete "
-        "this line, and no entry survives a change"
+        f"the type of its {side}, {size} bytes: {told}; {_quoted(BYTES)} if these are to be taken as they are; "
+        "or delete this line, and no entry survives a change"
     )
     page.ask(side, asks, tuple(found)[:_FEW] or ((BYTES,) if likely else ()), optional=True)
 

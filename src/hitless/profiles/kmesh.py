@@ -13,8 +13,8 @@ import msgspec
 from hitless.known import KnownHook
 
 __all__ = [
-    "ADS_ROLES", "BINDINGS", "GROUP", "HOOKS", "JUMPED", "MODE_OBJECTS", "NOTES", "OBJECTS", "ONE_OF_A_KIND", "POINTING",
-    "PUBLIC", "SCRATCH", "SECTIONS", "SOCKETS", "STRUCTURES", "STRUCTURES_ASK", "TABLES", "Table",
+    "ADS_ROLES", "BINDINGS", "GROUP", "HOOKS", "JUMPED", "MODE_OBJECTS", "NOTES", "OBJECTS", "ONE_OF_A_KIND",
+    "POINTING", "PUBLIC", "SCRATCH", "SECTIONS", "SOCKETS", "STRUCTURES", "STRUCTURES_ASK", "TABLES", "Table",
 ]  # fmt: skip
 
 PUBLIC = {
