@@ -14,7 +14,6 @@ from hitless.bundle import unite_maps
 from hitless.carry import is_global
 from hitless.compare import compare
 from hitless.kernel.interfaces import interfaces
-from hitless.kernel.libbpf import check, lib
 from hitless.kernel.links import Link
 from hitless.kernel.maps import Map, create
 from hitless.kernel.namespaces import Namespace
@@ -25,7 +24,9 @@ from hitless.layout.model import ProgramSpec
 from hitless.layout.sections import meant
 from hitless.public import version_number
 from hitless.skeleton import start_bundle
+from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
+from tests.adopt.conftest import pinned
 from tests.cli.test_commands import as_json
 from tests.cli.test_init import complete
 from tests.cli.test_profile import OBJECTS, kmesh
@@ -64,11 +65,31 @@ class Loader:
     def start(self, objects: list[Path], version: str) -> None:
         for path in ("map", "sockconn", "sockops", "cgroup_skb"):
             (self.root / path).mkdir(parents=True, exist_ok=True)
+        self._load(objects)
+        self._fill(self.programs)
+        for name, pin in LINKS.items():
+            kind = {"connect4": "cgroup_inet4_connect", "sockops": "cgroup_sock_ops", "ingress": "cgroup_inet_ingress"}
+            attach_type = next((told for word, told in kind.items() if word in name), "cgroup_inet_egress")
+            Link.attach_cgroup(self.programs[name], self.cgroup, attach_type).pin(self.root / pin)
+        Xdp.attach(self.programs["xdp_authz"], self.pod, "generic")
+        with create(ARRAY, "kmesh_version", 4, 4, 1) as held:
+            held.update(bytes(4), number(version_number(version)))
+            held.pin(self.root / "map" / "kmesh_version")
+
+    def restart(self, objects: list[Path]) -> None:
+        """With the maps that are there, and its programs loaded once more and put on its links."""
+        self._load(objects)
+        self._fill(self.programs)
+        for name, pin in LINKS.items():
+            with Link(pinned(self.root / pin)) as link, Program.by_id(link.info.program_id) as runs:
+                link.update(self.programs[name], runs)
+
+    def _load(self, objects: list[Path]) -> None:
         programs: dict[str, Program] = {}
         for file in objects:
             spec = read_object(file.read_bytes(), file.stem)
             known = [one if one.type else self.typed(one) for one in spec.programs]
-            there = {path.name: Map.open(path) for path in (self.root / "map").iterdir()}
+            there = {path.name: opened(path) for path in (self.root / "map").iterdir()}
             sections = {name: one.value_size for name, one in unite_maps([spec]).items() if is_global(name)}
             own = {one.name: there[one.name] for one in spec.maps if one.name in there}
             loaded = load_object(file.read_bytes(), file.stem, own, sections, known)
@@ -76,15 +97,7 @@ class Loader:
                 if not is_global(name) and name not in there:
                     held.pin(self.root / "map" / name)
             programs |= loaded.programs
-        self._fill(programs)
-        for name, pin in LINKS.items():
-            kind = {"connect4": "cgroup_inet4_connect", "sockops": "cgroup_sock_ops", "ingress": "cgroup_inet_ingress"}
-            attach_type = next((told for word, told in kind.items() if word in name), "cgroup_inet_egress")
-            Link.attach_cgroup(programs[name], self.cgroup, attach_type).pin(self.root / pin)
-        Xdp.attach(programs["xdp_authz"], self.pod, "generic")
-        with create(ARRAY, "kmesh_version", 4, 4, 1) as held:
-            held.update(bytes(4), number(version_number(version)))
-            held.pin(self.root / "map" / "kmesh_version")
+        self.programs = programs
 
     @staticmethod
     def typed(program: ProgramSpec) -> ProgramSpec:
@@ -93,9 +106,21 @@ class Loader:
 
     def _fill(self, programs: Mapping[str, Program]) -> None:
         for name, leaves in SLOTS.items():
-            with Map.open(self.root / "map" / name) as held:
+            with opened(self.root / "map" / name) as held:
                 for slot, leaf in enumerate(leaves):
                     held.update(number(slot), number(programs[leaf].fd))
+
+
+    def mistake(self) -> None:
+        """What Kmesh's restart does: its program for outgoing packets is put on the link of incoming ones."""
+        link = Link(pinned(self.root / LINKS["cgroup_skb_ingress_prog"]))
+        with link, Program.by_id(link.info.program_id) as runs:
+            link.update(self.programs["cgroup_skb_egress_prog"], runs)
+
+    def end(self) -> None:
+        """All that its process held is given back."""
+        for program in self.programs.values():
+            program.close()
 
 
 def draw(objects: list[Path], out: Path, version: str, lab: Lab) -> Path:
@@ -111,8 +136,8 @@ def draw(objects: list[Path], out: Path, version: str, lab: Lab) -> Path:
 
 
 def opened(path: Path) -> Map:
-    """What any loader gets by the path."""
-    return Map(check(lib().bpf_obj_get(bytes(path)), "BPF_OBJ_GET", path))
+    """The map that any loader gets by the path."""
+    return Map(pinned(path))
 
 
 def test_a_node_of_kmesh_is_upgraded_by_what_the_profile_draws_up(lab: Lab, tmp_path: Path) -> None:
@@ -147,3 +172,31 @@ def test_a_node_of_kmesh_is_upgraded_by_what_the_profile_draws_up(lab: Lab, tmp_
     assert hitless.verify(node).problems == ()
     again = hitless.plan(node, hitless.Bundle.load(into, {"cgroup": str(lab.cgroup)}))
     assert again.start_type == "restart"
+
+
+def test_the_other_program_on_a_link_is_put_right_by_an_upgrade(lab: Lab, tmp_path: Path) -> None:
+    old = kmesh(tmp_path / "old", {name: OBJECTS[name] for name in FILES})
+    new = kmesh(tmp_path / "new", {name: CHANGED[name] for name in FILES})
+    places = {"cgroup": str(lab.cgroup)}
+    running = hitless.Bundle.load(draw(old, tmp_path / "1", "v1.0.0", lab), places)
+    into = hitless.Bundle.load(draw(new, tmp_path / "2", "v1.1.0", lab), places)
+    loader = Loader(lab.bpffs / "bpf_kmesh_workload", lab)
+    loader.start(old, "v1.0.0")
+    loader.mistake()
+    loader.end()
+    node = hitless.Node(loader.root)
+    found = hitless.adopt(node, running)
+    assert any("cgroup_skb_ingress_prog runs cgroup_skb_egress_prog" in note for note in found.notes)
+    assert hitless.verify(node).problems == ()
+    hitless.apply(node, into)
+    link = Link(pinned(loader.root / LINKS["cgroup_skb_ingress_prog"]))
+    with link, Program.by_id(link.info.program_id) as runs:
+        assert runs.function == "cgroup_skb_ingress_prog"
+    loader.restart(new)
+    loader.mistake()
+    loader.end()
+    assert hitless.verify(node).problems == ()
+    assert status(node).problems == ()
+    assert hitless.plan(node, running).start_type == "update"
+    hitless.rollback(node, ("km_service",))
+    assert hitless.verify(node).problems == ()

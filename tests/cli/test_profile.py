@@ -96,7 +96,7 @@ SEC("sockops") int sockops_prog(struct bpf_sock_ops *ctx)
 SENDING = TABLES + 'SEC("sk_msg") int sendmsg_prog(struct sk_msg_md *msg) { return routed(1) ? SK_PASS : SK_PASS; }\n'
 SKB = TABLES + """
 SEC("cgroup_skb/ingress") int cgroup_skb_ingress_prog(struct __sk_buff *ctx) { return routed(1) | 1; }
-SEC("cgroup_skb/egress") int cgroup_skb_egress_prog(struct __sk_buff *ctx) { return routed(1) | 1; }
+SEC("cgroup_skb/egress") int cgroup_skb_egress_prog(struct __sk_buff *ctx) { return routed(2) | 1; }
 """
 MARKING = SIZED + """
 SIZED(km_nodeinfo, HASH, 8, 4, 4);

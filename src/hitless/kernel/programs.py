@@ -72,7 +72,7 @@ class Program(Object):
         check(lib().bpf_obj_get_info_by_fd(self.fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", self.info.name)
         if not raw.btf_id or not raw.nr_func_info:
             return self.info.name
-        size = raw.func_info_rec_size
+        size = int(raw.func_info_rec_size)
         first = ffi.new("__u32[]", size // 4)  # an offset, and the function's type
         again = ffi.new("struct bpf_prog_info *")
         again.nr_func_info, again.func_info_rec_size = 1, size

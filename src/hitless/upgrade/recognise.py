@@ -33,6 +33,7 @@ from hitless.layout.answers import answer
 from hitless.layout.diff import diff_map
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec
 from hitless.public import HOME, Public, version_number
+from hitless.upgrade.drift import EITHER_WAY
 from hitless.upgrade.model import HookPlan, Record
 from hitless.upgrade.places import Place, find_places
 from hitless.upgrade.plan import hook_at, hooks_of, new_hook
@@ -107,6 +108,7 @@ class _Look:
         self.noted: list[HookPlan] = []
         self.hooks: list[tuple[HookPlan, str]] = []
         self.programs: dict[str, Program] = {}  # of hooks, by name
+        self.instead: dict[str, str] = {}  # by link, the program that runs there and is another's
         self.running: dict[int, str] = {}  # all of hooks, by id: a pod's XDP program may have been loaded for it alone
 
     # Maps
@@ -227,7 +229,7 @@ class _Look:
         path = self.base / pin if pin is not None else None
         if path is not None and path.exists():
             link, held = Link.open(path), f"link at {path}"
-            why = self._why_not(place, link)
+            why = self._why_not(place, link) if self._runs_another(place, link) is None else None
             if why is not None:
                 self.questions.append(f"the link at {path} {why}: correct the pin of link {place.link}")
                 return
@@ -242,6 +244,11 @@ class _Look:
                 "pins it (pin = in its [[attach]]), or leave the hook out if this node has none"
             )
             return
+        if place.link in self.instead:
+            self.notes.append(
+                f"link {place.link} runs {self.instead[place.link]}, not {place.entry.program}: its loader put that "
+                "there, and an upgrade puts it right"
+            )
         self.links[place.link] = link
         self._take(hook_at(place, self.bundle.programs, "keep", expected=link.info.program_id), held)
 
@@ -257,6 +264,22 @@ class _Look:
             if program.info.name.encode() != in_kernel(entry.program):
                 return f"runs a program {program.info.name}, not {entry.program}"
         return None
+
+    def _runs_another(self, place: Place, link: Link) -> str | None:
+        """The release's other program that its loader has put on the link, as Kmesh does at any restart.
+
+        It is the right link all the same, and an upgrade puts the right program there.
+        """
+        wanted = self.bundle.programs[place.entry.program]
+        with Program.by_id(link.info.program_id) as program:
+            name = str(program.function)
+        spec = self.bundle.programs.get(name)
+        if spec is None or name == wanted.name or {spec.type, wanted.type} != {EITHER_WAY}:
+            return None
+        if (link.info.target_id, link.info.attach_type) != (place.id, place.entry.attach_type(wanted)):
+            return None
+        self.instead[place.link] = name
+        return name
 
     def _find_noted(self, place: Place) -> None:
         hook = self._adopted(place)
@@ -321,7 +344,8 @@ class _Look:
             assert hook.expected is not None
             with Program.by_id(hook.expected) as program:
                 tag = program.info.tag
-            if hook.program in tags and tags[hook.program] != tag:
+            known = {tags.get(hook.program), tags.get(self.instead.get(hook.link, hook.program))} - {None}
+            if known and tag not in known:
                 self.questions.append(
                     f"hook {hook.link} runs a program {hook.program} (tag {tag}) that is not the one of the bundle's "
                     f"object (tag {tags[hook.program]}): this bundle is not the release that runs; give that one, or, "
