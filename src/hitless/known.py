@@ -41,7 +41,8 @@ class Known(msgspec.Struct, frozen=True):
     ``values`` are types that a map may be bound to, the likeliest first; ``asked`` are maps whose value is a question
     all the same, with what it asks. ``slots`` fill program arrays, ``open_slots`` are programs of which nobody knows
     the slot, ``groups`` and ``pins`` are those of maps. Maps in ``scratch`` hold nothing that has to survive.
-    ``left_out`` are files that are not taken into the bundle, and why. ``notes`` are comments below ``[public]``.
+    ``left_out`` are files that are not taken into the bundle, and why. ``related`` are, by map, those of the release
+    before that were for the same under another name. ``notes`` are comments below ``[public]``.
     """
 
     public: Mapping[str, str] = {}
@@ -57,6 +58,7 @@ class Known(msgspec.Struct, frozen=True):
     pins: Mapping[str, str] = {}
     scratch: Mapping[str, str] = {}
     left_out: Mapping[str, str] = {}
+    related: Mapping[str, str] = {}
     notes: tuple[str, ...] = ()
 
 

@@ -110,15 +110,16 @@ def start_bundle(
     name = bundles[0].name if bundles else daemon or directory.resolve().name
     # A hook goes from one release to the next in place only where its link keeps its name.
     links = {entry.program: entry.link for bundle in bundles for entry in bundle.attach}
-    known = Known()
+    known, before = Known(), _united(sources)
     if daemon is not None:
-        known = profile({file: read_object(data, object_name(file)) for file, data in files.items()}, mode)
+        specs = {file: read_object(data, object_name(file)) for file, data in files.items()}
+        known = profile(specs, mode, before.maps if before is not None else ())
         files = {file: data for file, data in files.items() if file not in known.left_out}
     if root is not None:
         from hitless.upgrade.pinned import look_at  # a kernel is needed only for that
 
         known = together(known, look_at(root, [read_object(data, object_name(file)) for file, data in files.items()]))
-    made = draw_up(files, name, _united(sources), carried, _TYPES if types else "", links, known)
+    made = draw_up(files, name, before, carried, _TYPES if types else "", links, known)
     directory.mkdir(parents=True, exist_ok=True)
     for name, data in (*files.items(), *([(_TYPES, types)] if types else [])):
         place = directory / name
@@ -223,7 +224,7 @@ def draw_up(
                 _known_hooks(page, program, known.hooks[program.name], links)
             else:
                 _attach(page, program, maps, jumped, links, known)
-    renames, losses = _former(read, maps, old)
+    renames, losses = _former(read, maps, old, known.related)
     for map_name, spec in maps.items():
         # Objects share a map by its name, and any of them may have its types.
         own = [item for item in read if _declares(item, spec)]
@@ -469,7 +470,7 @@ def _of_size(types: Sequence[Types], size: int) -> dict[str, str]:
 
 
 def _former(
-    read: Sequence[_Read], maps: Mapping[str, MapSpec], old: Source | None
+    read: Sequence[_Read], maps: Mapping[str, MapSpec], old: Source | None, related: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
     """Maps that seem to be renamed, and what of the old release's would be lost if they are."""
     if old is None:
@@ -481,6 +482,8 @@ def _former(
     renames: dict[str, str] = {}
     for name in added:
         fits = [other for other, spec in gone.items() if _alike(name, maps[name], other, spec)]
+        if related.get(name) in gone:
+            fits = [related[name]]
         if len(fits) == 1 and fits[0] not in renames.values():
             renames[name] = fits[0]
     rules = {name: MapRules(was=was) for name, was in renames.items()}

@@ -229,6 +229,21 @@ def test_what_is_one_of_a_kind_may_be_called_otherwise(tmp_path: Path) -> None:
     assert ["tc-egress", "tc-ingress"] in [entry["candidates"] for entry in asked["questions"]]
 
 
+def test_an_object_alone_leaves_open_what_another_tells(tmp_path: Path) -> None:
+    objects = kmesh(tmp_path / "objects", {"kmeshsendmsg_bpfel.o": SENDING})
+    _, manifest = drawn(objects, tmp_path / "out")
+    assert manifest["attach"][0]["target"] == "..."
+
+
+def test_maps_are_recognised_under_their_former_names(tmp_path: Path) -> None:
+    before = OBSERVING.replace("km_service", "map_of_service").replace("km_frontend", "kmesh_frontend")
+    before = before.replace("__u32 ip[4]; } frontend_key", "__u32 ip; } frontend_key").replace("{ { ip } }", "{ ip }")
+    old = kmesh(tmp_path / "old", {"kmeshsockopsworkload_bpfel.o": before})
+    new = kmesh(tmp_path / "new", {"kmeshsockopsworkload_bpfel.o": OBSERVING})
+    asked, _ = drawn(new, tmp_path / "out", "--from", str(old[0]))
+    assert asked["renames"] == {"km_service": "map_of_service", "km_frontend": "kmesh_frontend"}
+
+
 def test_of_all_objects_that_a_daemon_embeds_those_of_one_node_are_taken(built: list[Path], tmp_path: Path) -> None:
     sources = {
         "kmeshxdpauthcompat_bpfel.o": AUTHORIZING,

@@ -32,8 +32,10 @@ def role(name: str) -> str:
     return bare.replace("_", "")
 
 
-def profile(files: Mapping[str, ObjectSpec], mode: str | None = None) -> Known:
+def profile(files: Mapping[str, ObjectSpec], mode: str | None = None, former: Iterable[str] = ()) -> Known:
     """What Kmesh's profile knows of objects, by the name of their file. ``mode`` is one of MODES; None: theirs.
+
+    ``former`` are names of maps of the release before.
 
     Raises BundleError if they are of both modes and none was given.
     """
@@ -70,8 +72,18 @@ def profile(files: Mapping[str, ObjectSpec], mode: str | None = None) -> Known:
         groups={name: kmesh.GROUP for name in maps if role(name) in kmesh.POINTING},
         scratch={name: kmesh.SCRATCH[role(name)] for name in maps if role(name) in kmesh.SCRATCH},
         left_out=left_out,
+        related=_related(maps, former),
         notes=tuple(kmesh.NOTES),
     )
+
+
+def _related(maps: Iterable[str], former: Iterable[str]) -> dict[str, str]:
+    """Maps of the release before that were for the same, where there is one."""
+    before: dict[str, list[str]] = {}
+    for name in former:
+        before.setdefault(kmesh.LATER.get(role(name), role(name)), []).append(name)
+    found = {name: before.get(kmesh.LATER.get(role(name), role(name)), []) for name in maps}
+    return {name: old[0] for name, old in found.items() if len(old) == 1 and old[0] != name}
 
 
 def _object_name(file: str, spec: ObjectSpec) -> str | None:
@@ -168,12 +180,17 @@ def _hooks(
             alone = sections[program.section] == 1 and kmesh.ONE_OF_A_KIND[mode].get(program.section)
             entry = kmesh.HOOKS[mode].get(program.name) or kmesh.HOOKS[mode].get(alone or "")
             if entry is not None:
-                keys = dict(entry.keys)
+                keys, asks = dict(entry.keys), dict(entry.asks)
                 if keys.get("target") == kmesh.SOCKETS:
-                    keys["target"] = next((one for one in sockets if role(one) == "socket"), "") or sockets[0]
+                    named = [one for one in sockets if role(one) == "socket"] or sockets
+                    if len(named) == 1:
+                        keys["target"] = named[0]
+                    else:
+                        del keys["target"]
+                        asks["target"] = "the map of the sockets that it is for, of an object that is given as well"
                 if "egress" in program.section and keys["hook"] == "tc-ingress":
                     keys["hook"] = "tc-egress"
-                out[program.name] = (msgspec.structs.replace(entry, keys=keys),)
+                out[program.name] = (msgspec.structs.replace(entry, keys=keys, asks=asks),)
             elif program.name in kmesh.JUMPED or program.name in filled:
                 out[program.name] = ()
     return out

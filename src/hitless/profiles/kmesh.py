@@ -13,7 +13,7 @@ import msgspec
 from hitless.known import KnownHook
 
 __all__ = [
-    "ADS_ROLES", "BINDINGS", "GROUP", "HOOKS", "JUMPED", "MODE_OBJECTS", "NOTES", "OBJECTS", "ONE_OF_A_KIND",
+    "ADS_ROLES", "BINDINGS", "GROUP", "HOOKS", "JUMPED", "LATER", "MODE_OBJECTS", "NOTES", "OBJECTS", "ONE_OF_A_KIND",
     "POINTING", "PUBLIC", "SCRATCH", "SECTIONS", "SOCKETS", "STRUCTURES", "STRUCTURES_ASK", "TABLES", "Table",
 ]  # fmt: skip
 
@@ -186,6 +186,12 @@ BINDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tailcallctx": (("ctx_key_t",), ("ctx_val_t",)),
 }
 """Types of keys and values, by the role of the map. Names of clusters and routes are keys of plain bytes."""
+
+LATER = {
+    "auth": "authres", "tuple": "authreq", "dstinfo": "origdst", "tcpinfo": "tcpprobe", "authz": "authzpolicy",
+    "tailcallinfomap": "tcargs", "tcinfomap": "tcargs", "clusterepsdata": "epsdata",
+}  # fmt: skip
+"""Roles by names that earlier releases had for them."""
 
 STRUCTURES = frozenset({"map64", "map192", "map296", "map1600"})
 """Maps of pieces of larger values, which point at each other by an index, and hold whatever fits into them."""
