@@ -24,6 +24,7 @@ from hitless.layout.model import ProgramSpec
 from hitless.layout.sections import meant
 from hitless.public import version_number
 from hitless.skeleton import start_bundle
+from hitless.upgrade.pinned import look_at
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.adopt.conftest import pinned
@@ -172,6 +173,9 @@ def test_a_node_of_kmesh_is_upgraded_by_what_the_profile_draws_up(lab: Lab, tmp_
     assert hitless.verify(node).problems == ()
     again = hitless.plan(node, hitless.Bundle.load(into, {"cgroup": str(lab.cgroup)}))
     assert again.start_type == "restart"
+    seen = look_at(loader.root, [read_object(file.read_bytes(), file.stem) for file in new])
+    assert seen.public == {"maps": "map"}
+    assert {name: seen.hooks[name][0].keys["pin"] for name in LINKS} == LINKS
 
 
 def test_the_other_program_on_a_link_is_put_right_by_an_upgrade(lab: Lab, tmp_path: Path) -> None:

@@ -100,9 +100,9 @@ def _pins(root: Path) -> _Pins:
             directories[:] = [name for name in directories if name not in _OWN]
         for name in sorted(files):
             path = Path(top, name)
-            if path.is_symlink():
-                continue
-            fd, kind = pinned_kind(path)
+            if not path.exists():
+                continue  # a symbolic link to nothing
+            fd, kind = pinned_kind(path.resolve())  # as it is once a node was adopted
             place = str(path.relative_to(root))
             if kind == "map":
                 found.maps[place] = Map(fd, path)
