@@ -24,6 +24,7 @@ __all__ = ["profile"]
 
 _SOCKET_MAPS = ("sockmap", "sockhash")
 
+
 def role(name: str) -> str:
     """What a map is for: its name without the prefixes and underscores that releases changed."""
     bare = name
@@ -35,9 +36,8 @@ def role(name: str) -> str:
 def profile(files: Mapping[str, ObjectSpec], mode: str | None = None, former: Iterable[str] = ()) -> Known:
     """What Kmesh's profile knows of objects, by the name of their file. ``mode`` is one of MODES; None: theirs.
 
-    ``former`` are names of maps of the release before.
-
-    Raises BundleError if they are of both modes and none was given.
+    ``former`` are names of maps of the release before. Raises BundleError if the objects are of both
+    modes and none was given.
     """
     names = {file: _object_name(file, spec) for file, spec in files.items()}
     found = MODES[mode] if mode is not None else _mode(names)
@@ -45,18 +45,16 @@ def profile(files: Mapping[str, ObjectSpec], mode: str | None = None, former: It
     kept = {file: spec for file, spec in files.items() if file not in left_out}
     maps = {one.name: one for spec in kept.values() for one in spec.maps}
     programs = {program.name for spec in kept.values() for program in spec.programs}
-    by_role: dict[str, list[str]] = {}
-    for name in maps:
-        by_role.setdefault(role(name), []).append(name)
 
     def of_roles(known: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
         return {name: known[role(name)] for name in maps if role(name) in known}
 
+    once = Counter(names[file] for file in kept)  # of two that could be it, neither is
     slots, open_slots = _slots(maps, programs, found)
     types = {**kmesh.BINDINGS, **dict.fromkeys(kmesh.STRUCTURES, (("__u32",), (BYTES,)))}
     return Known(
         public=kmesh.PUBLIC,
-        objects={file: names[file] or "" for file in kept if names[file]},
+        objects={file: name for file in kept if (name := names[file]) is not None and once[name] == 1},
         types={
             program.name: kind
             for spec in kept.values()
@@ -73,7 +71,7 @@ def profile(files: Mapping[str, ObjectSpec], mode: str | None = None, former: It
         scratch={name: kmesh.SCRATCH[role(name)] for name in maps if role(name) in kmesh.SCRATCH},
         left_out=left_out,
         related=_related(maps, former),
-        notes=tuple(kmesh.NOTES),
+        notes=kmesh.NOTES,
     )
 
 
