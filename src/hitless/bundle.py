@@ -19,7 +19,7 @@ from hitless.errors import BundleError, LayoutError, UnsupportedError
 from hitless.layout.contradictions import check_rules, differences
 from hitless.layout.diff import section_of
 from hitless.layout.dwarf import Dwarf
-from hitless.layout.elf import Binding, read_btf, read_object
+from hitless.layout.elf import Binding, Types, read_btf, read_object
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec, Type
 from hitless.layout.rules import FieldRule, MapRules
 from hitless.layout.sections import meant
@@ -203,7 +203,7 @@ def _require_trusted(path: Path, seen: os.stat_result) -> None:
 
 
 def unite_maps(objects: Iterable[ObjectSpec]) -> dict[str, MapSpec]:
-    """All maps of ``objects`` by name; objects share a map of one name.
+    """All maps of ``objects`` by name; objects share a map of one name, and any of them may tell its types.
 
     Global data (``.bss``...) belong to one object, so they are named ``<object>.bss``. Raises LayoutError if two
     objects define one map differently.
@@ -231,6 +231,11 @@ def unite_maps(objects: Iterable[ObjectSpec]) -> dict[str, MapSpec]:
                     differences=wrong,
                 )
             origin.setdefault(name, item.name)
+            key, value = (mine if mine is not None else yours for mine, yours in (
+                (known.key, spec.key), (known.value, spec.value),
+            ))  # fmt: skip
+            if (key, value) != (known.key, known.value):  # declared with sizes only by the first
+                united[name] = msgspec.structs.replace(known, key=key, value=value)
     return united
 
 
@@ -269,10 +274,10 @@ class _Reader:
             self._check(manifest["types"], "types", ("types",))
             carried = self._beside(manifest["types"]["file"], ("types", "file"))
             self._types = Dwarf.parse(carried, manifest["types"]["file"])
-        objects = [
-            self._object(entry, bindings, ("object", str(index)))
-            for index, entry in enumerate(manifest.get("object", []))
+        unbound = [
+            self._object(entry, ("object", str(index))) for index, entry in enumerate(manifest.get("object", []))
         ]
+        objects = [self._bound(item, unbound, bindings) for item in unbound]
         if not objects:
             self.fail((), "names no object: add [[object]] with file = \"NAME.bpf.o\"")
         specs = [item.spec for item in objects]
@@ -334,8 +339,11 @@ class _Reader:
         version_map = entry.get("version_map")
         if version_map is not None:
             spec = maps.get(version_map)
-            if spec is None or (spec.type, spec.key_size, spec.value_size) != ("array", 4, 4):
-                why = f"no object has an array {version_map} with a value of 4 bytes, which is to hold the version"
+            if spec is not None and (spec.type, spec.key_size, spec.value_size) != ("array", 4, 4):
+                why = f"{version_map} is no array with a value of 4 bytes, which is to hold the version"
+                self.fail(("public", "version_map"), why)
+            if spec is None and "maps" not in entry:
+                why = f"no object has a map {version_map}: say by maps where the daemon pins it that makes it itself"
                 self.fail(("public", "version_map"), why)
         if entry.get("unproven", "error") not in ("error", "accept"):
             self.fail(("public", "unproven"), f'unproven is "error" or "accept", not {entry["unproven"]!r}')
@@ -403,17 +411,35 @@ class _Reader:
             if key not in table:
                 self.fail(path, f"[{kind}] needs {key}")
 
-    def _object(self, entry: Any, bindings: Mapping[str, Binding], path: tuple[str, ...]) -> BundleObject:
+    def _object(self, entry: Any, path: tuple[str, ...]) -> BundleObject:
         self._check(entry, "object", path)
         data = self._beside(entry["file"], (*path, "file"))
         name = entry.get("name", object_name(entry["file"]))
         if "name" in entry and not _OBJECT.fullmatch(name):
             self.fail((*path, "name"), f"{name!r} cannot be an object's name: letters, digits, dots, _ and - only")
         spec = self._settled(read_object(data, name, types=self._types), entry.get("program", {}), path)
-        bound = {item.name: bindings[item.name] for item in spec.maps if any(bindings.get(item.name, ()))}
-        if bound:
-            spec = msgspec.structs.replace(spec, maps=read_object(data, name, bound, self._types).maps)
         return BundleObject(spec, data)
+
+    def _bound(
+        self, item: BundleObject, objects: Iterable[BundleObject], bindings: Mapping[str, Binding]
+    ) -> BundleObject:
+        """The object with the types that the manifest names for its maps: its own, else those of another object.
+
+        The compiler keeps a type only in objects that have a use for it, and a map is shared by all that declare it.
+        """
+        name = item.spec.name
+        bound = {spec.name: bindings[spec.name] for spec in item.spec.maps if any(bindings.get(spec.name, ()))}
+        if not bound:
+            return item
+        beside: Dwarf | Types | None = self._types
+        own = Types(read_btf(item.data, name), item.data, name, beside)
+        wanted = [one for binding in bound.values() for one in (binding.key, binding.value) if one is not None]
+        if any(own.find(one) is None for one in wanted):
+            for other in objects:
+                if other is not item:
+                    beside = Types(read_btf(other.data, other.spec.name), other.data, other.spec.name, beside)
+        maps = read_object(item.data, name, bound, beside).maps
+        return BundleObject(msgspec.structs.replace(item.spec, maps=maps), item.data)
 
     def _beside(self, name: str, path: tuple[str, ...]) -> bytes:
         """The bytes of a file beside the manifest, which names it at ``path``."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -19,19 +20,23 @@ from hitless.compare import compare_sources
 from hitless.errors import BundleError
 from hitless.headers import compile_header
 from hitless.hooks import HOOKS, REFUSED
+from hitless.known import Known, KnownHook, together
 from hitless.layout.diff import is_constant
 from hitless.layout.dwarf import Dwarf
-from hitless.layout.elf import Types, needs_types, read_btf, read_object
+from hitless.layout.elf import BYTES, Types, needs_types, read_btf, read_object
 from hitless.layout.infer import fits
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec
 from hitless.layout.rules import MapRules
 from hitless.layout.sections import SECTIONS, program_type
+from hitless.profiles import profile
 from hitless.sources import Source, read_source
 
 __all__ = ["Question", "Skeleton", "draw_up", "start_bundle"]
 
 _TYPES = "types.bpf.o"
 _FEW = 6  # types of one size that a comment can name
+_NOTHING = Known()
+_UNFIT = re.compile(r"[^A-Za-z0-9_-]")  # for the name of an object
 _SIDES: tuple[Literal["key", "value"], ...] = ("key", "value")
 _SOCKET_MAPS = ("sockmap", "sockhash")
 _VAGUE = {
@@ -64,13 +69,21 @@ class Skeleton(msgspec.Struct, frozen=True):
 
 
 def start_bundle(
-    objects: Sequence[Path], directory: Path | None = None, old: Sequence[str] = (), header: Path | None = None
+    objects: Sequence[Path],
+    directory: Path | None = None,
+    old: Sequence[str] = (),
+    header: Path | None = None,
+    daemon: str | None = None,
+    mode: str | None = None,
+    root: Path | None = None,
 ) -> tuple[Path, Skeleton]:
     """Write a manifest, and copies of the objects where they are not beside it; returns its path and what it says.
 
     Without ``directory`` it is where the objects are. ``old`` is the release before: a bundle, a snapshot or objects;
-    ``header`` has types for maps that carry none. Raises BundleError, LayoutError, UnsupportedError; nothing is
-    written then.
+    ``header`` has types for maps that carry none. ``daemon`` is one of :data:`hitless.known.PROFILES`, and ``mode``
+    one of its modes, the objects' if None: what is known of it fills the manifest. So does what is pinned below
+    ``root``, by whatever loader; it is only looked at. Raises BundleError, LayoutError, UnsupportedError, and for
+    ``root`` NodeError, KernelError; nothing is written then.
     """
     if directory is None:
         places = {path.resolve().parent for path in objects}
@@ -94,10 +107,19 @@ def start_bundle(
     carried = Dwarf.parse(types, str(header)) if types else None
     sources = [read_source(what, carried) for what in old]
     bundles = [Bundle.load(source.path) for source in sources if source.kind == "bundle"]
-    name = bundles[0].name if bundles else directory.resolve().name
+    name = bundles[0].name if bundles else daemon or directory.resolve().name
     # A hook goes from one release to the next in place only where its link keeps its name.
     links = {entry.program: entry.link for bundle in bundles for entry in bundle.attach}
-    made = draw_up(files, name, _united(sources), carried, _TYPES if types else "", links)
+    known, before = Known(), _united(sources)
+    if daemon is not None:
+        specs = {file: read_object(data, object_name(file)) for file, data in files.items()}
+        known = profile(specs, mode, before.maps if before is not None else ())
+        files = {file: data for file, data in files.items() if file not in known.left_out}
+    if root is not None:
+        from hitless.upgrade.pinned import look_at  # a kernel is needed only for that
+
+        known = together(known, look_at(root, [read_object(data, object_name(file)) for file, data in files.items()]))
+    made = draw_up(files, name, before, carried, _TYPES if types else "", links, known)
     directory.mkdir(parents=True, exist_ok=True)
     for name, data in (*files.items(), *([(_TYPES, types)] if types else [])):
         place = directory / name
@@ -140,6 +162,13 @@ class _Page:
     def say(self, *lines: str) -> None:
         self.lines += lines
 
+    def take(self, head: str, other: _Page) -> None:
+        """Add ``other`` below the line ``head``."""
+        self.lines.append(head)
+        before = len(self.lines)
+        self.lines += other.lines
+        self.questions += [msgspec.structs.replace(one, line=before + one.line) for one in other.questions]
+
     def ask(self, key: str, asks: str, candidates: Sequence[str] = (), optional: bool = False) -> None:
         self.lines.append(f'{key} = "{OPEN}"  # {asks}')
         self.questions.append(Question(len(self.lines), key, asks, tuple(candidates), optional))
@@ -152,16 +181,19 @@ def draw_up(
     types: Dwarf | None = None,
     beside: str = "",
     links: Mapping[str, str] = {},
+    known: Known = _NOTHING,
 ) -> Skeleton:
     """A manifest for the objects ``files``, by the name of their file, of a bundle called ``name``.
 
     ``old`` is the release before, for renames and losses; ``types``, which are in the file ``beside``, are for maps
-    that carry none; ``links`` are the names of links that programs have. Raises LayoutError and UnsupportedError
-    as :func:`hitless.layout.elf.read_object`, BundleError if objects cannot be of one bundle.
+    that carry none; ``links`` are the names of links that programs have; ``known`` is more about these objects.
+    Raises LayoutError and UnsupportedError as :func:`hitless.layout.elf.read_object`, BundleError if objects cannot
+    be of one bundle.
     """
     read = [
-        _Read(file, read_object(data, object_name(file), types=types), Types(read_btf(data, file), data, file, types))
+        _Read(file, read_object(data, title, types=types), Types(read_btf(data, file), data, file, types))
         for file, data in files.items()
+        for title in (known.objects.get(file) or _UNFIT.sub("_", object_name(file))[:64],)
     ]
     maps = unite_maps(item.spec for item in read)
     _refuse_twins(read)
@@ -172,19 +204,32 @@ def draw_up(
         "", "[bundle]", f"name = {_quoted(name)}",
     )  # fmt: skip
     page.ask("version", "what this release is called")
+    if known.public:
+        page.say("", "# Where the daemon's own loader looks: paths relative to its pin root, or absolute.", "[public]")
+        page.say(*(f"{key} = {_quoted(value)}" for key, value in known.public.items()))
+    page.say(*(f"# {note}" for note in known.notes))
     if beside:
         page.say("", "# Types for maps that carry none.", "[types]", f"file = {_quoted(beside)}")
     for item in read:
         page.say("", "[[object]]", f"file = {_quoted(item.file)}")
-        _types(page, item.spec)
+        if item.spec.name != object_name(item.file):
+            page.say(f"name = {_quoted(item.spec.name)}")
+        _types(page, item.spec, known)
+    for file, why in known.left_out.items():
+        page.say("", f"# left out: {file}: {why}")
     jumped = {program for spec in maps.values() for _slot, program in spec.slots}
     for item in read:
         for program in item.spec.hookable:
-            _attach(page, program, maps, jumped, links)
-    renames, losses = _former(read, maps, old)
+            if program.name in known.hooks and program.autoload:
+                _known_hooks(page, program, known.hooks[program.name], links)
+            else:
+                _attach(page, program, maps, jumped, links, known)
+    renames, losses = _former(read, maps, old, known.related)
     for map_name, spec in maps.items():
         # Objects share a map by its name, and any of them may have its types.
-        _map(page, map_name, spec, [item.types for item in read if _declares(item, spec)], renames.get(map_name))
+        own = [item for item in read if _declares(item, spec)]
+        found = [item.types for item in (*own, *(item for item in read if item not in own))]
+        _map(page, map_name, spec, found, renames.get(map_name), known)
     for map_name, texts in losses.items():
         page.say("", f"# {map_name} loses: " + "; ".join(texts))
         if map_name not in maps:
@@ -211,11 +256,13 @@ def _declares(item: _Read, spec: MapSpec) -> bool:
     return any(other.name == spec.name for other in item.spec.maps)
 
 
-def _types(page: _Page, spec: ObjectSpec) -> None:
+def _types(page: _Page, spec: ObjectSpec, known: Known) -> None:
     for program in spec.programs:
         section = program.section.removeprefix("?")
         if not program.autoload:
             page.say(f"# program {program.name}: section {program.section}: not loaded, but with skip = false")
+        elif program.name in known.types:
+            page.say(f"[object.program.{program.name}]", f"type = {_quoted(known.types[program.name])}")
         elif not program.type or section in _VAGUE:
             page.say(f"[object.program.{program.name}]")
             likely = _likely(section)
@@ -235,8 +282,27 @@ def _likely(section: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in longer if name in SECTIONS))[:1]
 
 
+def _known_hooks(page: _Page, program: ProgramSpec, hooks: Sequence[KnownHook], links: Mapping[str, str]) -> None:
+    if not hooks:
+        page.say("", f"# program {program.name} is attached nowhere: it is jumped to, or not in use.")
+    link = links.get(program.name, program.name[:64])
+    for number, entry in enumerate(hooks, 1):
+        page.say("", *([f"# {entry.note}"] if entry.note else []), "[[attach]]", f"program = {_quoted(program.name)}")
+        for key in dict.fromkeys(("hook", "target", *entry.keys, *entry.asks)):
+            if key in entry.asks:
+                page.ask(key, entry.asks[key], entry.answers.get(key, ()))
+            else:
+                page.say(f"{key} = {json.dumps(entry.keys[key], ensure_ascii=False)}")
+        page.say(f"link = {_quoted(link if number == 1 else f'{link[:60]}-{number}')}")
+
+
 def _attach(
-    page: _Page, program: ProgramSpec, maps: Mapping[str, MapSpec], jumped: set[str], links: Mapping[str, str]
+    page: _Page,
+    program: ProgramSpec,
+    maps: Mapping[str, MapSpec],
+    jumped: set[str],
+    links: Mapping[str, str],
+    known: Known,
 ) -> None:
     section = program.section.removeprefix("?")
     kind, _, own = section.partition("/")
@@ -254,11 +320,13 @@ def _attach(
         page.say("", f"# program {program.name}: iterators over one map ({section}) are not supported.")
         return
     hooks = _hooks(program, section)
+    if known.types.get(program.name) == "tc":
+        hooks = sorted(("tc-ingress", "tc-egress"), key=lambda hook: hook.removeprefix("tc-") not in section)
     if not hooks and program_type(section)[0]:
         page.say("", f"# program {program.name} (section {section}) is for no hook of hitless: it is only loaded.")
         return
     page.say("", "[[attach]]", f"program = {_quoted(program.name)}")
-    if len(hooks) == 1:
+    if len(hooks) == 1 and program.name not in known.types:
         page.say(f"hook = {_quoted(hooks[0])}")
     else:
         choice = " or ".join(hooks) if hooks else "what its type is for"
@@ -322,28 +390,61 @@ def _target(page: _Page, program: ProgramSpec, hooks: Sequence[str], own: str, m
         page.ask("target", "where: a cgroup, an interface, a tracepoint, ...; ${NAME} is filled by --set NAME=VALUE")
 
 
-def _map(page: _Page, name: str, spec: MapSpec, types: Sequence[Types], was: str | None) -> None:
+def _map(
+    page: _Page, name: str, spec: MapSpec, types: Sequence[Types], was: str | None, known: Known
+) -> None:
     page.say("", f"# {name}: {spec.type}, {_layout(spec)}")
     blind = [side for side in _SIDES if needs_types(spec, side) and not (side == "key" and "array" in spec.type)]
-    if not blind and was is None:
-        return
-    page.say(f"[map.{_key(name)}]")
+    about = _Page()
     if was is not None:
         asks = f'the old release has no such map, and its "{was}" is gone: was it that? or delete this line'
-        page.ask("was", asks, (was,), optional=True)
+        about.ask("was", asks, (was,), optional=True)
     for side in blind:
-        size = spec.key_size if side == "key" else spec.value_size
-        sized = _of_size(types, size)
-        fitting = [other for other in sized if fits(name, side, other)]
-        guess = fitting[0] if len(fitting) == 1 else None
-        found = {guess: sized[guess]} if guess else sized
-        names = ", ".join(f'"{other}" ({source})' for other, source in list(found.items())[:_FEW])
-        more = f" and {len(found) - _FEW} more" if len(found) > _FEW else ""
-        told = f"{names}{more}" if found else "and no type that is known has that; give a header by --types-from"
-        if guess:
-            told += ", which alone fits by size and name"
-        asks = f"the type of its {side}, {size} bytes: {told}; or delete this line, and no entry survives a change"
-        page.ask(side, asks, tuple(found)[:_FEW], optional=True)
+        _bind(about, name, side, spec.key_size if side == "key" else spec.value_size, types, known)
+    if name in known.pins:
+        about.say(f"pin = {_quoted(known.pins[name])}")
+    if name in known.groups:
+        about.say(f"group = {_quoted(known.groups[name])}")
+    if name in known.scratch:
+        about.say(f'on_loss = "discard"  # {known.scratch[name]}')
+    if about.lines:
+        page.take(f"[map.{_key(name)}]", about)
+    slots, unknown = known.slots.get(name, {}), known.open_slots.get(name, ())
+    if slots or unknown:
+        page.say(f"[map.{_key(name)}.slots]", *(f"{slot} = {_quoted(program)}" for slot, program in slots.items()))
+    if unknown:
+        asks = f"which program is in which slot ({', '.join(unknown)}), a line for each; or delete it: they stay empty"
+        page.ask("0", asks, unknown, optional=True)
+
+
+def _bind(
+    page: _Page, name: str, side: Literal["key", "value"], size: int, types: Sequence[Types], known: Known
+) -> None:
+    likely = (known.keys if side == "key" else known.values).get(name, ())
+    if side == "value" and name in known.asked:
+        page.ask(side, f"{known.asked[name]}; or delete this line, and no entry survives a change", likely, True)
+        return
+    sized = _of_size(types, size)
+    fit = next((other for other in likely if other in sized or other == BYTES), None)
+    if fit is not None:
+        why = f"  # from {sized[fit]}, by its name and its {size} bytes" if fit in sized else ""
+        page.say(f"{side} = {_quoted(fit)}{why}")
+        return
+    fitting = [other for other in sized if fits(name, side, other)]
+    guess = fitting[0] if len(fitting) == 1 else None
+    found = {guess: sized[guess]} if guess else sized
+    names = ", ".join(f'"{other}" ({source})' for other, source in list(found.items())[:_FEW])
+    more = f" and {len(found) - _FEW} more" if len(found) > _FEW else ""
+    told = f"{names}{more}" if found else "and no type that is known has that; give a header by --types-from"
+    if guess:
+        told += ", which alone fits by size and name"
+    if likely:
+        told = f"{' or '.join(map(_quoted, likely))} would be it, which is not known here in that size; {told}"
+    asks = (
+        f"the type of its {side}, {size} bytes: {told}; {_quoted(BYTES)} if these are to be taken as they are; "
+        "or delete this line, and no entry survives a change"
+    )
+    page.ask(side, asks, tuple(found)[:_FEW] or ((BYTES,) if likely else ()), optional=True)
 
 
 def _layout(spec: MapSpec) -> str:
@@ -369,7 +470,7 @@ def _of_size(types: Sequence[Types], size: int) -> dict[str, str]:
 
 
 def _former(
-    read: Sequence[_Read], maps: Mapping[str, MapSpec], old: Source | None
+    read: Sequence[_Read], maps: Mapping[str, MapSpec], old: Source | None, related: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
     """Maps that seem to be renamed, and what of the old release's would be lost if they are."""
     if old is None:
@@ -381,6 +482,8 @@ def _former(
     renames: dict[str, str] = {}
     for name in added:
         fits = [other for other, spec in gone.items() if _alike(name, maps[name], other, spec)]
+        if related.get(name) in gone:
+            fits = [related[name]]
         if len(fits) == 1 and fits[0] not in renames.values():
             renames[name] = fits[0]
     rules = {name: MapRules(was=was) for name, was in renames.items()}

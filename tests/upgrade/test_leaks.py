@@ -21,7 +21,7 @@ import pytest
 import hitless
 from hitless.errors import KernelError
 from hitless.kernel.links import all_links
-from hitless.kernel.maps import Map, _btf_bytes
+from hitless.kernel.maps import Map, btf_bytes
 from hitless.kernel.programs import Program
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
@@ -108,7 +108,7 @@ def _programs() -> Iterator[tuple[str, str]]:
 def _types() -> Iterator[tuple[str, str]]:
     for number in ids("btf"):
         try:
-            if OURS.encode() in _btf_bytes(number):
+            if OURS.encode() in btf_bytes(number):
                 yield "BTF", "object"
         except KernelError:
             continue

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hitless.errors import HitlessError
+from hitless.known import MODES, PROFILES
 
 if TYPE_CHECKING:
     from hitless.layout.dwarf import Dwarf
@@ -193,18 +194,41 @@ def inspect(what: str, header: Path | None, as_json: bool) -> None:
     help="The release before (bundle, snapshot or object, also several): suggest renames and list losses.",
 )  # fmt: skip
 @_types_from
+@click.option("--profile", "daemon", type=click.Choice(PROFILES), help="Fill in what is known of this daemon.")
+@click.option(
+    "--mode", type=click.Choice(sorted(MODES)), help="Which of its modes; that of the objects, if not given.",
+)  # fmt: skip
+@click.option(
+    "--root", type=_PATH, metavar="DIR",
+    help="Look at what a loader pinned and attached on this node, and fill that in; needs root, changes nothing.",
+)  # fmt: skip
 @_command()
 def init(
-    objects: tuple[str, ...], directory: str | None, old: tuple[str, ...], header: Path | None, as_json: bool
+    objects: tuple[str, ...],
+    directory: str | None,
+    old: tuple[str, ...],
+    header: Path | None,
+    daemon: str | None,
+    mode: str | None,
+    root: str | None,
+    as_json: bool,
 ) -> None:
-    """Write a bundle.toml for OBJECTS that a person finishes: whatever files do not tell is a question in it.
+    """Write a bundle.toml for OBJECTS that a person finishes: whatever is not known is a question in it.
 
-    It reads files only: no root, no kernel. No command takes the bundle while a question is open.
+    Without --root it reads files only: no root, no kernel. No command takes the bundle while a question is open.
     """
     from hitless.cli.output import print_json, show_skeleton
     from hitless.skeleton import start_bundle
 
-    manifest, made = start_bundle([Path(one) for one in objects], Path(directory) if directory else None, old, header)
+    if mode is not None and daemon is None:
+        raise click.UsageError("--mode is one of a daemon's: say by --profile which")
+    if root is not None:
+        from hitless.kernel import capabilities
+
+        capabilities.require()
+    folder = Path(directory) if directory else None
+    pins = Path(root) if root is not None else None
+    manifest, made = start_bundle([Path(one) for one in objects], folder, old, header, daemon, mode, pins)
     if as_json:
         print_json({"schema": 1, "file": str(manifest), **_facts(made)})
     else:

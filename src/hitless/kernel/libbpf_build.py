@@ -63,6 +63,9 @@ ffi.cdef(
         __u32 type; __u32 id; unsigned char tag[8]; __u32 jited_prog_len; __u32 xlated_prog_len;
         __u64 jited_prog_insns; __u64 xlated_prog_insns; __u64 load_time; __u32 created_by_uid;
         __u32 nr_map_ids; __u64 map_ids; char name[16];
+        __u32 ifindex; __u32 gpl_compatible; __u64 netns_dev; __u64 netns_ino;
+        __u32 nr_jited_ksyms; __u32 nr_jited_func_lens; __u64 jited_ksyms; __u64 jited_func_lens;
+        __u32 btf_id; __u32 func_info_rec_size; __u64 func_info; __u32 nr_func_info; __u32 nr_line_info;
     };
     struct bpf_btf_info { __u64 btf; __u32 btf_size; __u32 id; __u64 name; __u32 name_len; __u32 kernel_btf; };
     struct bpf_link_info {

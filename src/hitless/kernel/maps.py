@@ -20,7 +20,9 @@ from hitless.layout.btf import Btf
 from hitless.layout.elf import MAP_TYPES
 from hitless.layout.model import MapSpec
 
-__all__ = ["ANY", "EXIST", "F_LOCK", "NOEXIST", "Map", "MapInfo", "Rows", "create", "is_alive", "possible_cpus"]
+__all__ = [
+    "ANY", "EXIST", "F_LOCK", "NOEXIST", "Map", "MapInfo", "Rows", "btf_bytes", "create", "is_alive", "possible_cpus",
+]  # fmt: skip
 
 ANY, NOEXIST, EXIST = 0, 1, 2
 
@@ -103,7 +105,7 @@ class Map(Object):
     def spec(self, name: str) -> MapSpec:
         """This map as a MapSpec under ``name``; key and value are None where the kernel holds no BTF for them."""
         info = self.info
-        types = Btf.parse(_btf_bytes(info.btf_id)) if info.btf_id else None
+        types = Btf.parse(btf_bytes(info.btf_id)) if info.btf_id else None
         return MapSpec(
             name=name,
             type=info.type,
@@ -274,7 +276,8 @@ def _buffers(info: MapInfo, count: int) -> tuple[Rows, Rows]:
     return np.empty((count, info.key_size), np.uint8), np.empty((count, info.entry_size), np.uint8)
 
 
-def _btf_bytes(btf_id: int) -> bytes:
+def btf_bytes(btf_id: int) -> bytes:
+    """The BTF that the kernel has under this id. Raises KernelError."""
     fd = check(lib().bpf_btf_get_fd_by_id(btf_id), "BPF_BTF_GET_FD_BY_ID", f"BTF {btf_id}")
     try:
         info = ffi.new("struct bpf_btf_info *")

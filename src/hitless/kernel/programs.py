@@ -12,8 +12,9 @@ import msgspec
 
 from hitless.errors import KernelError, NodeError, UnsupportedError
 from hitless.kernel.libbpf import Object, check, ffi, lib, messages, options, pinned_kind
-from hitless.kernel.maps import Map
+from hitless.kernel.maps import Map, btf_bytes
 from hitless.kernel.names import attach_number, in_kernel, program_name, program_number
+from hitless.layout.btf import Btf
 from hitless.layout.elf import for_old_libbpf
 from hitless.layout.model import ProgramSpec
 from hitless.layout.sections import program_type
@@ -63,6 +64,21 @@ class Program(Object):
         again.nr_map_ids, again.map_ids = len(ids), int(ffi.cast("uintptr_t", ids))
         check(lib().bpf_obj_get_info_by_fd(self.fd, again, length), "BPF_OBJ_GET_INFO_BY_FD", self.info.name)
         return frozenset(ids)
+
+    @property
+    def function(self) -> str:
+        """The whole name of the C function that it was, if it came with BTF; else what the kernel calls it."""
+        raw, length = ffi.new("struct bpf_prog_info *"), ffi.new("__u32 *", ffi.sizeof("struct bpf_prog_info"))
+        check(lib().bpf_obj_get_info_by_fd(self.fd, raw, length), "BPF_OBJ_GET_INFO_BY_FD", self.info.name)
+        if not raw.btf_id or not raw.nr_func_info:
+            return self.info.name
+        size = int(raw.func_info_rec_size)
+        first = ffi.new("__u32[]", size // 4)  # an offset, and the function's type
+        again = ffi.new("struct bpf_prog_info *")
+        again.nr_func_info, again.func_info_rec_size = 1, size
+        again.func_info = int(ffi.cast("uintptr_t", first))
+        check(lib().bpf_obj_get_info_by_fd(self.fd, again, length), "BPF_OBJ_GET_INFO_BY_FD", self.info.name)
+        return Btf.parse(btf_bytes(raw.btf_id)).name_of(first[1])
 
     @classmethod
     def open(cls, path: Path) -> Program:

@@ -221,6 +221,10 @@ class Btf:
         """Whether ``type_id`` is a function prototype, as in the ``values`` of a program array."""
         return self._at(self._resolve(type_id)).kind == FUNC_PROTO
 
+    def name_of(self, type_id: int) -> str:
+        """The name of any type, a function's too; empty if it has none. Raises LayoutError."""
+        return self._string(self._at(type_id).name)
+
     def _variables(self, type_id: int) -> list[Variable]:
         raw = self._raw[type_id]
         out = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
+
 from hitless.errors import LayoutError
 from hitless.layout.codec import encode
 from hitless.layout.conversion import leaves
@@ -52,7 +54,10 @@ def check_rules(spec: MapSpec, rules: MapRules) -> None:
 
 
 def differences(one: MapSpec, other: MapSpec) -> list[str]:
-    """What two definitions of one map disagree about, in words; empty if they mean the same."""
+    """What two definitions of one map disagree about, in words; empty if they mean the same.
+
+    A side whose type only one of them has, or neither, is no disagreement: both have the same size.
+    """
     out = [
         f"{what} {getattr(one, name)} and {getattr(other, name)}"
         for name, what in (
@@ -63,8 +68,8 @@ def differences(one: MapSpec, other: MapSpec) -> list[str]:
     ]  # fmt: skip
     if not out:
         # Names of types may differ: what they mean decides.
-        for change in diff_map(one, other).changes:
-            if change.kind == "inferred":
+        for change in diff_map(_completed(one, other), _completed(other, one)).changes:
+            if change.kind in ("inferred", "unknown"):
                 continue
             what = f"{change.path}: {change.kind}, {change.old or 'nothing'} and {change.new or 'nothing'}"
             out.append(change.reason or what)
@@ -76,6 +81,11 @@ def differences(one: MapSpec, other: MapSpec) -> list[str]:
     if not out and one.tags != other.tags:
         out.append("the tags of the map")
     return out
+
+
+def _completed(spec: MapSpec, other: MapSpec) -> MapSpec:
+    key = other.key if spec.key is None else spec.key
+    return msgspec.structs.replace(spec, key=key, value=other.value if spec.value is None else spec.value)
 
 
 def _check_field(spec: MapSpec, path: str, rule: FieldRule) -> None:

@@ -21,7 +21,12 @@ from hitless.layout.members import overlapping, repeated
 from hitless.layout.model import Array, Field, Int, MapSpec, ObjectSpec, Ops, Order, ProgramSpec, Record, Type
 from hitless.layout.sections import program_type
 
-__all__ = ["MAP_TYPES", "STRUCT_OPS", "Binding", "Types", "for_old_libbpf", "needs_types", "read_btf", "read_object"]
+__all__ = [
+    "BYTES", "MAP_TYPES", "STRUCT_OPS", "Binding", "Types", "for_old_libbpf", "needs_types", "read_btf", "read_object",
+]  # fmt: skip
+
+BYTES = "bytes"
+"""What a manifest binds to a side of a map that is to be taken as it is: bytes that mean the same in both releases."""
 
 #: Names of the kernel's map types; the index is the number in ``enum bpf_map_type``.
 MAP_TYPES = (
@@ -102,7 +107,7 @@ class _Elf(NamedTuple):
 
 
 def read_object(
-    data: bytes, name: str, bindings: Mapping[str, Binding] | None = None, types: Dwarf | None = None
+    data: bytes, name: str, bindings: Mapping[str, Binding] | None = None, types: Dwarf | Types | None = None
 ) -> ObjectSpec:
     """Everything that an object file says about its maps and programs; ``name`` is used in messages and the spec.
 
@@ -496,7 +501,7 @@ def _finished(spec: MapSpec, elf: _Elf, btf: Btf, section: Section | None, where
 class Types:
     """What an object's maps can be bound to: types of its BTF, else its debug information, else those ``beside`` it."""
 
-    def __init__(self, btf: Btf, data: bytes, where: str, beside: Dwarf | None = None) -> None:
+    def __init__(self, btf: Btf, data: bytes, where: str, beside: Dwarf | Types | None = None) -> None:
         self.btf = btf
         self.beside = beside
         self._data = data
@@ -546,6 +551,8 @@ def _bind(spec: MapSpec, binding: Binding, types: Types, where: str) -> MapSpec:
     for side, type_name, size in wanted:
         if type_name is not None:
             made = types.find(type_name)
+            if made is None and type_name == BYTES:
+                made = Array(Int("__u8", 1, False), size)
             if made is None:
                 beside = ", nor in the types beside it" if types.beside else ""
                 raise bad(f"no type {type_name!r} in the object's BTF or debug information{beside}")

@@ -21,7 +21,7 @@ from hitless.kernel.libbpf import system_call
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
 from hitless.upgrade import attaching
-from hitless.upgrade.drift import with_ids
+from hitless.upgrade.drift import loaded_again, with_ids
 from hitless.upgrade.finish import finish
 from hitless.upgrade.model import PinnedProgram, Record, ReplacedProgram
 from hitless.upgrade.node import PUBLIC, Node
@@ -167,7 +167,7 @@ def renew(node: Node) -> None:
         if link is None or link.is_dead or noted is None or link.program_id in own:
             continue
         with Program.by_id(link.program_id) as program:
-            if program.info.tag != noted.tag:
+            if program.info.tag not in loaded_again(hook, record):
                 raise NodeError(
                     f"link {hook.link} runs program {program.info.id} ({program.info.name}, tag {program.info.tag}), "
                     f"and {record.version} has another there (tag {noted.tag}): the daemon's own loader has put "
@@ -177,7 +177,7 @@ def renew(node: Node) -> None:
                 )
             if seen[hook.program].id in own:
                 replaced.append(ReplacedProgram(noted.id, hook.program, record.generation, noted.tag))
-                seen[hook.program] = PinnedProgram(program.info.id, noted.tag)
+                seen[hook.program] = PinnedProgram(program.info.id, program.info.tag)
                 _pin_over(program, node.current / "progs" / hook.program)
                 for name, held in _new_variables(node, record, hook.program, program):
                     maps[name] = msgspec.structs.replace(maps[name], id=held.info.id)

@@ -26,10 +26,12 @@ from hitless.upgrade.places import Place, file_of, find_places, place_id
 from hitless.upgrade.record import map_pin
 
 __all__ = [
+    "EITHER_WAY",
     "expected_program",
     "half_done",
     "hook_problem",
     "interrupted",
+    "loaded_again",
     "missing",
     "other_pin",
     "public_problems",
@@ -41,6 +43,9 @@ __all__ = [
     "unhooked",
     "with_ids",
 ]
+
+EITHER_WAY = "cgroup_skb"
+"""The type of programs that run on links of one direction as on those of the other."""
 
 _ALIVE = {"map": is_alive, "prog": is_loaded}
 _WORDS = {"map": "map", "prog": "program"}
@@ -124,8 +129,8 @@ def strangers(directory: Path, record: Record) -> Iterator[Path]:
 def expected_program(hook: Hook, record: Record, pinned: Mapping[str, int], link: LinkInfo | None) -> int | None:
     """Id of the program that should run on ``hook``: what the record says, else what is ``pinned`` (ids by name).
 
-    Of struct_ops it is the map's. An adopted daemon's own loader may have loaded the same program once more, and put
-    that on its ``link``.
+    Of struct_ops it is the map's. An adopted daemon's own loader may have loaded its programs once more, and put one
+    of them on its ``link``.
     """
     if hook.hook == "struct_ops":
         return record.pinned_maps[hook.program].id
@@ -134,9 +139,19 @@ def expected_program(hook: Hook, record: Record, pinned: Mapping[str, int], link
         return pinned.get(hook.program)
     if record.public is not None and link is not None and link.program_id not in (0, noted.id):
         with suppress(KernelError), Program.by_id(link.program_id) as program:
-            if program.info.tag == noted.tag:
+            if program.info.tag in loaded_again(hook, record):
                 return link.program_id
     return noted.id
+
+
+def loaded_again(hook: Hook, record: Record) -> set[str]:
+    """The tags that a program may have which the daemon's own loader put on the hook: the record's, as a rule.
+
+    Kmesh's puts its program for outgoing packets on the link of incoming ones as well, at any restart.
+    """
+    alike = {name for name, spec in record.programs.items() if spec.type == EITHER_WAY} | {hook.program}
+    names = alike if record.programs[hook.program].type == EITHER_WAY else {hook.program}
+    return {one.tag for name, one in record.pinned_programs.items() if name in names}
 
 
 def target_id(hook: Hook, links: Path) -> int | None:

@@ -18,7 +18,7 @@ from hitless.bundle import Bundle
 from hitless.errors import NodeError
 from hitless.kernel.bpffs import move, unpin
 from hitless.kernel.libbpf import pinned_kind, system_call
-from hitless.kernel.maps import Map
+from hitless.kernel.maps import Map, create
 from hitless.layout import kmesh
 from hitless.public import version_number
 from hitless.upgrade.model import Record
@@ -28,6 +28,7 @@ from hitless.upgrade.record import map_pin, read_record
 __all__ = ["path_problems", "publish", "refuse_taken_paths", "same_object", "withdraw"]
 
 _BESIDE = "~hitless"
+_ARRAY = 2  # BPF_MAP_TYPE_ARRAY
 _KEY = bytes(4)
 
 
@@ -58,8 +59,22 @@ def publish(node: Node, record: Record, before: Record | None) -> None:
         _write(Path(record.public.snapshot), kmesh.dump({item.name: item for item in record.objects}))
     if record.public.version_map is not None:
         # Last: who starts now and finds its own version uses all the rest.
-        with Map.open(map_pin(node.current, record.public.version_map)) as held:
+        with _version_map(node, record, record.public.version_map) as held:
             held.update(_KEY, version_number(record.public.version).to_bytes(4, sys.byteorder))
+
+
+def _version_map(node: Node, record: Record, name: str) -> Map:
+    """The map of the version: one of the release's, or else one that the daemon itself makes where it looks for it."""
+    assert record.public is not None
+    pin = record.public.pin_of(name)
+    if name in record.maps or pin is None:
+        return Map.open(map_pin(node.current, name))
+    path = _absolute(node, pin)
+    if path.exists():
+        return Map.open(path)
+    made = create(_ARRAY, name, 4, 4, 1)
+    made.pin(path)
+    return made
 
 
 def withdraw(node: Node) -> list[Path]:

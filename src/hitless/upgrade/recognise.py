@@ -36,6 +36,7 @@ from hitless.layout.answers import answer
 from hitless.layout.diff import diff_map
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec
 from hitless.public import HOME, Public, version_number
+from hitless.upgrade.drift import EITHER_WAY
 from hitless.upgrade.model import HookPlan, Record
 from hitless.upgrade.places import Place, find_places
 from hitless.upgrade.plan import hook_at, hooks_of, new_hook
@@ -110,6 +111,7 @@ class _Look:
         self.noted: list[HookPlan] = []
         self.hooks: list[tuple[HookPlan, str]] = []
         self.programs: dict[str, Program] = {}  # of hooks, by name
+        self.instead: dict[str, str] = {}  # by link, the program that runs there and is another's
         self.running: dict[int, str] = {}  # all of hooks, by id: a pod's XDP program may have been loaded for it alone
 
     # Maps
@@ -234,7 +236,7 @@ class _Look:
         path = self.base / pin if pin is not None else None
         if path is not None and path.exists():
             link, held = Link.open(path), f"link at {path}"
-            why = self._why_not(place, link.info)
+            why = self._why_not(place, link.info) if self._runs_another(place, link) is None else None
             if why is not None:
                 self.questions.append(f"the link at {path} {why}: correct the pin of link {place.link}")
                 return
@@ -249,6 +251,11 @@ class _Look:
                 "pins it (pin = in its [[attach]]), or leave the hook out if this node has none"
             )
             return
+        if place.link in self.instead:
+            self.notes.append(
+                f"link {place.link} runs {self.instead[place.link]}, not {place.entry.program}: its loader put that "
+                "there, and an upgrade puts it right"
+            )
         self.links[place.link] = link
         self._take(hook_at(place, self.bundle.programs, "keep", expected=link.info.program_id), held)
 
@@ -264,6 +271,22 @@ class _Look:
             if program.info.name.encode() != in_kernel(entry.program):
                 return f"runs a program {program.info.name}, not {entry.program}"
         return None
+
+    def _runs_another(self, place: Place, link: Link) -> str | None:
+        """The release's other program that its loader has put on the link, as Kmesh does at any restart.
+
+        It is the right link all the same, and an upgrade puts the right program there.
+        """
+        wanted = self.bundle.programs[place.entry.program]
+        with Program.by_id(link.info.program_id) as program:
+            name = str(program.function)
+        spec = self.bundle.programs.get(name)
+        if spec is None or name == wanted.name or {spec.type, wanted.type} != {EITHER_WAY}:
+            return None
+        if (link.info.target_id, link.info.attach_type) != (place.id, place.entry.attach_type(wanted)):
+            return None
+        self.instead[place.link] = name
+        return name
 
     def _find_noted(self, place: Place) -> None:
         hook = self._adopted(place)
@@ -338,7 +361,8 @@ class _Look:
             assert hook.expected is not None
             with Program.by_id(hook.expected) as program:
                 tag = program.info.tag
-            if hook.program in tags and tags[hook.program] != tag:
+            known = {tags.get(hook.program), tags.get(self.instead.get(hook.link, hook.program))} - {None}
+            if known and tag not in known:
                 self.questions.append(
                     f"hook {hook.link} runs a program {hook.program} (tag {tag}) that is not the one of the bundle's "
                     f"object (tag {tags[hook.program]}): this bundle is not the release that runs; give that one, or, "
@@ -546,6 +570,8 @@ def describe(base: Path, into: Bundle) -> Bundle | None:
     public = into.public or Public(into.version)
     known = _layouts(public)
     paths: dict[str, str] = {}
+    if public.version_map in into.maps and (pin := public.pin_of(public.version_map)) is not None:
+        paths[public.version_map] = pin  # else it is no map of the release, but the daemon's own
     for name, rule in into.rules.items():
         if rule.was is not None and name in into.maps and not is_global(name):
             for was in (rule.was,) if isinstance(rule.was, str) else rule.was:
@@ -554,7 +580,7 @@ def describe(base: Path, into: Bundle) -> Bundle | None:
     paths |= {name: pin for name, pin in public.pins.items() if name not in paths}
     if public.maps is not None and (base / public.maps).is_dir():
         for path in sorted((base / public.maps).iterdir()):
-            if path.is_file() and path.name not in paths:
+            if path.is_file() and path.name not in paths and path.name != public.version_map:
                 paths[path.name] = f"{public.maps}/{path.name}"
     maps = {}
     for name, pin in paths.items():
@@ -590,7 +616,7 @@ def describe(base: Path, into: Bundle) -> Bundle | None:
     own = {name for item in variables for name in (one.name for one in item.programs)}
     rest = tuple(spec for name, spec in programs.items() if name not in own)
     specs = (ObjectSpec(_ADOPTED, tuple(maps.values()), rest), *variables)
-    version = _version(base, public, maps)
+    version = _version(base, public)
     return Bundle(
         path=base,
         name=into.name,
@@ -604,7 +630,6 @@ def describe(base: Path, into: Bundle) -> Bundle | None:
         public=msgspec.structs.replace(
             public, version=version, unproven="accept",
             pins={name: pin for name, pin in paths.items() if name in maps}, links=links,
-            version_map=public.version_map if public.version_map in maps else None,
         ),
     )  # fmt: skip
 
@@ -649,11 +674,10 @@ def _variables(
     return tuple(ObjectSpec(name, tuple(found.values()), tuple(users[name])) for name, found in sections.items())
 
 
-def _version(base: Path, public: Public, maps: Mapping[str, MapSpec]) -> str:
+def _version(base: Path, public: Public) -> str:
     """What the daemon itself says of its version: a number, of which its own text cannot be told."""
-    name = public.version_map
-    pin = public.pin_of(name) if name is not None and name in maps else None
-    if pin is None:
+    pin = public.pin_of(public.version_map) if public.version_map is not None else None
+    if pin is None or not (base / pin).exists():
         return "unknown"
     with Map.open(base / pin) as held:
         number = int.from_bytes(held.lookup(_FIRST) or b"", sys.byteorder)
