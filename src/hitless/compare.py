@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from hitless.carry import SectionWay, converts, losses, obstacle, refusals, section_way
+from hitless.carry import SectionWay, converts, fold_obstacles, losses, obstacle, refusals, section_way
 from hitless.errors import BundleError
 from hitless.groups import group_of, torn
 from hitless.layout.answers import answer
@@ -32,7 +32,7 @@ _GONE = ("removed", "needs-converter", "not-carried", "unknown")
 class Judged(msgspec.Struct, frozen=True):
     """One map: how it differs, both its definitions, and what an upgrade would lose of it.
 
-    ``old`` is None for an added map, and for a section whose variables were all in others; ``new`` for a removed one.
+    ``old`` is None for an added map, one that several were folded into, and for a section whose variables were all in others; ``new`` for a removed one.
     ``losses`` is empty if all its state survives; ``whole`` says that the loss is every entry. ``allowed`` says that
     somebody accepted that, by an option or by ``on_loss = "discard"``. ``note`` is what this version cannot keep though
     the layout did not change.
@@ -165,6 +165,10 @@ def _judge(
     if section is not None:
         whole = bool(section.losses) and not section.parts
         return Judged(diff, before, after, section.losses, whole, allowed)
+    if diff.parts and after is not None:
+        gone = tuple(f"all entries: {reason}" for reason in fold_obstacles(diff, was, after, rules))
+        note = "the functions of its converters were not run" if converts(diff, rules) and not gone else None
+        return Judged(diff, None, after, gone or tuple(phrases(losses(diff, rules))), bool(gone), allowed, note)
     by_user = converts(diff, rules)
     refused = refusals(diff, after, rules) if after is not None else ()
     note, whole = None, diff.verdict in _GONE and not by_user

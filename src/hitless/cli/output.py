@@ -189,7 +189,7 @@ def _headline(name: str, start_type: str, before: str | None, after: str, root: 
 
 
 def _show_maps(maps: Sequence[MapPlan]) -> None:
-    rows = [(m.action, f"{m.was} -> {m.name}" if m.was else m.name, _changes(m)) for m in maps]
+    rows = [(m.action, _renamed(m), _changes(m)) for m in maps]
     _table("maps", ("action", "map", "changes"), rows)
     for entry in maps:
         for loss in entry.loss:
@@ -201,6 +201,12 @@ def _show_maps(maps: Sequence[MapPlan]) -> None:
             click.echo(f"  {entry.name} is {entry.exactness}")
         for note in entry.notes:
             click.echo(f"  {entry.name}: {note}")
+
+
+def _renamed(entry: MapPlan) -> str:
+    if entry.sources:
+        return f"{' + '.join(entry.sources)} -> {entry.name}"
+    return f"{entry.was} -> {entry.name}" if entry.was else entry.name
 
 
 def _changes(entry: MapPlan) -> str:

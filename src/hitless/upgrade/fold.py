@@ -132,10 +132,11 @@ def _refuse_meeting(carriage: Carriage, keys: Rows, groups: Indices) -> None:
     meets = np.flatnonzero(np.diff(groups[order]) == 0)
     if not len(meets):
         return
-    pairs = [(keys[order[at]].tobytes().hex(), keys[order[at + 1]].tobytes().hex()) for at in meets[:_NAMED]]
-    shown = ", ".join(f"{one} and {other}" for one, other in pairs)
+    shown = carriage.translation.shown
+    pairs = [(shown(keys[order[at]]), shown(keys[order[at + 1]])) for at in meets[:_NAMED]]
+    first = ", ".join(f"{one} and {other}" for one, other in pairs)
     raise LossNotAllowedError(
-        f"map {carriage.name}: {len(meets)} old key(s) become a key that another has already (first: {shown}); the "
+        f"map {carriage.name}: {len(meets)} old key(s) become a key that another has already (first: {first}); the "
         'running release was left as it was; say what is to become of them: on_collision = "first", "last" or "merge"',
         maps=[carriage.name],
         count=len(meets),
