@@ -47,8 +47,8 @@ _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "program": {"type": str, "skip": bool},
     "attach": ATTACH_KEYS,
     "map": {
-        "was": (str, list), "from": dict, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str, "on_collision": str,
-        "on_loss": str, "group": str, "programs": str, "infer": bool, "field": dict, "slots": dict,
+"was": (str, list), "from": dict, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str,
+        "on_collision": str, "on_loss": str, "group": str, "programs": str, "infer": bool, "field": dict, "slots": dict,
         "pin": str,
     },
     "from": {"old_key": str, "old_value": str, "convert": str, "field": dict},
@@ -536,8 +536,8 @@ class _Reader:
             fields = dict(rules.fields)
             for at, said in own.get("field", {}).items():
                 self._check(said, "field of from", (*here, "field", at))
-                known = fields.get(at, FieldRule())
-                fields[at] = FieldRule(said.get("was", known.was), known.merge, said.get("default", known.default))
+                rule = fields.get(at, FieldRule())
+                fields[at] = FieldRule(said.get("was", rule.was), rule.merge, said.get("default", rule.default))
             bound: dict[str, Any] = {
                 "old_key": own.get("old_key", rules.old_key),
                 "old_value": own.get("old_value", rules.old_value),

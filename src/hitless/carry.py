@@ -251,7 +251,8 @@ def folded(new: MapSpec, rules: MapRules) -> Way:
     """How several maps are carried into one, if nothing bars it."""
     by_user = dict.fromkeys(own.function() for own in rules.sources.values() if own.function() is not None)
     method = ", ".join([*(name for name in by_user if name), "merge in the kernel"])
-    words = (_exactness(new, rules), _FOLDED[rules.on_collision or "error"], _NO_WAY_BACK % "the map that an entry came from cannot be told")
+    back = _NO_WAY_BACK % "the map that an entry came from cannot be told"
+    words = (_exactness(new, rules), _FOLDED[rules.on_collision or "error"], back)
     return Way("folded", method, "; ".join(words))
 
 
@@ -308,8 +309,8 @@ def mirrored(found: Way, old: MapSpec, new: MapSpec, diff: MapDiff) -> Way:
 
 
 _NO_WAY_BACK = (
-    "best-effort on the way back: %s, so that after a failed cutover the old map has what the old release wrote and not "
-    "what the new one did, and writes of this process meanwhile reach the new map only"
+    "best-effort on the way back: %s, so that after a failed cutover the old map has what the old release wrote and "
+    "not what the new one did, and writes of this process meanwhile reach the new map only"
 )
 
 _FOLDED = {

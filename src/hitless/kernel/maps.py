@@ -21,7 +21,9 @@ from hitless.layout.btf import Btf
 from hitless.layout.elf import MAP_TYPES
 from hitless.layout.model import MapSpec
 
-__all__ = ["ANY", "EXIST", "F_LOCK", "NOEXIST", "Entries", "Map", "MapInfo", "Rows", "create", "is_alive", "possible_cpus"]
+__all__ = [
+    "ANY", "EXIST", "F_LOCK", "NOEXIST", "Entries", "Map", "MapInfo", "Rows", "create", "is_alive", "possible_cpus",
+]  # fmt: skip
 
 ANY, NOEXIST, EXIST = 0, 1, 2
 

@@ -8,7 +8,8 @@ of zero, and later changes of each are brought in by the fields' policies.
 
 When an entry with a share is deleted while others of its key live on, the new entry stays. Under ``first`` and ``last``
 another takes its place, as if the entry had changed to that. Under ``merge`` its share is taken out of the sums; what
-it gave to other fields cannot be told from what the others gave, and stays.
+it gave to other fields cannot be told from what the others gave, and stays. When the last of its key is deleted the new
+entry goes too, if it holds just what that one gave; else only the sums go down.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def _fold(carriage: Carriage, leave_out: bool) -> int:
 
     lives_on = np.isin(of_gone, of_keys)
     forgotten = gone[~lives_on]
+    if policy == "merge":
+        forgotten = _alone(carriage, forgotten, of_gone[~lives_on])
     old = base.values[forgotten]
     _merge(carriage, Mode.DELETED, forgotten, base.keys[forgotten], old, old, True)
     left, of_left = gone[lives_on], of_gone[lives_on]
@@ -64,7 +67,7 @@ def _fold(carriage: Carriage, leave_out: bool) -> int:
         _take_out(carriage, left)
     else:
         inserted, left = _replace(carriage, left, of_left, (keys, values, of_keys), inserted)
-    for row in (*forgotten, *left):
+    for row in (*gone[~lives_on], *left):
         base.free(int(row), base.keys[row].tobytes())
     _merge(carriage, Mode.CHANGED, changed_rows, keys[changed], base.values[changed_rows], values[changed], leave_out)
     if len(inserted):
@@ -169,6 +172,29 @@ def _replace(
     carriage.unchecked.update(key.tobytes() for key in new_keys)
     carriage.merger.merge(Mode.CHANGED, places, keys[heirs], new_keys, before, now, values[heirs])
     return np.setdiff1d(inserted, heirs), np.setdiff1d(left, places)
+
+
+def _alone(carriage: Carriage, rows: Indices, groups: Indices) -> Indices:
+    """Of entries that are gone with all others of their keys, those that the new ones are all made of by now.
+
+    The shares of all others are taken out first, so that what the first of a key gave is left.
+    """
+    _, firsts = np.unique(groups, return_index=True)
+    _take_out(carriage, np.delete(rows, firsts))
+    first = rows[firsts]
+    keys, values = carriage.base.keys[first], carriage.base.values[first]
+    there = [carriage.target.lookup(key.tobytes()) for key in carriage.keys(keys)]
+    shares = carriage.convert(keys, values)
+    whole = np.array([_is_share(carriage, *pair) for pair in zip(there, shares, strict=True)], np.bool_)
+    _take_out(carriage, first[~whole])
+    return first[whole]
+
+
+def _is_share(carriage: Carriage, found: bytes | None, share: Rows) -> bool:
+    return found is not None and all(
+        found[leaf.offset : leaf.offset + leaf.size] == share[leaf.offset : leaf.offset + leaf.size].tobytes()
+        for leaf in carriage.leaves
+    )
 
 
 def _take_out(carriage: Carriage, rows: Indices) -> None:

@@ -375,7 +375,9 @@ def _whole_groups(plans: tuple[MapPlan, ...], current: Generation, bundle: Bundl
     old = {name: live.spec for name, live in current.maps.items()}
     groups = {
         plan.name: group_of(
-            next((old[was] for was in plan.olds if was in old), None), bundle.maps.get(plan.name), bundle.rules.get(plan.name, MapRules())
+            next((old[was] for was in plan.olds if was in old), None),
+            bundle.maps.get(plan.name),
+            bundle.rules.get(plan.name, MapRules()),
         )
         for plan in plans
         if plan.action != "create"
