@@ -212,7 +212,7 @@ def _split_refusal(diff: MapDiff, new: MapSpec, rules: MapRules) -> str | None:
     if answer(new.type).kind != "entries":
         return f"splitting a map of type {new.type} is not supported yet"
     if rules.function() is not None and ("array" in new.type or "percpu" in new.type):
-        return f"selecting the entries of a {new.type} is not supported yet: leave out convert, or take a hash"
+        return f"selecting entries for a map of type {new.type} is not supported yet: leave out convert, or take a hash"
     return None
 
 
