@@ -32,8 +32,8 @@ _GONE = ("removed", "needs-converter", "not-carried", "unknown")
 class Judged(msgspec.Struct, frozen=True):
     """One map: how it differs, both its definitions, and what an upgrade would lose of it.
 
-    ``old`` is None for an added map, for one that several were folded into, and for a section whose variables were all in
-    others; ``new`` for a removed one.
+    ``old`` is None for an added map, for one that several were folded into, and for a section whose variables were all
+    in others; ``new`` for a removed one.
     ``losses`` is empty if all its state survives; ``whole`` says that the loss is every entry. ``allowed`` says that
     somebody accepted that, by an option or by ``on_loss = "discard"``. ``note`` is what this version cannot keep though
     the layout did not change.

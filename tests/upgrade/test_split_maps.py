@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 import hitless
 from hitless.compare import compare
@@ -111,9 +113,9 @@ def test_entries_that_no_heir_takes_are_counted_and_refused_until_their_loss_is_
     filled(node, bundles, {1: (10, 1), 2: (20, 2), 3: (30, 3), 4: (40, 4)})
     before = everything(node)
     second = bundles("2.0", BY_KIND, KINDS, FUNCTIONS)
-    with pytest.raises(hitless.LossNotAllowedError, match="map service: 2 entries go to none of local, remote") as error:
+    with pytest.raises(hitless.LossNotAllowedError, match="map service: 2 entries go to none of local, remote") as seen:
         hitless.apply(node, second)
-    assert (error.value.facts["count"], error.value.facts["maps"]) == (2, ["service"])
+    assert (seen.value.facts["count"], seen.value.facts["maps"]) == (2, ["service"])
     assert everything(node) == before
     result = hitless.apply(node, second, allow_loss=["service"])
     assert sum(entry.lost for entry in result.maps) == 2
@@ -142,6 +144,48 @@ def test_an_entry_that_changes_sides_while_the_old_release_writes_is_in_one_map_
 
     hitless.apply(node, bundles("2.0", BY_KIND, KINDS, FUNCTIONS), progress=late)
     assert (hits(node, "local"), hits(node, "remote")) == ({2: 22, 3: 33}, {1: 11, 5: 50})
+
+
+writes = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 100), st.sampled_from([1, 2, None])), max_size=12)
+
+
+@given(start=writes, meanwhile=writes, late=writes)
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True,
+    database=None, phases=[Phase.generate],
+)  # fmt: skip
+def test_each_entry_is_where_the_old_release_left_it_whatever_it_writes_until_the_last_merge(
+    node: hitless.Node,
+    bundles: Folds,
+    start: list[tuple[int, int, int | None]],
+    meanwhile: list[tuple[int, int, int | None]],
+    late: list[tuple[int, int, int | None]],
+) -> None:
+    held = filled(node, bundles, {})
+    oracle: dict[int, tuple[int, int]] = {}
+
+    def write(todo: list[tuple[int, int, int | None]]) -> None:
+        for key, count, kind in todo:
+            if kind is None:
+                held.delete(number(key))
+                oracle.pop(key, None)
+            else:
+                held.update(number(key), value(count, kind))
+                oracle[key] = count, kind
+
+    write(start)
+
+    def in_the_merge(event: hitless.Progress) -> None:
+        if event.step == "merge":
+            write(late)
+
+    try:
+        second = bundles("2.0", BY_KIND, KINDS, FUNCTIONS)
+        hitless.apply(node, second, prepare=lambda _: write(meanwhile), progress=in_the_merge)
+        assert hits(node, "local") == {key: count for key, (count, kind) in oracle.items() if kind == 1}
+        assert hits(node, "remote") == {key: count for key, (count, kind) in oracle.items() if kind == 2}
+    finally:
+        hitless.unload(node)
 
 
 def test_an_entry_for_nobody_that_comes_after_the_cutover_has_the_upgrade_taken_back(
@@ -292,13 +336,14 @@ def seven(keys, old, new):
 def nine(keys, old, new):
     return new, keys == 9
 """
-SEVEN = '[map.seven]\nwas = "both"\nconvert = "converters:seven"\n[map.nine]\nwas = "both"\nconvert = "converters:nine"\n'
+SEVEN = "".join(f'[map.{name}]\nwas = "both"\nconvert = "converters:{name}"\n' for name in ("seven", "nine"))
 
 
 def test_no_increment_is_lost_while_maps_are_folded_and_split_again(
     node: hitless.Node, bundles: Folds, lab: Lab
 ) -> None:
-    two, one = (text.replace("key = 1;", "key = __builtin_bswap16(ctx->user_port);") for text in (COUNTING_TWO, COUNTING_ONE))
+    by_port = "key = __builtin_bswap16(ctx->user_port);"
+    two, one = (text.replace("key = 1;", by_port) for text in (COUNTING_TWO, COUNTING_ONE))
     first = bundles("1.0", two.replace("__u32 count", "__u64 count"), SEVEN, BY_PORT)
     second = bundles("2.0", one, '[map.both]\nwas = ["seven", "nine"]\n')
     hitless.apply(node, second)
