@@ -251,7 +251,13 @@ def folded(new: MapSpec, rules: MapRules) -> Way:
     """How several maps are carried into one, if nothing bars it."""
     by_user = dict.fromkeys(own.function() for own in rules.sources.values() if own.function() is not None)
     method = ", ".join([*(name for name in by_user if name), "merge in the kernel"])
-    back = _NO_WAY_BACK % "the map that an entry came from cannot be told"
+    back = _NO_WAY_BACK % "no map has a function back"
+    if any(own.function() is None or own.function("_back") is not None for own in rules.sources.values()):
+        back = (
+            "best-effort on the way back: after a failed cutover what the new release inserted, and what it wrote to "
+            "entries that several maps have together, stays behind; writes of this process meanwhile reach the new map "
+            "only"
+        )
     words = (_exactness(new, rules), _FOLDED[rules.on_collision or "error"], back)
     return Way("folded", method, "; ".join(words))
 

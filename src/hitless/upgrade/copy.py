@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -27,7 +28,9 @@ from hitless.upgrade.pace import Pace
 from hitless.upgrade.selected import Selected
 from hitless.upgrade.translate import Translation
 
-__all__ = ["CHUNK", "Carriage", "Staying", "carry_entries", "carry_in_kernel", "match_rows", "not_written", "rows_for"]
+__all__ = [
+    "CHUNK", "Carriage", "Staying", "carry_entries", "carry_in_kernel", "match_rows", "not_written", "rows_for",
+]  # fmt: skip
 
 CHUNK = 2048
 """Entries that one system call works through: a few milliseconds in which nothing else runs on this CPU."""
@@ -35,6 +38,13 @@ _SLACK = 64  # one row of so many is kept for keys that come and go
 _ROUNDS = 8  # of catching up before the cutover
 _FEW = 100  # differences that are not worth another round
 _SAMPLE = 1000  # entries by which differences are estimated
+
+
+class Known(Protocol):
+    """What an entry was when it was last converted."""
+
+    def get(self, key: bytes) -> bytes | None:
+        """Its value, or None."""
 
 
 class Carriage(msgspec.Struct):
@@ -65,7 +75,7 @@ class Carriage(msgspec.Struct):
     pace: Pace
     unchecked: set[bytes]
     going_back: bool = False
-    before: Base | None = None
+    before: Known | None = None
     shared: bool = False
 
     # As a carrier
