@@ -468,3 +468,29 @@ def test_a_map_that_is_folded_and_split_at_once_is_refused(bundles: Folds) -> No
     rules = '[map.flows]\nwas = ["tcp", "udp"]\n[map.more]\nwas = "tcp"\n'
     with pytest.raises(hitless.UnsupportedError, match="flows and more say that they were tcp"):
         bundles("2.0", more, rules)
+
+
+def test_keys_and_values_of_several_sizes_types_and_locks_come_together(node: hitless.Node, bundles: Folds) -> None:
+    locked = "struct locked { struct bpf_spin_lock lock; __u32 sum TAG(\"merge=sum\"); };\n"
+    old = locked + (
+        "struct plain { __u32 sum; };\nstruct short_key { __u32 addr; };\n"
+        "struct long_key { __u32 addr; __u64 port; };\n"
+        "MAP(one, LRU_HASH, 64, struct long_key, struct plain);\nMAP(two, HASH, 64, struct short_key, struct locked);\n"
+    )
+    new = locked + "struct short_key { __u32 addr; };\nMAP(all, HASH, 128, struct short_key, struct locked);\n"
+    hitless.apply(node, bundles("1.0", old))
+    for port, count in ((1, 5), (2, 6)):
+        node.map("one")[{"addr": 1, "port": port}] = {"sum": count}
+    for addr, count in ((1, 7), (2, 8)):
+        Map.open(node.root / "maps" / "two").update(number(addr), bytes(4) + number(count))
+    rules = '[map.all]\nwas = ["one", "two"]\non_collision = "merge"\non_loss = "discard"\n'
+    hitless.apply(node, bundles("2.0", new, rules))
+    assert {key["addr"]: entry["sum"] for key, entry in node.map("all").items()} == {1: 18, 2: 8}
+
+
+def test_elements_of_an_array_and_entries_of_a_hash_come_together(node: hitless.Node, bundles: Folds) -> None:
+    hitless.apply(node, bundles("1.0", "MAP(one, ARRAY, 3, __u32, __u64);\nMAP(two, HASH, 8, __u32, __u64);\n"))
+    node.map("one")[1] = 5
+    node.map("two")[9] = 7
+    hitless.apply(node, bundles("2.0", "MAP(all, HASH, 16, __u32, __u64);\n", '[map.all]\nwas = ["one", "two"]\n'))
+    assert dict(node.map("all").items()) == {0: 0, 1: 5, 2: 0, 9: 7}

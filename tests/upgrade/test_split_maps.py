@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import hitless
 from hitless.compare import compare
-from hitless.kernel.maps import Map
+from hitless.kernel.maps import Map, possible_cpus
 from meshd.demo.lab import Lab
 from tests.kills import kill_upgrade
 from tests.upgrade.conftest import Make, everything
@@ -409,3 +409,40 @@ def test_a_type_that_cannot_be_split_is_refused_by_name(
     new = text.format(kind, key, "one") + text.format(kind, key, "two")
     with pytest.raises(hitless.LossNotAllowedError, match=words):
         hitless.apply(node, bundles("2.0", new, rules, FUNCTIONS))
+
+
+def test_a_trie_is_split_by_functions_while_the_old_release_writes(node: hitless.Node, bundles: Folds) -> None:
+    text = (
+        "struct prefix { __u32 bits; __u8 addr[4]; };\nstruct { __uint(type, BPF_MAP_TYPE_LPM_TRIE);"
+        " __uint(max_entries, 64); __uint(map_flags, BPF_F_NO_PREALLOC); __type(key, struct prefix);"
+        ' __type(value, __u32); } all SEC(".maps");\n'
+    )
+    (types, declared) = text.split("\n")[:2]
+    hitless.apply(node, bundles("1.0", text))
+    held = Map.open(node.root / "maps" / "all")
+    for at in range(8):
+        held.update(number(8 + at) + bytes([at, 1, 1, 1]), number(at))
+
+    def late(event: hitless.Progress) -> None:
+        if event.step == "merge":
+            held.update(number(8) + bytes([0, 1, 1, 1]), number(101))
+            held.update(number(9) + bytes([1, 1, 1, 1]), number(102))
+            held.delete(number(10) + bytes([2, 1, 1, 1]))
+
+    new = "\n".join((types, declared.replace(" all ", " even "), declared.replace(" all ", " odd "), ""))
+    rules = "".join(f'[map.{name}]\nwas = "all"\nconvert = "converters:{name}"\n' for name in ("even", "odd"))
+    code = "".join(
+        f"def {name}(keys, old, new):\n    return new, old % 2 == {rest}\n" for rest, name in enumerate(("even", "odd"))
+    )
+    hitless.apply(node, bundles("2.0", new, rules, code), progress=late)
+    assert sorted(entry for _, entry in node.map("even").items()) == [4, 6, 102]
+    assert sorted(entry for _, entry in node.map("odd").items()) == [3, 5, 7, 101]
+
+
+def test_counts_of_each_processor_are_parted_by_fields(node: hitless.Node, bundles: Folds) -> None:
+    old = OLD.replace("HASH", "PERCPU_HASH")
+    hitless.apply(node, bundles("1.0", old))
+    node.map("service")[1] = [{"hits": cpu, "addr": 2 * cpu, "kind": 3} for cpu in range(possible_cpus())]
+    hitless.apply(node, bundles("2.0", BY_FIELDS.replace("HASH", "PERCPU_HASH"), FIELDS))
+    assert node.map("counts").get(1) == [{"hits": cpu} for cpu in range(possible_cpus())]
+    assert node.map("places").get(1) == [{"addr": 2 * cpu, "kind": 3} for cpu in range(possible_cpus())]

@@ -157,7 +157,7 @@ class _Folded(Carriage):
     def _turned(
         self, place: int, part: _Part, known: set[bytes], entries: tuple[Rows, Rows, Rows], pin: Path, fresh: bool
     ) -> Carriage:
-        """The carrier back to one of the maps; ``entries`` are new keys, the ``known`` ones, old keys and old values."""
+        """The carrier back to one of the maps; ``entries`` are new keys, which are ``known``, old keys and values."""
         keys, old_keys, old_values = entries
         source, name = _Owned(self.target, known), f"{self.name}_{part.name}"
         if fresh:
