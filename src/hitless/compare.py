@@ -122,6 +122,8 @@ def compare_sources(before: Source, after: Source, allow_loss: Collection[str] =
         if name not in was and name not in now:
             known = ", ".join(sorted({*was, *now}))
             raise BundleError(f"--allow-loss {name}: neither side has such a map; there are: {known}", map=name)
+    # What is split into others is named, as what is dropped, to say that something of it may go.
+    gone = [name for name, rule in after.rules.items() if rule.on_loss == "discard" and name not in now]
     diffs = diff_maps(list(was.values()), list(now.values()), after.rules)
     worst = max((diff.verdict for diff in diffs), key=_ORDER.index, default="identical")
     sections = {
@@ -129,7 +131,7 @@ def compare_sources(before: Source, after: Source, allow_loss: Collection[str] =
         for item in diff_sections(was.values(), now.values(), after.rules)
     }
     judged = tuple(
-        _judge(diff, was, now, after.rules.get(diff.name, MapRules()), allow_loss, sections.get(diff.name))
+        _judge(diff, was, now, after.rules.get(diff.name, MapRules()), (*allow_loss, *gone), sections.get(diff.name))
         for diff in diffs
     )
     return Comparison(before, after, worst, _whole_groups(judged, after.rules))

@@ -94,7 +94,9 @@ def test_a_field_that_no_heir_has_is_a_loss(node: hitless.Node, bundles: Folds, 
     assert [item.name for item in compare(str(tmp_path / "1.0"), str(tmp_path / "2.0")).lost] == ["counts", "places"]
     with pytest.raises(hitless.LossNotAllowedError, match="kind"):
         hitless.apply(node, second)
-    hitless.apply(node, second, allow_loss=["service"])
+    told = bundles("2.1", BY_FIELDS.replace(" __u32 kind;", ""), f'{FIELDS}[map.service]\non_loss = "discard"\n')
+    assert compare(str(tmp_path / "1.0"), str(tmp_path / "2.1")).lost == ()
+    hitless.apply(node, told)
 
 
 def test_functions_say_which_entries_are_whose(node: hitless.Node, bundles: Folds) -> None:
