@@ -47,7 +47,7 @@ _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "program": {"type": str, "skip": bool},
     "attach": ATTACH_KEYS,
     "map": {
-"was": (str, list), "from": dict, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str,
+        "was": (str, list), "from": dict, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str,
         "on_collision": str, "on_loss": str, "group": str, "programs": str, "infer": bool, "field": dict, "slots": dict,
         "pin": str,
     },

@@ -530,8 +530,8 @@ def describe(base: Path, into: Bundle) -> Bundle | None:
     known = _layouts(public)
     paths: dict[str, str] = {}
     for name, rule in into.rules.items():
-        if rule.was is not None and name in into.maps and not is_global(name):
-            for was in (rule.was,) if isinstance(rule.was, str) else rule.was:
+        if name in into.maps and not is_global(name):
+            for was in rule.sources or ((rule.was,) if rule.was is not None else ()):
                 if (pin := public.pin_of(was)) is not None:
                     paths[was] = pin
     paths |= {name: pin for name, pin in public.pins.items() if name not in paths}
