@@ -258,7 +258,7 @@ def folded(new: MapSpec, rules: MapRules) -> Way:
             "entries that several maps have together, stays behind; writes of this process meanwhile reach the new map "
             "only"
         )
-    words = (_exactness(new, rules), _FOLDED[rules.on_collision or "error"], back)
+    words = (_exactness(new, rules), _FOLDED[rules.on_collision or "error"], _IN_ORDER, back)
     return Way("folded", method, "; ".join(words))
 
 
@@ -313,6 +313,8 @@ def mirrored(found: Way, old: MapSpec, new: MapSpec, diff: MapDiff) -> Way:
         return found
     return Way("mirrored", "copy in the kernel, without a base: no program writes it")
 
+
+_IN_ORDER = "the maps are read in the order in which was lists them"
 
 _NO_WAY_BACK = (
     "best-effort on the way back: %s, so that after a failed cutover the old map has what the old release wrote and "

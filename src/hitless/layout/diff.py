@@ -201,7 +201,7 @@ def _fold(olds: Sequence[MapSpec], new: MapSpec, rules: MapRules) -> MapDiff:
         loss = f"of entries that have one key in {names}, all but the {rules.on_collision} that is read"
     parts = []
     for old in olds:
-        change = Change("", "folded", old.name, new.name, loss)
+        change = Change("", "folded", old.name, new.name, loss if old is olds[0] else None)
         parts.append(diff_map(old, new, rules.sources[old.name], change))
     verdict = max((part.verdict for part in parts), key=_WORST.index)
     changes = tuple(dict.fromkeys(change for part in parts for change in part.changes))
@@ -294,7 +294,7 @@ def diff_map(
     old = bind_old(old, rules)
     changes = _definition(old, new)
     was = old.name if old.name != new.name else None
-    if was:
+    if was and moved is None:
         changes.insert(0, Change("", "renamed", old.name, new.name))
     if moved is not None:
         changes.append(moved)

@@ -20,7 +20,7 @@ from hitless.upgrade.translate import Translation
 __all__ = ["Selected"]
 
 _NAMED = 3  # keys that an error names
-_ENTRY = "(entry)"  # what no path of a field is
+_LEFT = "entries that no map takes"
 
 
 class Selected(Map):
@@ -73,7 +73,7 @@ class Selected(Map):
                 keys=first,
             )
         if self.rivals is not None:
-            self._tally.lost |= {_ENTRY: count} if count else {}
+            self._tally.lost |= {_LEFT: count} if count else {}
 
     def takes(self, keys: Rows, values: Rows) -> npt.NDArray[np.bool_]:
         """Which of these entries are the heir's."""
