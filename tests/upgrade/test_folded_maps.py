@@ -431,6 +431,47 @@ def test_a_write_during_the_fold_stands_and_the_old_release_counts_on(node: hitl
     assert hits(node) == {1: 506, 9: 900}
 
 
+def test_what_comes_after_the_cutover_into_maps_that_were_empty_adds_to_what_new_programs_count(
+    node: hitless.Node, bundles: Folds
+) -> None:
+    ones, others = filled(node, bundles, {}, {})
+
+    def late(event: hitless.Progress) -> None:
+        if event.step == "merge":
+            with Map.open(node.next / "maps" / "flows") as new:
+                new.update(number(1), number(100, 8) + bytes(8))
+            ones.update(number(1), tcp(10))
+            others.update(number(2), udp(20))
+
+    hitless.apply(node, bundles("2.0", NEW, FOLD % "merge"), progress=late)
+    assert hits(node) == {1: 110, 2: 20}
+
+
+def test_a_new_map_without_room_for_the_entries_of_both_is_refused_before_anything_changed(
+    node: hitless.Node, bundles: Folds
+) -> None:
+    filled(node, bundles, dict.fromkeys(range(6), 1), dict.fromkeys(range(10, 16), 1))
+    small = NEW.replace("2048", "8")
+    with pytest.raises(hitless.LossNotAllowedError, match="maps tcp and udp have 12 entries, and release"):
+        hitless.apply(node, bundles("2.0", small, FOLD % "error"))
+    before = everything(node)
+    with pytest.raises(hitless.KernelError, match="E2BIG"):
+        hitless.apply(node, bundles("2.1", small, FOLD % "merge"))
+    assert everything(node) == before
+
+
+def test_a_map_that_keeps_its_name_takes_in_another_and_gives_it_back(node: hitless.Node, bundles: Folds) -> None:
+    filled(node, bundles, {1: 10}, {2: 20})
+    new = NEW.replace("MAP(flows,", "MAP(tcp,")
+    rules = BY_FUNCTIONS.replace("map.flows", "map.tcp")
+    planned = bundles("2.0", new, rules, FUNCTIONS)
+    hitless.apply(node, planned, planned=hitless.plan(node, planned))
+    assert {key: entry["hits"] for key, entry in node.map("tcp").items()} == {1: 10, 2: 20}
+    hitless.rollback(node)
+    assert {key: entry["hits"] for key, entry in node.map("tcp").items()} == {1: 10}
+    assert {key: entry["seen"] for key, entry in node.map("udp").items()} == {2: 20}
+
+
 def test_folding_into_another_type_of_map_is_refused_by_name(node: hitless.Node, bundles: Folds) -> None:
     filled(node, bundles, {1: 10}, {2: 20})
     with pytest.raises(hitless.LossNotAllowedError, match="folding several maps into one of type percpu_hash"):

@@ -314,6 +314,20 @@ def test_a_map_that_keeps_its_name_may_give_a_part_away(node: hitless.Node, bund
     assert [entry.action for entry in result.maps] == ["keep", "keep"]
 
 
+def test_a_map_that_gave_a_part_away_takes_it_in_again_and_gives_it_once_more(
+    node: hitless.Node, bundles: Folds
+) -> None:
+    filled(node, bundles, {1: (10, 1), 2: (20, 2)})
+    new = BY_KIND.replace("MAP(local,", "MAP(service,")
+    rules = KINDS.replace("[map.local]", "[map.service]")
+    hitless.apply(node, bundles("2.0", new, rules, FUNCTIONS))
+    for _ in range(2):
+        assert (hits(node, "service"), hits(node, "remote")) == ({1: 10}, {2: 20})
+        hitless.rollback(node)
+        assert hits(node, "service") == {1: 10, 2: 20}
+        hitless.rollback(node)
+
+
 @pytest.mark.parametrize("step", ["copy", "verify", "cutover", "merge", "commit"])
 def test_a_killed_split_is_finished_or_undone_and_no_entry_is_lost(
     node: hitless.Node, bundles: Folds, lab: Lab, tmp_path: Path, step: str

@@ -58,7 +58,7 @@ def refuse_overfull(node: Node, state: NodeState, bundle: Bundle, decided: Plan)
     for entry in decided.maps:
         if entry.action != "convert" or state.current is None or is_global(entry.name):
             continue
-        was, room = " and ".join(entry.olds), bundle.maps[entry.name].max_entries
+        room = bundle.maps[entry.name].max_entries
         if _may_be_fewer(entry, bundle.rules.get(entry.name, MapRules())):
             continue
         listed = entry.kind.startswith(("entries", "mirrored", "folded")) and "hash" in bundle.maps[entry.name].type
@@ -70,8 +70,9 @@ def refuse_overfull(node: Node, state: NodeState, bundle: Bundle, decided: Plan)
             with Map.open(node.current / "maps" / old) as live:
                 entries += _count(live, entry.kind)
         if entries > room and "lru" not in bundle.maps[entry.name].type:
+            who = f"maps {' and '.join(entry.olds)} have" if entry.sources else f"map {entry.olds[0]} has"
             raise LossNotAllowedError(
-                f"map {was} has {entries} entries, and release {bundle.version} has room for {room} "
+                f"{who} {entries} entries, and release {bundle.version} has room for {room} "
                 f"(max_entries of {entry.name}); nothing was changed: raise it, or delete entries first",
                 maps=[entry.name],
                 entries=entries,

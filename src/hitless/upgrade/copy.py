@@ -82,13 +82,15 @@ class Carriage(msgspec.Struct):
 
     def copy(self, progress: Callable[[int], None]) -> None:
         """See :class:`Carrier`: a pass over all entries, then rounds over what differs, while they help."""
+        from hitless.upgrade.fold import fold_round  # which builds on this module
+
         if self.in_kernel:
             self._copy_in_kernel(progress)
         elif self.translation.on_collision is not None:
             # Which entries become one only the whole map can tell, so that the first pass is a merge of all.
             with self.writing:
                 self.base.settle()
-            self.tally.copied = self.catch_up()
+            self.tally.copied = fold_round(self, filling=True)
             progress(self.tally.copied)
         else:
             self._copy_in_batches(progress)

@@ -14,33 +14,35 @@ entry goes too, if it holds just what that one gave; else only the sums go down.
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hitless.errors import LossNotAllowedError, VerifyError
+from hitless.errors import KernelError, LossNotAllowedError, VerifyError
 from hitless.kernel.base import Indices
 from hitless.kernel.maps import Rows
 from hitless.kernel.merger import Mode
 from hitless.layout.conversion import Leaf
-from hitless.upgrade.copy import Carriage, match_rows
+from hitless.upgrade.copy import CHUNK, Carriage, match_rows
 
 __all__ = ["fold_round", "verify_merged"]
 
 _NAMED = 3  # keys that an error names
 
 
-def fold_round(carriage: Carriage, last: bool = False) -> int:
+def fold_round(carriage: Carriage, last: bool = False, filling: bool = False) -> int:
     """One pass over source and base, as :func:`~hitless.upgrade.merge.merge_round`; returns how many entries differed.
 
-    Raises LossNotAllowedError if two keys meet and the rule is ``error``; then this pass has changed nothing.
+    ``filling``: it is the first copy, and no hook runs the new release. Raises LossNotAllowedError if two keys meet and
+    the rule is ``error``; then this pass has changed nothing.
     """
     with carriage.writing:
-        return _fold(carriage, not last and carriage.can_wait_for_room)
+        return _fold(carriage, not last and carriage.can_wait_for_room, filling)
 
 
-def _fold(carriage: Carriage, leave_out: bool) -> int:
+def _fold(carriage: Carriage, leave_out: bool, filling: bool) -> int:
     policy, base = carriage.translation.on_collision, carriage.base
     keys, values = _once(*carriage.source.entries())
     rows = np.flatnonzero(base.live[: base.used])
@@ -55,6 +57,8 @@ def _fold(carriage: Carriage, leave_out: bool) -> int:
     if policy in ("first", "last"):
         inserted = _without_company(inserted if policy == "first" else inserted[::-1], of_keys, of_keys[in_both])
     found = len(changed) + len(gone) + len(inserted)
+    if filling:
+        inserted = _write_alone(carriage, keys, values, inserted, of_keys)
 
     lives_on = np.isin(of_gone, of_keys)
     forgotten = gone[~lives_on]
@@ -151,6 +155,32 @@ def _without_company(rows: Indices, groups: Indices, taken: Indices) -> Indices:
     """The first of ``rows`` of each group, where no entry of the group has the place already."""
     free = rows[~np.isin(groups[rows], taken)]
     return free[np.sort(np.unique(groups[free], return_index=True)[1])]
+
+
+def _write_alone(carriage: Carriage, keys: Rows, values: Rows, inserted: Indices, groups: Indices) -> Indices:
+    """Write those that share their key with none in batches, for the first copy; returns the rest.
+
+    A kill before the cutover undoes the upgrade, so that entry and base need not come in one run.
+    """
+    single = np.bincount(groups)[groups[inserted]] == 1
+    alone, rest = inserted[single], [inserted[~single]]
+    for start in range(0, len(alone), CHUNK):
+        rows = alone[start : start + CHUNK]
+        new_keys, new_values = carriage.keys(keys[rows]), carriage.values(keys[rows], values[rows])
+        # What a dual write has set already is merged.
+        free = np.array([key.tobytes() not in carriage.unchecked for key in new_keys], np.bool_)
+        carriage.make_room(len(rows))
+        try:
+            carriage.target.write(new_keys[free], new_values[free])
+        except KernelError as error:
+            if error.facts["errno"] != errno.E2BIG:
+                raise
+            for key in new_keys[free]:  # what is not in the base must not be in the target either
+                carriage.target.delete(key.tobytes())
+            free[:] = False
+        carriage.base.append(keys[rows[free]], values[rows[free]])
+        rest.append(rows[~free])
+    return np.concatenate(rest)
 
 
 def _replace(

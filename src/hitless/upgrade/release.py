@@ -92,7 +92,8 @@ def _way_back(
     if len(became) <= 1:
         later = next(iter(became), name)
         rules = _way_back_of(name, spec, _arrived(name, later, arrival), mine)
-        return msgspec.structs.replace(rules, was=later if later != name else None)
+        split = bool(arrival.get(later, MapRules()).sources)  # then one that keeps its name has to say so
+        return msgspec.structs.replace(rules, was=later if later != name or split else None)
     # Several maps are to be one again. Unless each had some of the entries, every one has a part of each entry.
     came = {later: _arrived(name, later, arrival) for later in became}
     sources = {later: _way_back_of(name, spec, came[later], mine) for later in became}
