@@ -47,10 +47,12 @@ _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "program": {"type": str, "skip": bool},
     "attach": ATTACH_KEYS,
     "map": {
-        "was": str, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str, "on_collision": str,
-        "on_loss": str, "group": str, "programs": str, "infer": bool, "field": dict, "slots": dict,
+        "was": (str, list), "from": dict, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str,
+        "on_collision": str, "on_loss": str, "group": str, "programs": str, "infer": bool, "field": dict, "slots": dict,
         "pin": str,
     },
+    "from": {"old_key": str, "old_value": str, "convert": str, "field": dict},
+    "field of from": {"was": str, "default": (int, float)},
     "field": {"was": str, "merge": str, "default": (int, float)},
 }  # fmt: skip
 _REQUIRED = {"bundle": ("name", "version"), "object": ("file",), "types": ("file",), "attach": ATTACH_NEEDS}
@@ -287,7 +289,7 @@ class _Reader:
         maps = unite_maps(specs)
         programs = self._programs(specs)
         rules = {name: self._rules(entry, maps, name, objects) for name, entry in manifest.get("map", {}).items()}
-        self._check_one_heir(rules, maps)
+        self._check_heirs(rules, maps)
         attach = []
         for index, entry in enumerate(manifest.get("attach", [])):
             self._check(entry, "attach", ("attach", str(index)))
@@ -396,12 +398,6 @@ class _Reader:
         for key, value in table.items():
             if key not in known:
                 self.fail((*path, key), f"unknown key {key!r}; known here: {', '.join(known)}")
-            if kind == "map" and key == "was" and isinstance(value, list):
-                raise UnsupportedError(
-                    f"{self.where((*path, key))}: folding several maps into one is not supported yet: name the one "
-                    "whose entries matter most, and say by --allow-loss that those of the others may go",
-                    feature="map.was list",
-                )
             wanted = known[key]
             kinds = wanted if isinstance(wanted, tuple) else (wanted,)
             if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in kinds):
@@ -516,8 +512,9 @@ class _Reader:
             if merge not in (None, "keep", "sum", "max", "min", "or"):
                 self.fail((*path, "field", field, "merge"), f"merge is keep, sum, max, min or or, not {merge!r}")
             fields[field] = FieldRule(was=rule.get("was"), merge=merge, default=rule.get("default"))
+        was = entry.get("was")
         rules = MapRules(
-            was=entry.get("was"),
+            was=was if isinstance(was, str) else None,
             key=entry.get("key"),
             value=entry.get("value"),
             old_value=entry.get("old_value"),
@@ -533,27 +530,71 @@ class _Reader:
             programs=programs,
             slots=self._slots(entry.get("slots", {}), maps.get(name), objects, path),
         )
+        sources = self._sources(entry, rules, objects, path)
+        rules = msgspec.structs.replace(rules, sources=sources)
         if name in maps:
-            try:
-                check_rules(maps[name], rules)
-            except LayoutError as error:
-                field = error.facts.get("field")
-                self.fail((*path, "field", str(field)) if field else path, error.message)
+            for rule, at in ((rules, path), *((sources[one], (*path, "from", one)) for one in sources)):
+                try:
+                    check_rules(maps[name], rule)
+                except LayoutError as error:
+                    field = error.facts.get("field")
+                    self.fail((*at, "field", str(field)) if field else at, error.message)
         return rules
 
-    def _check_one_heir(self, rules: Mapping[str, MapRules], maps: Mapping[str, MapSpec]) -> None:
-        """The entries of an old map go to one new map; only variables are carried one by one."""
-        heirs: dict[str, str] = {}
+    def _sources(
+        self, entry: Mapping[str, Any], rules: MapRules, objects: Iterable[BundleObject], path: tuple[str, ...]
+    ) -> dict[str, MapRules]:
+        """The rules for each map of a list ``was``: those of the map, with what ``from`` says of that source."""
+        was, tables = entry.get("was"), entry.get("from", {})
+        names = was if isinstance(was, list) else []
+        if isinstance(was, list) and (not names or not all(isinstance(one, str) for one in names)):
+            self.fail((*path, "was"), "was is the old name of the map, or a list of those that are folded into it")
+        if len(set(names)) < len(names):
+            self.fail((*path, "was"), f"was names a map twice: {', '.join(names)}")
+        for one in tables:
+            if one not in names:
+                known = ", ".join(names) or 'none, since was is no list: was = ["A", "B"]'
+                self.fail((*path, "from", one), f"from is for the maps that are folded into {path[-1]}: {known}")
+        out = {}
+        for one in names:
+            here, own = (*path, "from", one), tables.get(one, {})
+            self._check(own, "from", here)
+            fields = dict(rules.fields)
+            for at, said in own.get("field", {}).items():
+                self._check(said, "field of from", (*here, "field", at))
+                rule = fields.get(at, FieldRule())
+                fields[at] = FieldRule(said.get("was", rule.was), rule.merge, said.get("default", rule.default))
+            bound: dict[str, Any] = {
+                "old_key": own.get("old_key", rules.old_key),
+                "old_value": own.get("old_value", rules.old_value),
+                "old_key_type": self._old_type(own, "old_key", objects, here) or rules.old_key_type,
+                "old_value_type": self._old_type(own, "old_value", objects, here) or rules.old_value_type,
+            }
+            if "convert" in own:
+                bound |= {"convert": own["convert"], "functions": self._functions(own["convert"], here)}
+            out[one] = msgspec.structs.replace(rules, was=one, fields=fields, apart=True, **bound)
+        return out
+
+    def _check_heirs(self, rules: Mapping[str, MapRules], maps: Mapping[str, MapSpec]) -> None:
+        """An old map may be split or folded with others, and not both; variables are carried one by one."""
+        heirs: dict[str, list[str]] = {}
         for name, rule in rules.items():
-            if rule.was is None or name not in maps or section_of(maps[name]) is not None:
+            if name not in maps:
                 continue
-            other = heirs.setdefault(rule.was, name)
-            if other != name:
+            if section_of(maps[name]) is not None:
+                if rule.sources:
+                    words = f"{name} holds variables, which come one by one from where their own was says"
+                    self.fail(("map", name, "was"), f"{words}: no maps are folded into it")
+                continue
+            for was in rule.sources or ((rule.was,) if rule.was is not None else ()):
+                heirs.setdefault(was, []).append(name)
+        for was, names in heirs.items():
+            if len(names) > 1 and any(rules[name].sources for name in names):
                 raise UnsupportedError(
-                    f"{self.where(('map', name, 'was'))}: {other} and {name} both say was = \"{rule.was}\": splitting "
-                    "a map is not supported, its entries go to one map: leave out one of the two",
-                    feature="map split",
-                    maps=[other, name],
+                    f"{self.where(('map', names[-1], 'was'))}: {' and '.join(names)} say that they were {was}: folding "
+                    "a map with others and splitting it at once is not supported: do one of it in a release before",
+                    feature="map folded and split",
+                    maps=names,
                 )
 
     def _slots(

@@ -10,15 +10,15 @@ import msgspec
 
 from hitless.layout.answers import answer
 from hitless.layout.conversion import Move, leaves
-from hitless.layout.diff import Change, MapDiff, diff_inner, diff_map
+from hitless.layout.diff import Change, MapDiff, diff_inner, diff_map, sources_of
 from hitless.layout.members import SPECIAL, lock_offset
 from hitless.layout.model import Array, MapSpec, Pointer, Record, Type
 from hitless.layout.rules import FieldRule, MapRules, inner_rules, inner_spec
 from hitless.layout.variables import Pair, Part, SectionDiff, make_part
 
 __all__ = [
-    "CGROUP_STORAGE", "VISITED", "SectionWay", "Way", "converts", "emptied", "is_global", "losses", "mirrored",
-    "obstacle", "refusals", "section_way", "translated", "visiting", "way",
+    "CGROUP_STORAGE", "VISITED", "SectionWay", "Way", "converts", "emptied", "fold_obstacles", "folded", "is_global",
+    "is_split", "losses", "mirrored", "obstacle", "refusals", "section_way", "translated", "visiting", "way",
 ]  # fmt: skip
 
 #: Storage that the kernel gives a program when it is attached to a cgroup, and that an update of the link leaves to its
@@ -173,6 +173,9 @@ _WAYS: dict[str, Callable[[MapSpec, MapSpec, MapRules, Container[str]], Way]] = 
 
 def converts(diff: MapDiff, rules: MapRules) -> bool:
     """Whether the map's entries are for the user's converter: where no layout changed, there is nothing to convert."""
+    if diff.parts:
+        parts = zip(sources_of(diff), diff.parts, strict=True)
+        return any(converts(part, rules.sources[was]) for was, part in parts)
     return rules.convert is not None and diff.verdict in ("lossless", "lossy", "needs-converter")
 
 
@@ -180,6 +183,8 @@ def refusals(diff: MapDiff, new: MapSpec, rules: MapRules) -> tuple[str, ...]:
     """Why the rules of the manifest cannot carry this map, although it could be read and written."""
     if _folds(diff, rules) and new.type not in _FOLDING:
         return (f"keys of a {new.type} map of which two may become one are not supported yet",)
+    if is_split(diff) and (refused := _split_refusal(diff, new, rules)):
+        return (refused,)
     if not converts(diff, rules):
         return ()
     if answer(new.type).kind not in ("", "entries"):
@@ -195,8 +200,73 @@ def refusals(diff: MapDiff, new: MapSpec, rules: MapRules) -> tuple[str, ...]:
     )
 
 
+def is_split(diff: MapDiff) -> bool:
+    """Whether the old map has several heirs, of which this is one."""
+    return any(change.kind == "split" for change in diff.changes)
+
+
+def _split_refusal(diff: MapDiff, new: MapSpec, rules: MapRules) -> str | None:
+    if rules.apart and rules.function() is None:
+        missing = f"no function {rules.convert.partition(':')[2]}_back" if rules.convert else "no converter"
+        return f"only a function can tell which entries of {diff.was} were of {new.name}, and there is {missing}"
+    if answer(new.type).kind != "entries":
+        return f"splitting a map of type {new.type} is not supported yet"
+    if rules.function() is not None and ("array" in new.type or "percpu" in new.type):
+        return f"selecting entries for a map of type {new.type} is not supported yet: leave out convert, or take a hash"
+    return None
+
+
+def fold_obstacles(diff: MapDiff, old: Mapping[str, MapSpec], new: MapSpec, rules: MapRules) -> tuple[str, ...]:
+    """Why the maps of ``diff.parts`` cannot be folded into one; ``old`` has them by name, ``rules`` are the map's."""
+    if new.type not in _FOLDING:
+        return (f"folding several maps into one of type {new.type} is not supported yet",)
+    out = []
+    for source, part in zip(sources_of(diff), diff.parts, strict=True):
+        own = rules.sources[source]
+        found = [*refusals(part, new, own)]
+        if part.verdict not in ("lossless", "lossy") and not converts(part, own):
+            found += [change.reason for change in part.changes if change.reason] or [part.verdict]
+        elif missing := obstacle(old[source], new, own):
+            found.append(missing)
+        elif rules.on_collision == "merge":
+            found += _wins_by_absence(part, new, own)
+        out += [f"{source}: {reason}" for reason in found]
+    return tuple(dict.fromkeys(out))
+
+
+def _wins_by_absence(part: MapDiff, new: MapSpec, rules: MapRules) -> list[str]:
+    """Fields that the old map lacks, and that its entries would set to 0 where they meet those of another."""
+    if part.value is None or new.value is None or rules.convert is not None:
+        return []
+    reached = part.value.written()
+    return [
+        f"it has no {leaf.path}, whose policy is {leaf.merge}, so that 0 would come of it: give it a converter"
+        for leaf in leaves(new.value, rules, new.tags)
+        if (leaf.merge == "min" or (leaf.merge == "max" and leaf.signed))
+        and not any(reached[leaf.offset : leaf.offset + leaf.size])
+    ]
+
+
+def folded(new: MapSpec, rules: MapRules) -> Way:
+    """How several maps are carried into one, if nothing bars it."""
+    by_user = dict.fromkeys(own.function() for own in rules.sources.values() if own.function() is not None)
+    method = ", ".join([*(name for name in by_user if name), "merge in the kernel"])
+    back = _NO_WAY_BACK % "no map has a function back"
+    if any(own.function() is None or own.function("_back") is not None for own in rules.sources.values()):
+        back = (
+            "best-effort on the way back: after a failed cutover what the new release inserted, and what it wrote to "
+            "entries that several maps have together, stays behind; writes of this process meanwhile reach the new map "
+            "only"
+        )
+    words = (_exactness(new, rules), _FOLDED[rules.on_collision or "error"], _IN_ORDER, back)
+    return Way("folded", method, "; ".join(words))
+
+
 def losses(diff: MapDiff, rules: MapRules) -> tuple[Change, ...]:
     """The changes by which entries that are carried lose something; what a converter answers for loses nothing."""
+    if diff.parts:
+        parts = zip(sources_of(diff), diff.parts, strict=True)
+        return tuple(dict.fromkeys(lost for was, part in parts for lost in losses(part, rules.sources[was])))
     lost = (change for change in diff.changes if change.loss)
     return tuple(change for change in lost if rules.convert is None or not _answers(change, diff, rules))
 
@@ -216,16 +286,22 @@ def _folds(diff: MapDiff, rules: MapRules) -> bool:
 def translated(found: Way, diff: MapDiff, rules: MapRules) -> Way:
     """``found``, with what is to be said of a map whose keys may become one, or which a user's functions convert."""
     folds, by_user = _folds(diff, rules), converts(diff, rules)
-    if not folds and not by_user:
+    if not folds and not by_user and not is_split(diff):
         return found
     words = [_FOLDED[rules.on_collision or "error"]] if folds else []
+    if is_split(diff):
+        words.append(
+            "writes of this process meanwhile reach the new map only, since what they make of the old one would become "
+            "entries of the other maps as well"
+        )
+        if by_user:
+            words.append("an entry that no map takes is lost: refused, or taken back after the cutover, if not allowed")
+        if not folds and not by_user:
+            return Way("entries", "batch copy, merge in the kernel", "; ".join((found.exactness, *words)))
     if folds or rules.function("_back") is None:
         missing = f"there is no {(rules.convert or '').partition(':')[2]}_back"
         why = "their old keys cannot be told" if folds else missing
-        words.append(
-            f"best-effort on the way back: {why}, so that after a failed cutover the old map has what the old release "
-            "wrote and not what the new one did, and writes of this process meanwhile reach the new map only"
-        )
+        words.append(_NO_WAY_BACK % why)
     merge = "merge in the kernel"
     method = f"{rules.function()} in batches, {merge}" if by_user else merge
     return Way("entries", method, "; ".join((found.exactness, *words)))
@@ -237,6 +313,13 @@ def mirrored(found: Way, old: MapSpec, new: MapSpec, diff: MapDiff) -> Way:
         return found
     return Way("mirrored", "copy in the kernel, without a base: no program writes it")
 
+
+_IN_ORDER = "the maps are read in the order in which was lists them"
+
+_NO_WAY_BACK = (
+    "best-effort on the way back: %s, so that after a failed cutover the old map has what the old release wrote and "
+    "not what the new one did, and writes of this process meanwhile reach the new map only"
+)
 
 _FOLDED = {
     "error": "refused before the cutover, and taken back after it, when two entries become one",

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from hitless.carry import SectionWay, converts, losses, obstacle, refusals, section_way
+from hitless.carry import SectionWay, converts, fold_obstacles, losses, obstacle, refusals, section_way
 from hitless.errors import BundleError
 from hitless.groups import group_of, torn
 from hitless.layout.answers import answer
@@ -32,7 +32,8 @@ _GONE = ("removed", "needs-converter", "not-carried", "unknown")
 class Judged(msgspec.Struct, frozen=True):
     """One map: how it differs, both its definitions, and what an upgrade would lose of it.
 
-    ``old`` is None for an added map, and for a section whose variables were all in others; ``new`` for a removed one.
+    ``old`` is None for an added map, for one that several were folded into, and for a section whose variables were all
+    in others; ``new`` for a removed one.
     ``losses`` is empty if all its state survives; ``whole`` says that the loss is every entry. ``allowed`` says that
     somebody accepted that, by an option or by ``on_loss = "discard"``. ``note`` is what this version cannot keep though
     the layout did not change.
@@ -121,6 +122,8 @@ def compare_sources(before: Source, after: Source, allow_loss: Collection[str] =
         if name not in was and name not in now:
             known = ", ".join(sorted({*was, *now}))
             raise BundleError(f"--allow-loss {name}: neither side has such a map; there are: {known}", map=name)
+    # What is split into others is named, as what is dropped, to say that something of it may go.
+    gone = [name for name, rule in after.rules.items() if rule.on_loss == "discard" and name not in now]
     diffs = diff_maps(list(was.values()), list(now.values()), after.rules)
     worst = max((diff.verdict for diff in diffs), key=_ORDER.index, default="identical")
     sections = {
@@ -128,7 +131,7 @@ def compare_sources(before: Source, after: Source, allow_loss: Collection[str] =
         for item in diff_sections(was.values(), now.values(), after.rules)
     }
     judged = tuple(
-        _judge(diff, was, now, after.rules.get(diff.name, MapRules()), allow_loss, sections.get(diff.name))
+        _judge(diff, was, now, after.rules.get(diff.name, MapRules()), (*allow_loss, *gone), sections.get(diff.name))
         for diff in diffs
     )
     return Comparison(before, after, worst, _whole_groups(judged, after.rules))
@@ -165,6 +168,10 @@ def _judge(
     if section is not None:
         whole = bool(section.losses) and not section.parts
         return Judged(diff, before, after, section.losses, whole, allowed)
+    if diff.parts and after is not None:
+        gone = tuple(f"all entries: {reason}" for reason in fold_obstacles(diff, was, after, rules))
+        note = "the functions of its converters were not run" if converts(diff, rules) and not gone else None
+        return Judged(diff, None, after, gone or tuple(phrases(losses(diff, rules))), bool(gone), allowed, note)
     by_user = converts(diff, rules)
     refused = refusals(diff, after, rules) if after is not None else ()
     note, whole = None, diff.verdict in _GONE and not by_user

@@ -47,6 +47,7 @@ _IDS = """IDS = {b"web": 7, b"db": 9}
 """
 _VALUES = {1: {"a": 1, "b": 2}, 2: {"a": 3, "b": 4}}
 _PLAIN = {1: 10, 2: 20}
+_SIZED = {1: {"size": 3, "bytes": b"abc" + bytes(253)}, 2: {"size": 200, "bytes": b"x" * 200 + bytes(56)}}
 
 CHANGES = (
     Kind("field appended", "appended", "lossless", {"m": {1: {"a": 7}}}, {"m": {1: {"a": 7, "b": 0}}}),
@@ -105,18 +106,41 @@ CHANGES = (
     Kind("all maps renamed", "maps_renamed", "identical",
          {"service": _PLAIN, "endpoint": {3: 30}}, {"km_service": _PLAIN, "km_endpoint": {3: 30}},
          '[map.km_service]\nwas = "service"\n[map.km_endpoint]\nwas = "endpoint"\n'),
-    Kind("map split in two", "split", "removed", {"both": _VALUES},
-         rules='[map.first]\nwas = "both"\n[map.second]\nwas = "both"\n', refused="both say was"),
+    Kind("map split in two, by fields", "split", "lossless", {"both": _VALUES},
+         {"first": {1: {"a": 1}, 2: {"a": 3}}, "second": {1: {"b": 2}, 2: {"b": 4}}},
+         '[map.first]\nwas = "both"\n[map.second]\nwas = "both"\n'),
     Kind("map split in two, one part carried", "split", "lossy", {"both": _VALUES},
          {"first": {1: {"a": 1}, 2: {"a": 3}}, "second": {}}, '[map.first]\nwas = "both"\n', allow_loss=("both",)),
-    Kind("two maps folded into one", "folded", "removed", {"first": {1: 10}, "second": {2: 20}},
-         rules='[map.both]\nwas = ["first", "second"]\n', refused="folding several maps into one"),
+    Kind("two maps folded into one", "folded", "lossless", {"first": {1: 10}, "second": {2: 20}},
+         {"both": {1: 10, 2: 20}}, '[map.both]\nwas = ["first", "second"]\n'),
+    Kind("two maps folded into one, keys meet", "folded", "lossless",
+         {"first": {1: 10, 3: 30}, "second": {1: 5, 2: 20}}, {"both": {1: 15, 2: 20, 3: 30}},
+         '[map.both]\nwas = ["first", "second"]\non_collision = "merge"\n[map.both.field.value]\nmerge = "sum"\n'),
+    Kind("two maps folded into one, keys meet, nothing said", "folded", "lossless",
+         {"first": {1: 10}, "second": {1: 5}}, rules='[map.both]\nwas = ["first", "second"]\n',
+         refused="first 01000000 and second 01000000"),
+    Kind("two maps folded into one, each by a function", "folded", "lossless",
+         {"first": {1: 10}, "second": {2: 20}}, {"both": {1: 1010, 2: 2020}},
+         '[map.both]\nwas = ["first", "second"]\nconvert = "converters:one"\n'
+         '[map.both.from.second]\nconvert = "converters:two"\n',
+         converters="def one(keys, old, new):\n    return old + 1000\n\n\n"
+         "def two(keys, old, new):\n    return old + 2000\n"),
     Kind("map to global variables", "into_variables", "lossless", {"config": {0: {"log_level": 3, "node_ip": 10}}},
          {"new.data": {0: {"node_ip": 10, "log_level": 3}}}, '[map."new.data"]\nwas = "config"\n'),
-    Kind("hash to several sized hashes", "sized_hashes", "removed", {"all": {1: {"bytes": b"x" * 256}}},
-         refused="all loses: all entries"),
-    Kind("hash to sized hashes, into the largest", "sized_hashes", "added", {"all": {1: {"bytes": b"x" * 256}}},
-         {"map_of_64": {}, "map_of_256": {1: {"bytes": b"x" * 256}}}, '[map.map_of_256]\nwas = "all"\n'),
+    Kind("hash to several sized hashes", "sized_hashes", "lossy", {"all": _SIZED},
+         {"map_of_64": {1: {"size": 3, "bytes": b"abc" + bytes(61)}}, "map_of_256": {2: _SIZED[2]}},
+         '[map.map_of_64]\nwas = "all"\nconvert = "converters:small"\n'
+         '[map.map_of_256]\nwas = "all"\nconvert = "converters:large"\n',
+         converters="def small(keys, old, new):\n    return new, old['size'] <= 64\n\n\n"
+         "def large(keys, old, new):\n    return new, old['size'] > 64\n"),
+    Kind("hash to sized hashes, an entry that none takes", "sized_hashes", "lossy", {"all": _SIZED},
+         rules='[map.map_of_64]\nwas = "all"\nconvert = "converters:small"\n'
+         '[map.map_of_256]\nwas = "all"\nconvert = "converters:large"\n',
+         converters="def small(keys, old, new):\n    return new, old['size'] <= 64\n\n\n"
+         "def large(keys, old, new):\n    return new, old['size'] > 200\n",
+         refused="1 entries go to none of map_of_64, map_of_256"),
+    Kind("hash to sized hashes, into the largest", "sized_hashes", "added", {"all": _SIZED},
+         {"map_of_64": {}, "map_of_256": _SIZED}, '[map.map_of_256]\nwas = "all"\n'),
     Kind("max_entries and flags only", "room", "lossless", {"m": _PLAIN}, {"m": _PLAIN}),
     Kind("ring buffer resized", "ring_resized", "lossless", {"m": _PLAIN}, {"m": _PLAIN}),
     Kind("types lost, bytes unchanged", "types_lost", "identical", {"m": _VALUES}, {"m": _VALUES},

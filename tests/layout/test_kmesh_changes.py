@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from hitless.layout.conversion import Records, collisions
-from hitless.layout.diff import Change, MapDiff, diff_map, diff_maps, draft
+from hitless.layout.diff import Change, MapDiff, diff_map, diff_maps, draft, sources_of
 from hitless.layout.elf import Binding, read_object
 from hitless.layout.model import MapSpec, ObjectSpec
-from hitless.layout.rules import FieldRule, MapRules
+from hitless.layout.rules import FieldRule, MapRules, OnCollision
 from hitless.layout.structured import Structured, convert
 
 Compare = Callable[..., MapDiff]
@@ -266,9 +266,47 @@ def test_a_map_is_split(a_map: MakeMap) -> None:
     ]
     *added, gone = diff_maps([old], parts)
     assert ([diff.verdict for diff in added], gone.verdict) == (["added", "added"], "removed")
-    assert gone.changes[0].hint == "if its entries are split among a, b, a converter has to say which goes where"
+    assert gone.changes[0].hint == 'if its entries are split among a, b, say was = "both" for each of them'
     carried_part = diff_maps([old], parts, {"a": MapRules(was="both")})[0]
     assert carried(carried_part, struct.pack("<II", 1, 2)) == [struct.pack("<I", 1)]
+    assert carried_part.verdict == "lossy"
+    first, second = diff_maps([old], parts, {name: MapRules(was="both") for name in ("a", "b")})
+    assert (first.verdict, second.verdict, first.was, second.was) == ("lossless", "lossless", "both", "both")
+    assert Change("", "split", "both", "a, b") in first.changes
+    assert carried(first, struct.pack("<II", 1, 2)) == [struct.pack("<I", 1)]
+    assert carried(second, struct.pack("<II", 1, 2)) == [struct.pack("<I", 2)]
+
+
+def test_a_field_is_lost_where_one_that_has_it_may_get_just_some_of_the_entries(a_map: MakeMap) -> None:
+    old = msgspec.structs.replace(a_map("struct value { __u32 a; __u32 b; };"), name="both")
+    parts = [
+        msgspec.structs.replace(a_map(f"struct value {{ __u32 {name}; }};"), name=name) for name in ("a", "b")
+    ]
+    by_user = MapRules(was="both", convert="converters:b", functions=("b",))
+    first, second = diff_maps([old], parts, {"a": MapRules(was="both"), "b": by_user})
+    assert [change.loss for change in first.changes if change.loss] == ["b is dropped"]
+    assert second.verdict == "lossless"
+
+
+def test_parts_of_a_field_are_lost_unless_one_map_has_the_whole_of_it(a_map: MakeMap) -> None:
+    inner = "struct inner { __u32 x; __u32 y; }; "
+    old = msgspec.structs.replace(a_map(inner + "struct value { struct inner in; __u32 a; };"), name="both")
+    half = "struct inner { __u32 x; }; struct value { struct inner in; };"
+    parts = [
+        msgspec.structs.replace(a_map(text), name=name)
+        for name, text in (("a", "struct value { __u32 a; };"), ("b", half))
+    ]
+    rules = {name: MapRules(was="both") for name in ("a", "b")}
+    first, second = diff_maps([old], parts, rules)
+    assert [change.path for change in first.changes if change.loss] == []
+    assert [change.path for change in second.changes if change.loss] == ["in.y"]
+
+
+def test_a_map_that_is_split_is_carried_even_where_nothing_else_changed(a_map: MakeMap) -> None:
+    old = a_map("struct value { __u32 a; };")
+    parts = [msgspec.structs.replace(old, name=name) for name in ("m", "n")]
+    diffs = diff_maps([old], parts, {name: MapRules(was="m") for name in ("m", "n")})
+    assert [(diff.name, diff.was, diff.verdict) for diff in diffs] == [("m", None, "lossless"), ("n", "m", "lossless")]
 
 
 def test_two_maps_are_folded_into_one(a_map: MakeMap) -> None:
@@ -279,7 +317,36 @@ def test_two_maps_are_folded_into_one(a_map: MakeMap) -> None:
     kept, gone = diff_maps([first, second], [both], {"both": MapRules(was="a")})
     assert carried(kept, struct.pack("<I", 1)) == [struct.pack("<II", 1, 0)]
     assert gone.verdict == "removed"
-    assert gone.changes[0].hint == "if its entries are folded into both, a converter has to say how"
+    assert gone.changes[0].hint == 'if its entries are folded into both, say so: [map.both] was = ["a", "b"]'
+    rules = MapRules(sources={name: MapRules(was=name) for name in ("a", "b", "never")})
+    (folded,) = diff_maps([first, second], [both], {"both": rules})
+    assert (folded.verdict, folded.was, sources_of(folded)) == ("lossless", None, ("a", "b"))
+    one, other = folded.parts
+    assert carried(one, struct.pack("<I", 1)) == [struct.pack("<II", 1, 0)]
+    assert carried(other, struct.pack("<I", 2)) == [struct.pack("<II", 0, 2)]
+
+
+def test_a_fold_is_as_bad_as_the_worst_of_its_maps(a_map: MakeMap) -> None:
+    good, bad = (
+        msgspec.structs.replace(a_map(f"struct value {{ {word} a; }};"), name=name)
+        for name, word in (("good", "__u32"), ("bad", "__be32"))
+    )
+    both = msgspec.structs.replace(a_map("struct value { __u32 a; };"), name="both")
+    rules = MapRules(sources={name: MapRules(was=name) for name in ("good", "bad")})
+    (folded,) = diff_maps([good, bad], [both], {"both": rules})
+    assert folded.verdict == "needs-converter"
+    assert [part.verdict for part in folded.parts] == ["lossless", "needs-converter"]
+
+
+@pytest.mark.parametrize(("policy", "verdict"), [(None, "lossless"), ("merge", "lossless"), ("first", "lossy")])
+def test_a_fold_that_keeps_one_of_two_entries_loses_the_other(
+    a_map: MakeMap, policy: OnCollision | None, verdict: str
+) -> None:
+    spec = a_map("struct value { __u32 a; };")
+    olds = [msgspec.structs.replace(spec, name=name) for name in ("one", "two")]
+    sources = {name: MapRules(was=name, on_collision=policy) for name in ("one", "two")}
+    (folded,) = diff_maps(olds, [spec], {"m": MapRules(on_collision=policy, sources=sources)})
+    assert folded.verdict == verdict
 
 
 GLOBALS = """

@@ -13,7 +13,7 @@ from hitless.layout.conversion import Records, collisions
 from hitless.layout.diff import MapDiff, diff_map, draft
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import MapRules
-from hitless.layout.structured import Structured, convert, dtype
+from hitless.layout.structured import Structured, convert, dtype, select
 
 Compare = Callable[..., MapDiff]
 MakeMap = Callable[..., MapSpec]
@@ -103,6 +103,24 @@ def test_what_is_no_array_of_the_new_records_is_refused(
     assert old is not None and new is not None
     with pytest.raises(LayoutError, match=f"it returned .*{what}"):
         convert(converter, [(old, np.zeros((2, 2), np.uint8))], new, np.zeros((2, 4), np.uint8))
+
+
+def test_a_converter_may_say_which_records_it_takes_and_else_takes_all(a_map: MakeMap) -> None:
+    spec = a_map("struct value { __u32 a; };")
+    assert spec.value is not None
+    old = rows(*(struct.pack("<I", number) for number in range(4)))
+
+    def odd(values: Structured, new: Structured) -> object:
+        return new, values["a"] % 2 == 1
+
+    made, taken = select(odd, [(spec.value, old)], spec.value, old)
+    assert (made.tolist(), taken.tolist()) == (old.tolist(), [False, True, False, True])
+    assert select(lambda _, new: new, [(spec.value, old)], spec.value, old)[1].all()
+    with pytest.raises(LayoutError, match="returned a tuple"):
+        convert(odd, [(spec.value, old)], spec.value, old)
+    for wrong in (None, [True] * 4, np.ones(4), np.ones((4, 1), np.bool_), np.ones(3, np.bool_)):
+        with pytest.raises(LayoutError, match=r"beside the records it returned .* array of bool and shape \(4,\)"):
+            select(lambda _, new: (new, wrong), [(spec.value, old)], spec.value, old)  # noqa: B023 - called at once
 
 
 def test_what_a_converter_leaves_between_fields_is_zero(a_map: MakeMap) -> None:

@@ -60,18 +60,6 @@ def test_a_wrong_manifest_is_refused_with_its_line(tmp_path: Path, text: str, li
         assert f"bundle.toml:{line}:" in caught.value.message
 
 
-@pytest.mark.parametrize(
-    ("text", "feature"),
-    [
-        (HEAD + "[map.tally]\nwas = ['a', 'b']\n", "map.was list"),
-    ],
-)
-def test_what_is_not_supported_yet_is_refused_by_name(tmp_path: Path, text: str, feature: str) -> None:
-    with pytest.raises(hitless.UnsupportedError, match="not supported yet") as caught:
-        hitless.Bundle.load(manifest(tmp_path, text), {"cgroup": "/nowhere"})
-    assert caught.value.facts["feature"] == feature
-
-
 def test_a_rule_for_a_field_that_does_not_exist_is_refused_with_its_line(tmp_path: Path) -> None:
     text = ATTACH + '[map.tally.field.cuont]\nmerge = "sum"\n'
     with pytest.raises(hitless.BundleError, match=r"toml:\d+: map 'tally': no field 'cuont' in its value; it has"):

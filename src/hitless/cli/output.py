@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hitless.upgrade.adopt import Adopted
     from hitless.upgrade.gc import Garbage
     from hitless.upgrade.holders import Holder, Holders
-    from hitless.upgrade.model import HookPlan, LeftRing, MapPlan, Plan, Progress, Result
+    from hitless.upgrade.model import HookPlan, LeftRing, MapPlan, MapResult, Plan, Progress, Result
     from hitless.upgrade.recovery import Recovery
     from hitless.upgrade.remnants import Remnant
     from hitless.upgrade.status import HookStatus, Status
@@ -189,7 +189,7 @@ def _headline(name: str, start_type: str, before: str | None, after: str, root: 
 
 
 def _show_maps(maps: Sequence[MapPlan]) -> None:
-    rows = [(m.action, f"{m.was} -> {m.name}" if m.was else m.name, _changes(m)) for m in maps]
+    rows = [(m.action, _renamed(m), _changes(m)) for m in maps]
     _table("maps", ("action", "map", "changes"), rows)
     for entry in maps:
         for loss in entry.loss:
@@ -201,6 +201,20 @@ def _show_maps(maps: Sequence[MapPlan]) -> None:
             click.echo(f"  {entry.name} is {entry.exactness}")
         for note in entry.notes:
             click.echo(f"  {entry.name}: {note}")
+
+
+def _lost(entry: MapResult) -> str:
+    """How many values did not fit, by fields, and what else was lost, which is told by more than one word."""
+    others = {what: count for what, count in entry.lost_fields.items() if " " in what}
+    values = entry.lost - sum(others.values())
+    words = [f"{count} {what}" for what, count in others.items()]
+    return "".join(f", {text}" for text in ([f"{values} values did not fit"] if values else []) + words)
+
+
+def _renamed(entry: MapPlan) -> str:
+    if entry.sources:
+        return f"{' + '.join(entry.sources)} -> {entry.name}"
+    return f"{entry.was} -> {entry.name}" if entry.was else entry.name
 
 
 def _changes(entry: MapPlan) -> str:
@@ -255,7 +269,7 @@ def show_result(result: Result) -> None:
     _show_hooks(result.hooks)
     for entry in result.maps:
         if entry.action == "convert":
-            lost = f", {entry.lost} values did not fit" if entry.lost else ""
+            lost = _lost(entry)
             lost += f", {entry.unread} bytes left unread in the old one" if entry.unread else ""
             click.echo(
                 f"  {entry.name}: {entry.copied} entries copied, {entry.caught_up} caught up "

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hitless.kernel.maps import Map, Rows
+from hitless.kernel.maps import Entries, Rows
 from hitless.kernel.segments import Segments, padded
 
 __all__ = ["Base", "Indices", "marks", "padded"]
@@ -50,7 +50,7 @@ class Base:
         self._look()
 
     @classmethod
-    def create(cls, model: Map, name: str, rows: int) -> Base:
+    def create(cls, model: Entries, name: str, rows: int) -> Base:
         """A new base with room for at least ``rows`` rows of the keys and values of ``model``.
 
         Raises KernelError (ENOMEM).
@@ -62,7 +62,7 @@ class Base:
         return made
 
     @classmethod
-    def open(cls, path: Path, model: Map) -> Base:
+    def open(cls, path: Path, model: Entries) -> Base:
         """The base of ``model`` that is pinned at ``path``, as a process left it. Raises NodeError, KernelError."""
         made = cls(Segments.open(path), model.info.key_size, model.info.entry_size)
         live = np.flatnonzero(made.live)

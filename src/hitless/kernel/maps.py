@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -21,7 +22,8 @@ from hitless.layout.elf import MAP_TYPES
 from hitless.layout.model import MapSpec
 
 __all__ = [
-    "ANY", "EXIST", "F_LOCK", "NOEXIST", "Map", "MapInfo", "Rows", "btf_bytes", "create", "is_alive", "possible_cpus",
+    "ANY", "EXIST", "F_LOCK", "NOEXIST", "Entries", "Map", "MapInfo", "Rows", "btf_bytes", "create", "is_alive",
+    "possible_cpus",
 ]  # fmt: skip
 
 ANY, NOEXIST, EXIST = 0, 1, 2
@@ -62,6 +64,26 @@ class MapInfo(msgspec.Struct, frozen=True):
     def entry_size(self) -> int:
         """Bytes of an entry's value as user space sees it: those of all possible CPUs, each rounded up to 8."""
         return (self.value_size + 7) // 8 * 8 * possible_cpus() if self.per_cpu else self.value_size
+
+
+class Entries(Protocol):
+    """What a merge reads: a map, or what looks like one. The methods are as those of :class:`Map`."""
+
+    @property
+    def info(self) -> MapInfo:
+        """Sizes and type."""
+
+    def lookup(self, key: bytes) -> bytes | None:
+        """The value at ``key``, or None."""
+
+    def batches(self) -> Iterator[tuple[Rows, Rows]]:
+        """Keys and values of all entries, some thousand at a time."""
+
+    def entries(self) -> tuple[Rows, Rows]:
+        """All keys and values at once."""
+
+    def most_entries(self) -> int:
+        """No fewer than there are now."""
 
 
 class Map(Object):

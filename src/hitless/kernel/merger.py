@@ -70,7 +70,7 @@ from hitless.kernel.codegen import (
     words,
 )  # fmt: skip
 from hitless.kernel.libbpf import check, ffi, lib, options
-from hitless.kernel.maps import Map, Rows, create
+from hitless.kernel.maps import Entries, Map, Rows, create
 from hitless.kernel.programs import load_code
 from hitless.layout.conversion import Leaf
 
@@ -104,7 +104,7 @@ class _Record(msgspec.Struct, frozen=True):
         return self.size - self.old
 
     @classmethod
-    def of(cls, old: Map, new: Map) -> _Record:
+    def of(cls, old: Entries, new: Map) -> _Record:
         value = padded(new.info.value_size)
         sizes = [padded(old.info.key_size), padded(new.info.key_size), value, value, padded(old.info.value_size)]
         starts = [_HEADER]
@@ -125,7 +125,7 @@ class Merger:
     """A loaded merge program for one map, with the array through which records reach it."""
 
     def __init__(
-        self, name: str, old: Map, new: Map, base: Base, leaves: Sequence[Leaf], lock: int | None = None
+        self, name: str, old: Entries, new: Map, base: Base, leaves: Sequence[Leaf], lock: int | None = None
     ) -> None:
         """Load the program for map ``name``; ``leaves`` are the fields of the new value.
 

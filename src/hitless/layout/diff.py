@@ -16,6 +16,10 @@ Verdicts, from best to worst:
 - ``unknown``: a layout is not known on one side. Equal sizes prove nothing.
 - ``added``, ``removed``: the map is in one release only.
 
+Several old maps may be folded into one, where a rule lists them: the verdict is then the worst of theirs. One may be
+split into several, where the rules of these all name it: each gets all of its entries, or those that its converter
+takes, and a field that one of them drops is lost only if no other one has it for every entry.
+
 What makes no change: names of typedefs, structs and enums, qualifiers, padding. What does: signedness, positions,
 sizes, element counts, enum values, union members, network byte order (the kernel's ``__be`` names). Fields match by
 name; a new name is followed only where a tag or a rule says so (a tag also when going back). A field that vanished
@@ -27,7 +31,7 @@ by one, whichever section they are in: see :mod:`hitless.layout.variables`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -42,7 +46,7 @@ from hitless.layout.rules import INNER, MapRules, OnCollision, bind_old, inner_r
 
 __all__ = [
     "Change", "MapDiff", "Verdict", "diff_inner", "diff_map", "diff_maps", "diff_members", "draft", "is_constant",
-    "match_names", "phrases", "section_of",
+    "match_names", "phrases", "section_of", "sources_of",
 ]  # fmt: skip
 
 Verdict = Literal[
@@ -85,7 +89,8 @@ class MapDiff(msgspec.Struct, frozen=True):
 
     ``key`` and ``value`` are None where the bytes stay as they are, and where there is nothing to convert.
     ``key_change`` says what that of the key means: ``folds`` that two keys may become one, under the rule
-    ``on_collision``; ``converter`` that only a converter can tell.
+    ``on_collision``; ``converter`` that only a converter can tell. ``parts`` are the differences from each of the old
+    maps that are folded into this one, which have conversions of their own.
     """
 
     name: str
@@ -95,8 +100,10 @@ class MapDiff(msgspec.Struct, frozen=True):
     key: Conversion | None = None
     value: Conversion | None = None
     key_change: Literal["plain", "folds", "converter"] = "plain"
+    parts: tuple[MapDiff, ...] = ()
 
 
+_WORST = ("identical", "lossless", "lossy", "needs-converter", "not-carried", "unknown")
 _SECTION = re.compile(r"\.(?:bss|data|rodata|kconfig)(?:\..*)?$")
 
 
@@ -105,6 +112,11 @@ def phrases(changes: Iterable[Change]) -> Iterator[str]:
     for change in changes:
         if change.loss:
             yield change.loss if change.loss.startswith(change.path) else f"{change.path}: {change.loss}"
+
+
+def sources_of(diff: MapDiff) -> tuple[str, ...]:
+    """Names of the old maps that the map comes from."""
+    return tuple(part.was or part.name for part in diff.parts or (diff,))
 
 
 def section_of(spec: MapSpec) -> str | None:
@@ -128,8 +140,8 @@ def diff_maps(
 ) -> tuple[MapDiff, ...]:
     """Compare all maps of two releases; ``rules`` are by the map's new name.
 
-    Maps match by the rule's ``was``, by ``hitless:was`` tags on either side, by name. Order: new maps as given, then
-    those that were removed. A ``was`` that names no old map is no error.
+    Maps match by the rule's ``was`` or ``sources``, by ``hitless:was`` tags on either side, by name. Order: new maps as
+    given, then those that were removed. A ``was`` or source that names no old map is no error.
     """
     from hitless.layout.variables import diff_sections  # which builds on this module
 
@@ -139,27 +151,85 @@ def diff_maps(
     apart = {source for item in sections.values() for source in item.sources}
     before = {name: spec for name, spec in before.items() if name not in apart}
     declared = {name: spec for name, spec in after.items() if name not in sections}
+    folded = {
+        name: [was for was in rule.sources if was in before]
+        for name, rule in rules.items()
+        if name in declared and any(was in before for was in rule.sources)
+    }
+    gone = {was for sources in folded.values() for was in sources}
+    whole = {name: spec for name, spec in before.items() if name not in gone}
+    former = {name: rule.was for name, rule in rules.items() if rule.was in whole and rule.was and name in declared}
     matched = match_names(
-        {name: _map_was(spec) for name, spec in before.items()},
-        {name: _map_was(spec) for name, spec in declared.items()},
-        {name: rule.was for name, rule in rules.items() if rule.was and name in declared},
+        {name: _map_was(spec) for name, spec in whole.items()},
+        {name: _map_was(spec) for name, spec in declared.items() if name not in folded},
+        former,
     )
+    heirs: dict[str, list[str]] = {}
+    for name, was in former.items():
+        heirs.setdefault(was, []).append(name)
+    split = {was: names for was, names in heirs.items() if len(names) > 1}
+    for was, names in split.items():
+        matched |= dict.fromkeys(names, was)
+    parted = {name: diff for was, names in split.items() for name, diff in _split(before[was], names, after, rules)}
     out = []
     for name, spec in after.items():
         if name in sections:
             out.append(sections[name].diff)
+        elif name in folded:
+            out.append(_fold([before[was] for was in folded[name]], spec, rules[name]))
+        elif name in parted:
+            out.append(parted[name])
         elif name in matched:
             out.append(diff_map(before[matched[name]], spec, rules.get(name, MapRules())))
         else:
             out.append(MapDiff(name, None, "added", (Change("", "added", None, spec.type),)))
-    taken = set(matched.values())
+    taken = {*matched.values(), *gone}
     for name, spec in before.items():
         if name not in taken:
             holds = not is_constant(spec) and spec.ops is None
             loss = "the map and its entries are dropped" if holds else None
-            hint = _became(spec, after, matched) if holds else None
+            hint = _became(spec, after, {**matched, **dict.fromkeys(folded, "")}) if holds else None
             out.append(MapDiff(name, None, "removed", (Change("", "removed", spec.type, None, loss, hint=hint),)))
     return (*out, *(item.diff for name, item in sections.items() if name not in after))
+
+
+def _fold(olds: Sequence[MapSpec], new: MapSpec, rules: MapRules) -> MapDiff:
+    """One map that several have become: what changed for the entries of each."""
+    names = ", ".join(old.name for old in olds)
+    loss = None
+    if rules.on_collision in ("first", "last"):
+        loss = f"of entries that have one key in {names}, all but the {rules.on_collision} that is read"
+    parts = []
+    for old in olds:
+        change = Change("", "folded", old.name, new.name, loss if old is olds[0] else None)
+        parts.append(diff_map(old, new, rules.sources[old.name], change))
+    verdict = max((part.verdict for part in parts), key=_WORST.index)
+    changes = tuple(dict.fromkeys(change for part in parts for change in part.changes))
+    return MapDiff(new.name, None, verdict, changes, parts=tuple(parts))
+
+
+def _split(
+    old: MapSpec, names: Sequence[str], after: Mapping[str, MapSpec], rules: Mapping[str, MapRules]
+) -> Iterator[tuple[str, MapDiff]]:
+    """What changed for each of the maps ``names``, which ``old`` has become."""
+    change = Change("", "split", old.name, ", ".join(names))
+    alone = {name: diff_map(old, after[name], rules[name], change) for name in names}
+    dropped = {name: _without_place(diff) for name, diff in alone.items()}
+    for name, diff in alone.items():
+        # One that a converter fills may have just some of the entries.
+        others = [dropped[one] for one in names if one != name and rules[one].convert is None]
+        elsewhere = frozenset(path for path in dropped[name] if any(not _within(path, other) for other in others))
+        yield name, diff_map(old, after[name], rules[name], change, elsewhere) if elsewhere else diff
+
+
+def _without_place(diff: MapDiff) -> set[str]:
+    """Fields of the value that have no place any more."""
+    paths = {change.path for change in diff.changes if change.kind == "removed"}
+    return {path for path in paths if not path.startswith("key.")}
+
+
+def _within(path: str, others: Iterable[str]) -> bool:
+    return any(path == other or path.startswith((f"{other}.", f"{other}[")) for other in others)
 
 
 def draft(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> tuple[Conversion, Conversion]:  # noqa: B008
@@ -190,11 +260,12 @@ def _became(old: MapSpec, after: Mapping[str, MapSpec], matched: Mapping[str, st
     if len(alike) == 1:
         return f'if this is {alike[0]} now, say so: [map.{alike[0]}] was = "{old.name}"'
     if alike:
-        return f"if its entries are split among {', '.join(alike)}, a converter has to say which goes where"
+        return f'if its entries are split among {", ".join(alike)}, say was = "{old.name}" for each of them'
     if data:
         return f'its fields are variables in {data[0]} now; to carry them: [map."{data[0]}"] was = "{old.name}"'
     if folded:
-        return f"if its entries are folded into {folded[0]}, a converter has to say how"
+        others = f'"{matched[folded[0]]}", ' if matched[folded[0]] else ""
+        return f'if its entries are folded into {folded[0]}, say so: [map.{folded[0]}] was = [{others}"{old.name}"]'
     return None
 
 
@@ -206,17 +277,27 @@ def _is_data(spec: MapSpec) -> bool:
     return section_of(spec) is not None
 
 
-def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDiff:  # noqa: B008 - frozen
+def diff_map(
+    old: MapSpec,
+    new: MapSpec,
+    rules: MapRules = MapRules(),  # noqa: B008 - frozen
+    moved: Change | None = None,
+    elsewhere: Collection[str] = (),
+) -> MapDiff:
     """Compare one map of two releases, whatever its names are.
 
+    ``moved`` tells that it is folded with others or split, so that its entries have to be carried whatever else is the
+    same; what ``elsewhere`` names has its place in another of the maps that it is split into.
     Raises :class:`LayoutError` for a rule that names a field which the new layout lacks or that cannot apply, for a
     default that its field cannot hold, and for hitless tags that do not exist.
     """
     old = bind_old(old, rules)
     changes = _definition(old, new)
     was = old.name if old.name != new.name else None
-    if was:
+    if was and moved is None:
         changes.insert(0, Change("", "renamed", old.name, new.name))
+    if moved is not None:
+        changes.append(moved)
     inner = _inner(old, new, rules)
     changes += inner
     unknown = [change for change in inner if change.kind == "unknown"]
@@ -265,6 +346,13 @@ def diff_map(old: MapSpec, new: MapSpec, rules: MapRules = MapRules()) -> MapDif
                 key_change = "converter"
             elif any(change.loss for change in found):
                 key_change = "folds"
+        else:
+            found = [
+                msgspec.structs.replace(change, loss=None)
+                if change.kind == "removed" and change.path in elsewhere
+                else change
+                for change in found
+            ]
         changes += found
         converted[side] = conversion if found else None
     if _real(changes):

@@ -60,6 +60,9 @@ class MapRules(msgspec.Struct, frozen=True):
     are carried together or not at all. ``programs`` ``read`` promises that no program of the release writes the map.
     ``slots`` are the programs by name that a program array holds, beside those that its object puts there, by index.
     ``turned``: these are rules for going back, on which the functions for the way back are those for the way there.
+    ``sources`` are the old maps that are folded into this one, by name, each with all rules for its own entries; then
+    ``was`` is None. ``apart``: of the old map's entries only some are of this one, and a function has to say which.
+    In the rules of a source it says that no entry of it was one of another source.
     """
 
     was: str | None = None
@@ -78,6 +81,8 @@ class MapRules(msgspec.Struct, frozen=True):
     programs: Programs | None = None
     slots: Mapping[int, str] = {}
     turned: bool = False
+    sources: Mapping[str, MapRules] = {}
+    apart: bool = False
 
     def function(self, suffix: str = "") -> str | None:
         """The user's function ``<name of convert><suffix>`` as ``module:name``, None if there is none.

@@ -17,6 +17,12 @@ and the function leaves it, that is a loss as without a function. Beside it may 
   running one too, and an upgrade that is taken back brings along what the new programs wrote. Where
   ``service_key_back`` does not undo ``service_key``, the upgrade is refused.
 
+Where an old map is split into several, each may have its function, and that may return two things: the new values, and
+a boolean array that says which of the entries are this map's; the values of the others are passed over::
+
+    def small(keys, old, new):
+        return new, old["size"] <= 64
+
 What such a function may rely on: the file alone, with what Python, numpy and other installed packages offer, none of
 the files beside it. What it has to grant: the same entry always gives the same, alone or among others, in any
 order, any number of times, also in another process that finishes an upgrade that was killed; it does nothing else. It
@@ -37,7 +43,7 @@ from hitless.layout.conversion import Records
 from hitless.layout.members import SPECIAL, inside, is_text, members
 from hitless.layout.model import Array, Enum, Float, Int, Order, Pointer, Record, Type
 
-__all__ = ["Structured", "convert", "dtype"]
+__all__ = ["Structured", "convert", "dtype", "select"]
 
 #: Records with named fields, one dimension.
 Structured = npt.NDArray[Any]
@@ -89,18 +95,44 @@ def convert(
     Raises :class:`LayoutError` if it returns anything but an array of these records, with the fact ``returned``; or if
     the records given to this function are not uint8 of the shape (n, size).
     """
+    returned, wanted = _called(converter, given, made, draft, order)
+    return _records(returned, wanted, made)
+
+
+def select(
+    converter: Callable[..., object], given: Sequence[tuple[Type, Records]], made: Type, draft: Records,
+    order: Order = "little",
+) -> tuple[Records, npt.NDArray[np.bool_]]:  # fmt: skip
+    """As :func:`convert`, of a converter that may say as well which records it takes; else it takes all."""
+    returned, wanted = _called(converter, given, made, draft, order)
+    taken: object = np.ones(len(draft), np.bool_)
+    if isinstance(returned, tuple) and len(returned) == 2:
+        returned, taken = returned
+    if not isinstance(taken, np.ndarray) or taken.dtype != np.bool_ or taken.shape != (len(draft),):
+        what = _described(taken)
+        why = f"beside the records it returned {what}, and not an array of bool and shape ({len(draft)},)"
+        raise LayoutError(why, returned=what)
+    return _records(returned, wanted, made), taken.copy()
+
+
+def _called(
+    converter: Callable[..., object], given: Sequence[tuple[Type, Records]], made: Type, draft: Records, order: Order
+) -> tuple[object, Structured]:
     arguments = []
     for kind, records in given:
         seen = _structured(records, kind, order).copy()
         seen.flags.writeable = False
         arguments.append(seen)
     wanted = _structured(draft.copy(), made, order)
-    returned = converter(*arguments, wanted)
+    return converter(*arguments, wanted), wanted
+
+
+def _records(returned: object, wanted: Structured, made: Type) -> Records:
     if not isinstance(returned, np.ndarray) or returned.dtype != wanted.dtype or returned.shape != wanted.shape:
         what = _described(returned)
         why = f"it returned {what}, and not an array of {wanted.dtype} and shape {wanted.shape}"
         raise LayoutError(why, returned=what)
-    out = np.ascontiguousarray(returned).view(np.uint8).reshape(len(draft), made.size).copy()
+    out = np.ascontiguousarray(returned).view(np.uint8).reshape(len(wanted), made.size).copy()
     out[:, ~_used(wanted.dtype)] = 0
     return out
 

@@ -64,8 +64,9 @@ class Passage(msgspec.Struct, frozen=True):
     around each step that must not meet a dual write, for some milliseconds at most while the old release runs.
     ``pace`` is called without it after each part of the work. ``code`` is the source of the module that
     ``rules.convert`` names.
-    ``successors`` is shared by all passages of an upgrade. ``source_aside`` and ``target_aside`` keep the hooks of a
-    map of sockets off it, so that sockets which have a program already can be added.
+    ``successors`` is shared by all passages of an upgrade. ``heirs`` are the maps that the old one is split into, if
+    it is. ``source_aside`` and ``target_aside`` keep the hooks of a map of sockets off it, so that sockets which have a
+    program already can be added.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Passage(msgspec.Struct, frozen=True):
     pace: Pace = msgspec.field(default_factory=Pace)
     code: str = ""
     successors: Successors = {}
+    heirs: tuple[str, ...] = ()
     source_aside: Aside | None = None
     target_aside: Aside | None = None
 

@@ -22,9 +22,10 @@ from hitless.kernel.queues import count_elements
 from hitless.kernel.socket_programs import programs_of_sockets
 from hitless.kernel.sockets import list_sockets
 from hitless.kernel.struct_ops import congestion_controls
+from hitless.layout.rules import MapRules
 from hitless.upgrade.attached import open_attached, pin_of
 from hitless.upgrade.drift import replaced_pins
-from hitless.upgrade.model import Generation, HookPlan, NodeState, Plan
+from hitless.upgrade.model import Generation, HookPlan, MapPlan, NodeState, Plan
 from hitless.upgrade.node import Node
 from hitless.upgrade.record import map_pin
 
@@ -57,20 +58,32 @@ def refuse_overfull(node: Node, state: NodeState, bundle: Bundle, decided: Plan)
     for entry in decided.maps:
         if entry.action != "convert" or state.current is None or is_global(entry.name):
             continue
-        was, room = entry.was or entry.name, bundle.maps[entry.name].max_entries
-        listed = entry.kind.startswith(("entries", "mirrored")) and "hash" in bundle.maps[entry.name].type
-        if room >= state.current.maps[was].info.max_entries or not (listed or entry.kind in ("queue", "sockets")):
+        room = bundle.maps[entry.name].max_entries
+        if _may_be_fewer(entry, bundle.rules.get(entry.name, MapRules())):
             continue
-        with Map.open(node.current / "maps" / was) as live:
-            entries = _count(live, entry.kind)
+        listed = entry.kind.startswith(("entries", "mirrored", "folded")) and "hash" in bundle.maps[entry.name].type
+        most = sum(state.current.maps[old].info.max_entries for old in entry.olds)
+        if room >= most or not (listed or entry.kind in ("queue", "sockets")):
+            continue
+        entries = 0
+        for old in entry.olds:
+            with Map.open(node.current / "maps" / old) as live:
+                entries += _count(live, entry.kind)
         if entries > room and "lru" not in bundle.maps[entry.name].type:
+            who = f"maps {' and '.join(entry.olds)} have" if entry.sources else f"map {entry.olds[0]} has"
             raise LossNotAllowedError(
-                f"map {was} has {entries} entries, and release {bundle.version} has room for {room} "
+                f"{who} {entries} entries, and release {bundle.version} has room for {room} "
                 f"(max_entries of {entry.name}); nothing was changed: raise it, or delete entries first",
                 maps=[entry.name],
                 entries=entries,
                 room=room,
             )
+
+
+def _may_be_fewer(entry: MapPlan, rules: MapRules) -> bool:
+    """Whether only the copy can tell how many entries there will be."""
+    selected = entry.converter is not None and any(change.kind == "split" for change in entry.changes)
+    return selected or (bool(entry.sources) and rules.on_collision not in (None, "error"))
 
 
 def _count(live: Map, kind: str) -> int:

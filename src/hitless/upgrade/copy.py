@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from hitless.errors import ConverterError, KernelError, LossNotAllowedError, VerifyError
 from hitless.kernel.base import Base, Indices, marks, padded
 from hitless.kernel.copier import Checker, Copier
-from hitless.kernel.maps import F_LOCK, Map, Rows, possible_cpus
+from hitless.kernel.maps import F_LOCK, Entries, Map, Rows, possible_cpus
 from hitless.kernel.merger import Merger, require_all_cpus
 from hitless.kernel.per_entry import EACH
 from hitless.layout.conversion import Converted, Leaf, Misfit, leaves
@@ -24,9 +25,12 @@ from hitless.layout.model import MapSpec, Type
 from hitless.layout.rules import FieldRule, MapRules, bind_old
 from hitless.upgrade.carrier import Carrier, Passage, Tally
 from hitless.upgrade.pace import Pace
+from hitless.upgrade.selected import Selected
 from hitless.upgrade.translate import Translation
 
-__all__ = ["CHUNK", "Carriage", "Staying", "carry_entries", "carry_in_kernel", "match_rows", "not_written"]
+__all__ = [
+    "CHUNK", "Carriage", "Staying", "carry_entries", "carry_in_kernel", "match_rows", "not_written", "rows_for",
+]  # fmt: skip
 
 CHUNK = 2048
 """Entries that one system call works through: a few milliseconds in which nothing else runs on this CPU."""
@@ -36,6 +40,13 @@ _FEW = 100  # differences that are not worth another round
 _SAMPLE = 1000  # entries by which differences are estimated
 
 
+class Known(Protocol):
+    """What an entry was when it was last converted."""
+
+    def get(self, key: bytes) -> bytes | None:
+        """Its value, or None."""
+
+
 class Carriage(msgspec.Struct):
     """One map on its way: from ``source`` over ``base`` into ``target``.
 
@@ -43,11 +54,12 @@ class Carriage(msgspec.Struct):
     ``back_leaves`` those of the source's; ``lock`` and ``back_lock`` where the bpf_spin_lock is in each. ``in_kernel``
     tells the method. ``lossy_allowed`` says whether values may be cut to fit. ``going_back``: the target is the old
     release's map, and an entry that it has no room for stays out, as it would have without an upgrade. ``unchecked``
-    are keys of the target where the base does not tell what is there.
+    are keys of the target where the base does not tell what is there. ``shared``: other maps are carried from the same
+    source, so that what is written to the target through hitless may not reach that.
     """
 
     name: str
-    source: Map
+    source: Entries
     target: Map
     base: Base
     translation: Translation
@@ -63,19 +75,22 @@ class Carriage(msgspec.Struct):
     pace: Pace
     unchecked: set[bytes]
     going_back: bool = False
-    before: Base | None = None
+    before: Known | None = None
+    shared: bool = False
 
     # As a carrier
 
     def copy(self, progress: Callable[[int], None]) -> None:
         """See :class:`Carrier`: a pass over all entries, then rounds over what differs, while they help."""
+        from hitless.upgrade.fold import fold_round  # which builds on this module
+
         if self.in_kernel:
             self._copy_in_kernel(progress)
         elif self.translation.on_collision is not None:
             # Which entries become one only the whole map can tell, so that the first pass is a merge of all.
             with self.writing:
                 self.base.settle()
-            self.tally.copied = self.catch_up()
+            self.tally.copied = fold_round(self, filling=True)
             progress(self.tally.copied)
         else:
             self._copy_in_batches(progress)
@@ -138,7 +153,7 @@ class Carriage(msgspec.Struct):
         return Carriage(
             name=self.name,
             source=self.target,
-            target=self.source,
+            target=self.old,
             base=base,
             translation=self.translation.reversed(),
             leaves=self.back_leaves,
@@ -147,7 +162,7 @@ class Carriage(msgspec.Struct):
             back_lock=self.lock,
             in_kernel=False,
             lossy_allowed=True,
-            merger=Merger(name, self.target, self.source, base, self.back_leaves, self.back_lock),
+            merger=Merger(name, self.target, self.old, base, self.back_leaves, self.back_lock),
             tally=Tally(),
             writing=self.writing,
             pace=self.pace,
@@ -157,6 +172,12 @@ class Carriage(msgspec.Struct):
         )
 
     # What dual writes ask
+
+    @property
+    def old(self) -> Map:
+        """The source, where that is one map: it is wherever there is a way back."""
+        assert isinstance(self.source, Map)
+        return self.source
 
     def refresh(self, key: bytes) -> None:
         """Bring the target's entry up to date with the source's at ``key``, a key of the source."""
@@ -228,7 +249,7 @@ class Carriage(msgspec.Struct):
     # The steps
 
     def _copy_in_kernel(self, progress: Callable[[int], None]) -> None:
-        copier = Copier(self.name, self.source, self.target, self.base, *self.translation.conversions)
+        copier = Copier(self.name, self.old, self.target, self.base, *self.translation.conversions)
         more = True
         while more:
             with self.writing:
@@ -331,7 +352,7 @@ class Carriage(msgspec.Struct):
     def _count_misfits(self, misfits: tuple[Misfit, ...], keys: Rows, each: int = 1) -> None:
         for misfit in misfits:
             if not self.lossy_allowed:
-                first = ", ".join(keys[row // each].tobytes().hex() for row in misfit.first[:3])
+                first = ", ".join(self.translation.shown(keys[row // each]) for row in misfit.first[:3])
                 raise LossNotAllowedError(
                     f"map {self.name}: {misfit.count} value(s) of {misfit.path} do not fit the new layout "
                     f"(first keys: {first}); allow it with --allow-loss {self.name}, or widen the field",
@@ -394,7 +415,11 @@ def _carry(passage: Passage, in_kernel: bool) -> Carriage:
     source, target = passage.source, passage.target
     old = bind_old(passage.old, passage.rules)
     old_value, new_value = _value_of(old), _value_of(passage.new)
-    translation = Translation.of(old, passage.new, passage.diff, passage.rules, passage.code)
+    split = bool(passage.heirs)
+    translation = Translation.of(old, passage.new, passage.diff, passage.rules, passage.code, split)
+    tally = Tally()
+    if split and not translation.by_types:
+        source = Selected(source, passage.old.name, translation, passage.heirs, passage.lossy_allowed, tally)
     if passage.fresh:
         translation.load()
     back_lock, lock = lock_offset(old_value), lock_offset(new_value)
@@ -402,7 +427,7 @@ def _carry(passage: Passage, in_kernel: bool) -> Carriage:
     if source.info.per_cpu:
         require_all_cpus(passage.name)
     if passage.fresh:
-        base = Base.create(source, f"base_{passage.name}", _rows(source))
+        base = Base.create(source, f"base_{passage.name}", rows_for(source))
         base.segments.map.pin(passage.pin)
     else:
         base = Base.open(passage.pin, source)
@@ -421,14 +446,15 @@ def _carry(passage: Passage, in_kernel: bool) -> Carriage:
         in_kernel=in_kernel,
         lossy_allowed=passage.lossy_allowed,
         merger=Merger(passage.name, source, target, base, fields, lock),
-        tally=Tally(),
+        tally=tally,
         writing=passage.writing,
         pace=passage.pace,
         unchecked=set(),
+        shared=split,
     )
 
 
-def _rows(source: Map) -> int:
+def rows_for(source: Map) -> int:
     """How many rows the base of ``source`` should have: a map that is not preallocated may be nearly empty."""
     info = source.info
     rows = min(info.max_entries, source.most_entries())
@@ -447,7 +473,7 @@ def _value_of(spec: MapSpec) -> Type:
 
 
 def _each(
-    translate: Callable[[Rows, Rows, Rows | None], Converted], keys: Rows, rows: Rows, sides: tuple[Map, Map],
+    translate: Callable[[Rows, Rows, Rows | None], Converted], keys: Rows, rows: Rows, sides: tuple[Entries, Entries],
     onto: Rows | None = None,
 ) -> Converted:  # fmt: skip
     """Values of one side as values of the other; of a per-CPU map, each CPU's value as a record of its own."""

@@ -86,5 +86,5 @@ def _let_go(node: Node, record: Record) -> None:
     sides = Sides(node.next, node.current, node.access.writing)
     carried = make_carriers(sides, record, maps, old, Pace(), fresh=False)
     for entry in record.plan.maps if record.plan else ():
-        if entry.action == "convert" and (entry.kind == "variables" or (entry.was or entry.name) in written):
+        if entry.action == "convert" and (entry.kind == "variables" or not written.isdisjoint(entry.olds)):
             carried[entry.name].catch_up(last=True)

@@ -8,38 +8,41 @@ of zero, and later changes of each are brought in by the fields' policies.
 
 When an entry with a share is deleted while others of its key live on, the new entry stays. Under ``first`` and ``last``
 another takes its place, as if the entry had changed to that. Under ``merge`` its share is taken out of the sums; what
-it gave to other fields cannot be told from what the others gave, and stays.
+it gave to other fields cannot be told from what the others gave, and stays. When the last of its key is deleted the new
+entry goes too, if it holds just what that one gave; else only the sums go down.
 """
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hitless.errors import LossNotAllowedError, VerifyError
+from hitless.errors import KernelError, LossNotAllowedError, VerifyError
 from hitless.kernel.base import Indices
 from hitless.kernel.maps import Rows
 from hitless.kernel.merger import Mode
 from hitless.layout.conversion import Leaf
-from hitless.upgrade.copy import Carriage, match_rows
+from hitless.upgrade.copy import CHUNK, Carriage, match_rows
 
 __all__ = ["fold_round", "verify_merged"]
 
 _NAMED = 3  # keys that an error names
 
 
-def fold_round(carriage: Carriage, last: bool = False) -> int:
+def fold_round(carriage: Carriage, last: bool = False, filling: bool = False) -> int:
     """One pass over source and base, as :func:`~hitless.upgrade.merge.merge_round`; returns how many entries differed.
 
-    Raises LossNotAllowedError if two keys meet and the rule is ``error``; then this pass has changed nothing.
+    ``filling``: it is the first copy, and no hook runs the new release. Raises LossNotAllowedError if two keys meet and
+    the rule is ``error``; then this pass has changed nothing.
     """
     with carriage.writing:
-        return _fold(carriage, not last and carriage.can_wait_for_room)
+        return _fold(carriage, not last and carriage.can_wait_for_room, filling)
 
 
-def _fold(carriage: Carriage, leave_out: bool) -> int:
+def _fold(carriage: Carriage, leave_out: bool, filling: bool) -> int:
     policy, base = carriage.translation.on_collision, carriage.base
     keys, values = _once(*carriage.source.entries())
     rows = np.flatnonzero(base.live[: base.used])
@@ -54,9 +57,13 @@ def _fold(carriage: Carriage, leave_out: bool) -> int:
     if policy in ("first", "last"):
         inserted = _without_company(inserted if policy == "first" else inserted[::-1], of_keys, of_keys[in_both])
     found = len(changed) + len(gone) + len(inserted)
+    if filling:
+        inserted = _write_alone(carriage, keys, values, inserted, of_keys)
 
     lives_on = np.isin(of_gone, of_keys)
     forgotten = gone[~lives_on]
+    if policy == "merge":
+        forgotten = _alone(carriage, forgotten, of_gone[~lives_on])
     old = base.values[forgotten]
     _merge(carriage, Mode.DELETED, forgotten, base.keys[forgotten], old, old, True)
     left, of_left = gone[lives_on], of_gone[lives_on]
@@ -64,7 +71,7 @@ def _fold(carriage: Carriage, leave_out: bool) -> int:
         _take_out(carriage, left)
     else:
         inserted, left = _replace(carriage, left, of_left, (keys, values, of_keys), inserted)
-    for row in (*forgotten, *left):
+    for row in (*gone[~lives_on], *left):
         base.free(int(row), base.keys[row].tobytes())
     _merge(carriage, Mode.CHANGED, changed_rows, keys[changed], base.values[changed_rows], values[changed], leave_out)
     if len(inserted):
@@ -132,10 +139,11 @@ def _refuse_meeting(carriage: Carriage, keys: Rows, groups: Indices) -> None:
     meets = np.flatnonzero(np.diff(groups[order]) == 0)
     if not len(meets):
         return
-    pairs = [(keys[order[at]].tobytes().hex(), keys[order[at + 1]].tobytes().hex()) for at in meets[:_NAMED]]
-    shown = ", ".join(f"{one} and {other}" for one, other in pairs)
+    shown = carriage.translation.shown
+    pairs = [(shown(keys[order[at]]), shown(keys[order[at + 1]])) for at in meets[:_NAMED]]
+    first = ", ".join(f"{one} and {other}" for one, other in pairs)
     raise LossNotAllowedError(
-        f"map {carriage.name}: {len(meets)} old key(s) become a key that another has already (first: {shown}); the "
+        f"map {carriage.name}: {len(meets)} old key(s) become a key that another has already (first: {first}); the "
         'running release was left as it was; say what is to become of them: on_collision = "first", "last" or "merge"',
         maps=[carriage.name],
         count=len(meets),
@@ -147,6 +155,32 @@ def _without_company(rows: Indices, groups: Indices, taken: Indices) -> Indices:
     """The first of ``rows`` of each group, where no entry of the group has the place already."""
     free = rows[~np.isin(groups[rows], taken)]
     return free[np.sort(np.unique(groups[free], return_index=True)[1])]
+
+
+def _write_alone(carriage: Carriage, keys: Rows, values: Rows, inserted: Indices, groups: Indices) -> Indices:
+    """Write those that share their key with none in batches, for the first copy; returns the rest.
+
+    A kill before the cutover undoes the upgrade, so that entry and base need not come in one run.
+    """
+    single = np.bincount(groups)[groups[inserted]] == 1
+    alone, rest = inserted[single], [inserted[~single]]
+    for start in range(0, len(alone), CHUNK):
+        rows = alone[start : start + CHUNK]
+        new_keys, new_values = carriage.keys(keys[rows]), carriage.values(keys[rows], values[rows])
+        # What a dual write has set already is merged.
+        free = np.array([key.tobytes() not in carriage.unchecked for key in new_keys], np.bool_)
+        carriage.make_room(len(rows))
+        try:
+            carriage.target.write(new_keys[free], new_values[free])
+        except KernelError as error:
+            if error.facts["errno"] != errno.E2BIG:
+                raise
+            for key in new_keys[free]:  # what is not in the base must not be in the target either
+                carriage.target.delete(key.tobytes())
+            free[:] = False
+        carriage.base.append(keys[rows[free]], values[rows[free]])
+        rest.append(rows[~free])
+    return np.concatenate(rest)
 
 
 def _replace(
@@ -168,6 +202,29 @@ def _replace(
     carriage.unchecked.update(key.tobytes() for key in new_keys)
     carriage.merger.merge(Mode.CHANGED, places, keys[heirs], new_keys, before, now, values[heirs])
     return np.setdiff1d(inserted, heirs), np.setdiff1d(left, places)
+
+
+def _alone(carriage: Carriage, rows: Indices, groups: Indices) -> Indices:
+    """Of entries that are gone with all others of their keys, those that the new ones are all made of by now.
+
+    The shares of all others are taken out first, so that what the first of a key gave is left.
+    """
+    _, firsts = np.unique(groups, return_index=True)
+    _take_out(carriage, np.delete(rows, firsts))
+    first = rows[firsts]
+    keys, values = carriage.base.keys[first], carriage.base.values[first]
+    there = [carriage.target.lookup(key.tobytes()) for key in carriage.keys(keys)]
+    shares = carriage.convert(keys, values)
+    whole = np.array([_is_share(carriage, *pair) for pair in zip(there, shares, strict=True)], np.bool_)
+    _take_out(carriage, first[~whole])
+    return first[whole]
+
+
+def _is_share(carriage: Carriage, found: bytes | None, share: Rows) -> bool:
+    return found is not None and all(
+        found[leaf.offset : leaf.offset + leaf.size] == share[leaf.offset : leaf.offset + leaf.size].tobytes()
+        for leaf in carriage.leaves
+    )
 
 
 def _take_out(carriage: Carriage, rows: Indices) -> None:

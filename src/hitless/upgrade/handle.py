@@ -442,7 +442,7 @@ def _write_both(opened: _Opened, carriage: Carriage, key: bytes, value: bytes) -
         return
     held = carriage.source.lookup(old_key)
     carriage.make_room(1)
-    if not carriage.translation.goes_back:
+    if carriage.shared or not carriage.translation.goes_back:
         live.update(key, value)
         carriage.unchecked.add(key)
         if held is not None:
@@ -455,7 +455,7 @@ def _write_both(opened: _Opened, carriage: Carriage, key: bytes, value: bytes) -
         carriage.unchecked.add(key)
     before = carriage.base.get(old_key)
     try:
-        carriage.source.update(old_key, old_value)
+        carriage.old.update(old_key, old_value)
     except KernelError as error:
         if error.facts["errno"] != errno.E2BIG:
             raise
@@ -488,9 +488,9 @@ def _is_merged(opened: _Opened, carriage: Carriage, old_key: bytes, written: byt
 def _unwrite(carriage: Carriage, old_key: bytes, held: bytes | None, before: bytes | None) -> None:
     """Put back what the new map refused, as if it had never been written."""
     if held is None:
-        carriage.source.delete(old_key)
+        carriage.old.delete(old_key)
     else:
-        carriage.source.update(old_key, held)
+        carriage.old.update(old_key, held)
     if before is None:
         carriage.base.erase(old_key)
     else:
@@ -503,7 +503,14 @@ def _delete_both(opened: _Opened, carriage: Carriage, key: bytes) -> bool:
     if old_key is None:
         carriage.unchecked.add(key)
         return live.delete(key)
-    there = carriage.source.delete(old_key)
+    if carriage.shared:  # the other maps keep theirs, and so the old one
+        held = carriage.source.lookup(old_key)
+        if held is not None:
+            carriage.make_room(1)
+            carriage.base.put(old_key, held)
+        carriage.unchecked.add(key)
+        return live.delete(key)
+    there = carriage.old.delete(old_key)
     if not _is_merged(opened, carriage, old_key, None):
         carriage.base.erase(old_key)
     return live.delete(key) or there

@@ -55,8 +55,8 @@ class MapPlan(msgspec.Struct, frozen=True):
     ``drop`` (the release has it no more), ``discard`` (a new empty map takes its place). ``method`` is how
     entries travel, ``exactness`` what is promised of them meanwhile. ``loss`` names each thing that is lost;
     ``allowed`` tells whether all of it may be. ``kind`` names the carrier of a map that is converted, ``converter`` the
-    user's function for it. ``notes`` say, on the way back, what becomes of fields, variables and maps of which the
-    running release knows nothing.
+    user's function for it. ``sources`` are the old maps that are folded into it. ``notes`` say, on the way back, what
+    becomes of fields, variables and maps of which the running release knows nothing.
     """
 
     name: str
@@ -71,6 +71,12 @@ class MapPlan(msgspec.Struct, frozen=True):
     kind: str = ""
     converter: str | None = None
     notes: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+
+    @property
+    def olds(self) -> tuple[str, ...]:
+        """The running release's names of the maps that it comes from, if it comes from any."""
+        return self.sources or (self.was or self.name,)
 
 
 class HookPlan(msgspec.Struct, frozen=True):

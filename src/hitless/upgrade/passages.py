@@ -17,11 +17,14 @@ from hitless.layout.rules import MapRules
 from hitless.layout.variables import diff_sections
 from hitless.upgrade.carrier import Carrier, Passage, Successors
 from hitless.upgrade.carriers import CARRIERS
+from hitless.upgrade.copy import Carriage
 from hitless.upgrade.model import Generation, MapPlan, Record
 from hitless.upgrade.moving import aside
 from hitless.upgrade.pace import Pace
 from hitless.upgrade.record import map_pin, pin_name
 from hitless.upgrade.section import carry_section
+from hitless.upgrade.selected import Selected
+from hitless.upgrade.together import carry_folded
 
 __all__ = ["Sides", "make_carriers"]
 
@@ -49,36 +52,60 @@ def make_carriers(
             continue
         if current is None:
             raise NodeError(f"map {entry.name} is to be converted, but nothing runs", map=entry.name)
-        name, was = entry.name, entry.was or entry.name
+        name = entry.name
         if entry.kind == "variables":
             carried[name] = _carry_section(sides, entry, record, maps[name], current, pace, fresh)
             continue
-        old, new = current.maps[was].spec, msgspec.structs.replace(record.maps[name], name=name)
-        rule = record.rules.get(name, MapRules())
-        source, target = Map.open(map_pin(sides.old, was)), maps[name]
+        new, rule = msgspec.structs.replace(record.maps[name], name=name), record.rules.get(name, MapRules())
         hooks = [hook for hook in record.plan.hooks if hook.moved and hook.target == name] if record.plan else []
-        links = sides.new.parent / "links"
-        carried[name] = CARRIERS[entry.kind](
-            Passage(
-                name=name,
-                source=source,
-                target=target,
-                old=old,
-                new=new,
-                diff=diff_map(old, new, rule),
-                rules=rule,
-                pin=sides.new / "base" / name,
-                fresh=fresh,
-                lossy_allowed=entry.allowed,
-                writing=sides.writing,
-                pace=pace,
-                code=record.converters.get((rule.convert or "").partition(":")[0], ""),
-                successors=successors,
-                source_aside=partial(aside, hooks, links, links, source) if hooks else None,
-                target_aside=partial(aside, hooks, links, sides.new / "links", target) if hooks else None,
+        links, target = sides.new.parent / "links", maps[name]
+        passages = []
+        for was in entry.olds:
+            old, own = current.maps[was].spec, rule.sources.get(was, rule)
+            source = Map.open(map_pin(sides.old, was))
+            passages.append(
+                Passage(
+                    name=name,
+                    source=source,
+                    target=target,
+                    old=old,
+                    new=new,
+                    diff=diff_map(old, new, own),
+                    rules=own,
+                    pin=sides.new / "base" / name,
+                    fresh=fresh,
+                    lossy_allowed=entry.allowed,
+                    writing=sides.writing,
+                    pace=pace,
+                    code=record.converters.get((own.convert or "").partition(":")[0], ""),
+                    successors=successors,
+                    heirs=_heirs(record, was),
+                    source_aside=partial(aside, hooks, links, links, source) if hooks else None,
+                    target_aside=partial(aside, hooks, links, sides.new / "links", target) if hooks else None,
+                )
             )
-        )
+        carried[name] = carry_folded(passages, rule) if entry.sources else CARRIERS[entry.kind](passages[0])
+    _set_rivals(carried)
     return carried
+
+
+def _heirs(record: Record, was: str) -> tuple[str, ...]:
+    """The maps that take entries of the old map ``was``, if there are several."""
+    plans = record.plan.maps if record.plan else ()
+    found = [entry.name for entry in plans if entry.action in ("convert", "discard") and entry.olds == (was,)]
+    return tuple(found) if len(found) > 1 else ()
+
+
+def _set_rivals(carried: Mapping[str, Carrier]) -> None:
+    """Have one heir of each map that is split look for entries that none of them takes."""
+    for name, carrier in carried.items():
+        source = carrier.source if isinstance(carrier, Carriage) else None
+        if not isinstance(source, Selected):
+            continue
+        others = [carried.get(heir) for heir in source.heirs if heir != name]
+        rivals = [one.source for one in others if isinstance(one, Carriage) and isinstance(one.source, Selected)]
+        if source.heirs[0] == name and len(rivals) == len(others):
+            source.rivals = tuple(rivals)
 
 
 def _carry_section(
@@ -112,8 +139,9 @@ def _successors(directory: Path, record: Record, maps: Mapping[str, Map], curren
     """The maps of both releases by what takes their place: outer maps may hold them, in slots of any key."""
     found: Successors = {}
     for entry in record.plan.maps if record.plan else ():
-        was = entry.was or entry.name
-        if current is not None and was in current.maps and entry.name in maps:
+        (was, *others) = entry.olds
+        alone = not others and not _heirs(record, was)  # else nobody can say which takes the place of which
+        if current is not None and was in current.maps and entry.name in maps and alone:
             old, new = Map.open(map_pin(directory, was)), maps[entry.name]
             found[old.info.id, None], found[new.info.id, None] = new, old
     return found

@@ -16,7 +16,10 @@ from hitless.carry import (
     CGROUP_STORAGE,
     converts,
     emptied,
+    fold_obstacles,
+    folded,
     is_global,
+    is_split,
     losses,
     mirrored,
     refusals,
@@ -31,7 +34,7 @@ from hitless.kernel.links import LinkInfo
 from hitless.kernel.names import in_kernel
 from hitless.kernel.switchboard import KINDS
 from hitless.layout.answers import answer
-from hitless.layout.diff import MapDiff, diff_maps, is_constant, phrases
+from hitless.layout.diff import MapDiff, diff_maps, is_constant, phrases, sources_of
 from hitless.layout.model import MapSpec, ProgramSpec
 from hitless.layout.rules import MapRules, only_read
 from hitless.layout.variables import SectionDiff, diff_sections
@@ -189,8 +192,10 @@ def awaited(maps: Sequence[MapPlan], current: Generation) -> tuple[str, ...]:
     """The maps that are converted and that connections may write by a struct_ops of this or an earlier release."""
     out = []
     for entry in maps:
-        live = current.maps.get(entry.was or entry.name)
-        written = live is not None and live.info.id in current.of_ops and live.spec.name not in current.record.unwritten
+        lives = [current.maps[was] for was in entry.olds if was in current.maps]
+        written = any(
+            live.info.id in current.of_ops and live.spec.name not in current.record.unwritten for live in lives
+        )
         if entry.action == "convert" and written:
             out.append(entry.name)
     return tuple(out)
@@ -370,7 +375,9 @@ def _whole_groups(plans: tuple[MapPlan, ...], current: Generation, bundle: Bundl
     old = {name: live.spec for name, live in current.maps.items()}
     groups = {
         plan.name: group_of(
-            old.get(plan.was or plan.name), bundle.maps.get(plan.name), bundle.rules.get(plan.name, MapRules())
+            next((old[was] for was in plan.olds if was in old), None),
+            bundle.maps.get(plan.name),
+            bundle.rules.get(plan.name, MapRules()),
         )
         for plan in plans
         if plan.action != "create"
@@ -442,7 +449,10 @@ def _without_unpinned(
 
 def _is_allowed(name: str, was: str | None, bundle: Bundle, allow_loss: Collection[str]) -> bool:
     rules = bundle.rules.get(name, MapRules())
-    return rules.on_loss == "discard" or name in allow_loss or was in allow_loss
+    # What is split into others is named, as what is dropped, to say that entries of it may go.
+    gone = bundle.rules.get(was) if was is not None and was not in bundle.maps else None
+    discards = "discard" in (rules.on_loss, gone.on_loss if gone is not None else None)
+    return discards or name in allow_loss or was in allow_loss
 
 
 def _with_slots(entry: MapPlan, current: Generation, bundle: Bundle) -> MapPlan:
@@ -491,6 +501,14 @@ def _plan_map(
         return planned("discard", "from the release's object")
     if diff.verdict == "identical" and diff.name not in apart:
         return planned("keep", "same map")
+    if diff.parts:
+        spec = bundle.maps[diff.name]
+        if reasons := fold_obstacles(diff, old, spec, rules):
+            made = planned("discard", "empty", loss=tuple(f"all entries: {reason}" for reason in reasons))
+        else:
+            together = folded(spec, rules)
+            made = planned("convert", together.method, together.exactness, lost, together.kind)
+        return msgspec.structs.replace(made, sources=sources_of(diff))
     if refused := refusals(diff, bundle.maps[diff.name], rules):
         return planned("discard", "empty", loss=tuple(f"all entries: {reason}" for reason in refused))
     if diff.verdict in ("identical", "lossless", "lossy") or converts(diff, rules):
@@ -499,7 +517,7 @@ def _plan_map(
         if isinstance(found, str):
             return planned("discard", "empty", loss=(f"all entries: {found}", *lost))
         found = translated(found, diff, rules)
-        if spec.name in unwritten and only_read(bundle.maps[diff.name], rules):
+        if not is_split(diff) and spec.name in unwritten and only_read(bundle.maps[diff.name], rules):
             found = mirrored(found, spec, bundle.maps[diff.name], diff)
         made = planned("convert", found.method, found.exactness, lost, found.kind)
         return msgspec.structs.replace(made, converter=rules.function() if converts(diff, rules) else None)

@@ -573,8 +573,8 @@ def describe(base: Path, into: Bundle) -> Bundle | None:
     if public.version_map in into.maps and (pin := public.pin_of(public.version_map)) is not None:
         paths[public.version_map] = pin  # else it is no map of the release, but the daemon's own
     for name, rule in into.rules.items():
-        if rule.was is not None and name in into.maps and not is_global(name):
-            for was in (rule.was,) if isinstance(rule.was, str) else rule.was:
+        if name in into.maps and not is_global(name):
+            for was in rule.sources or ((rule.was,) if rule.was is not None else ()):
                 if (pin := public.pin_of(was)) is not None:
                     paths[was] = pin
     paths |= {name: pin for name, pin in public.pins.items() if name not in paths}

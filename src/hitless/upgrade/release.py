@@ -8,16 +8,17 @@ own word. A ``was`` of its own manifest is passed over: that told of the release
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from hitless.attach import Attach
 from hitless.bundle import Bundle, BundleObject
 from hitless.carry import is_global
-from hitless.layout.diff import diff_maps, resolve
-from hitless.layout.model import MapSpec
+from hitless.layout.diff import MapDiff, diff_maps, resolve, sources_of
+from hitless.layout.model import Int, MapSpec
 from hitless.layout.model import Record as RecordType
 from hitless.layout.rules import INNER, FieldRule, MapRules, bind_old
 from hitless.layout.variables import diff_sections
@@ -37,9 +38,13 @@ def last_release(previous: Generation, current: Generation, path: Path) -> Bundl
     maps = {name: msgspec.structs.replace(spec, name=name) for name, spec in record.maps.items()}
     newer = {name: live.spec for name, live in current.maps.items()}
     became = _matched(maps, newer, arrival)
-    for name, later in became.items():
-        maps[name] = bind_old(maps[name], arrival.get(later, MapRules()))
-    rules = {name: _way_back(name, maps[name], became, arrival, record.own_rules) for name in maps}
+    for name, laters in became.items():
+        for later in laters:
+            maps[name] = bind_old(maps[name], _arrived(name, later, arrival))
+    rules = {
+        name: _way_back(name, maps[name], became.get(name, {}), arrival, record.own_rules.get(name, MapRules()))
+        for name in maps
+    }
     for name, fields in _variables(maps, newer, arrival).items():
         rules[name] = msgspec.structs.replace(rules[name], fields=_merged(fields, rules[name].fields))
     for name, own in record.own_rules.items():  # what the release says of maps that only the running one has
@@ -62,26 +67,73 @@ def last_release(previous: Generation, current: Generation, path: Path) -> Bundl
     )
 
 
-def _matched(old: Mapping[str, MapSpec], new: Mapping[str, MapSpec], rules: Mapping[str, MapRules]) -> dict[str, str]:
-    """What each old map became: new name by old name."""
-    out = {}
+def _matched(
+    old: Mapping[str, MapSpec], new: Mapping[str, MapSpec], rules: Mapping[str, MapRules]
+) -> dict[str, dict[str, MapDiff]]:
+    """What each old map became: the differences from it by new name, by old name."""
+    out: dict[str, dict[str, MapDiff]] = {}
     for diff in diff_maps(list(old.values()), list(new.values()), rules):
-        was = diff.was or diff.name
-        if diff.verdict not in ("added", "removed") and was in old and is_global(was) == is_global(diff.name):
-            out[was] = diff.name
+        for was, part in zip(sources_of(diff), diff.parts or (diff,), strict=True):
+            if diff.verdict not in ("added", "removed") and was in old and is_global(was) == is_global(diff.name):
+                out.setdefault(was, {})[diff.name] = part
     return out
 
 
+def _arrived(name: str, later: str, arrival: Mapping[str, MapRules]) -> MapRules:
+    """The rules by which map ``name`` became ``later``, or a part of it."""
+    came = arrival.get(later, MapRules())
+    return came.sources.get(name, came)
+
+
 def _way_back(
-    name: str, spec: MapSpec, became: Mapping[str, str], arrival: Mapping[str, MapRules], own: Mapping[str, MapRules]
+    name: str, spec: MapSpec, became: Mapping[str, MapDiff], arrival: Mapping[str, MapRules], mine: MapRules
 ) -> MapRules:
-    """The rules for one map; those for variables come on top."""
-    later = became.get(name)
-    came, mine = arrival.get(later or "", MapRules()), own.get(name, MapRules())
+    """The rules for one map; those for variables come on top. ``mine`` are its release's own."""
+    if len(became) <= 1:
+        later = next(iter(became), name)
+        rules = _way_back_of(name, spec, _arrived(name, later, arrival), mine)
+        split = bool(arrival.get(later, MapRules()).sources)  # then one that keeps its name has to say so
+        return msgspec.structs.replace(rules, was=later if later != name or split else None)
+    # Several maps are to be one again. Unless each had some of the entries, every one has a part of each entry.
+    came = {later: _arrived(name, later, arrival) for later in became}
+    sources = {later: _way_back_of(name, spec, came[later], mine) for later in became}
+    sources = {
+        later: msgspec.structs.replace(rule, was=later, fields=_without_defaults(rule.fields, became[later], spec))
+        for later, rule in sources.items()
+    }
+    said = {rule.on_collision for rule in sources.values()}
+    policy = said.pop() if len(said) == 1 else None
+    if policy is None:
+        policy = "merge" if _disjoint(list(became.values()), spec.value_size) else "error"
+    return MapRules(
+        on_loss=mine.on_loss,
+        on_collision=policy,
+        fields={path: FieldRule(merge=rule.merge) for one in sources.values() for path, rule in one.fields.items()},
+        group=next((rule.group for rule in sources.values() if rule.group), None),
+        sources={
+            later: msgspec.structs.replace(rule, apart=came[later].function() is not None, on_collision=policy)
+            for later, rule in sources.items()
+        },
+    )
+
+
+def _without_defaults(
+    fields: Mapping[str, FieldRule], diff: MapDiff, spec: MapSpec
+) -> dict[str, FieldRule]:
+    """The same rules, but that a field which another of the maps brings has no default, which would stand before it."""
+    out = {path: msgspec.structs.replace(rule, default=None) for path, rule in fields.items()}
+    for change in diff.changes:
+        found = resolve(spec.value, change.path) if change.kind == "removed" and spec.value is not None else None
+        if found is not None and isinstance(found[0], Int):
+            out[change.path] = msgspec.structs.replace(out.get(change.path, FieldRule()), default=0)
+    return out
+
+
+def _way_back_of(name: str, spec: MapSpec, came: MapRules, mine: MapRules) -> MapRules:
+    """The reverse of the rules by which a map ``came``."""
     turned = {} if is_global(name) else _turned(came.fields, spec)
     fields = {path: FieldRule(merge=rule.merge, default=rule.default) for path, rule in mine.fields.items()}
     return MapRules(
-        was=later if later != name else None,
         on_loss=mine.on_loss,
         fields=_merged(turned, fields),
         on_collision=mine.on_collision or came.on_collision,
@@ -89,7 +141,21 @@ def _way_back(
         functions=came.functions,
         group=mine.group or came.group,
         turned=came.convert is not None and not came.turned,
+        apart=came.apart,
     )
+
+
+def _disjoint(diffs: Sequence[MapDiff], size: int) -> bool:
+    """Whether no byte of a value of ``size`` bytes went to two of the maps that one was split into."""
+    taken = np.zeros(size, np.bool_)
+    for diff in diffs:
+        if diff.value is None:
+            return False
+        reached = np.frombuffer(bytes(diff.value.inverse().written()), np.uint8) != 0
+        if (taken & reached).any():
+            return False
+        taken |= reached
+    return True
 
 
 def _turned(fields: Mapping[str, FieldRule], spec: MapSpec) -> dict[str, FieldRule]:

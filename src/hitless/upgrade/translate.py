@@ -20,9 +20,9 @@ from hitless.layout.conversion import Conversion, Converted, Misfit, Records
 from hitless.layout.diff import MapDiff, draft, same
 from hitless.layout.model import MapSpec, Order, Type
 from hitless.layout.rules import MapRules, OnCollision, bind_old
-from hitless.layout.structured import convert
+from hitless.layout.structured import convert, select
 
-__all__ = ["Translation"]
+__all__ = ["Steps", "Translation"]
 
 _TRACE_LINES = 8
 
@@ -49,8 +49,9 @@ class _ByFunction:
 
     def __init__(
         self, function: Callable[..., object], what: Mapping[str, str], key: Type | None, old: Type, new: Type,
-        drafted: Conversion, order: Order,
+        drafted: Conversion, order: Order, selects: bool = False,
     ) -> None:  # fmt: skip
+        self._selects = selects
         self._function = function
         self._what = what
         self._key = key
@@ -63,11 +64,11 @@ class _ByFunction:
         if not len(records):
             return Converted(np.zeros((0, self._new.size), np.uint8), ())
         drafted = self._draft.apply(records, onto)
-        made = self._call(keys, records, drafted.records)
+        made, taken = self._call(keys, records, drafted.records)
         # An entry that changes later is converted again, by itself, and must come out the same.
         one = slice(len(records) // 2, len(records) // 2 + 1)
-        alone = self._call(keys[one], records[one], drafted.records[one])
-        if (alone != made[one]).any():
+        alone, taken_alone = self._call(keys[one], records[one], drafted.records[one])
+        if (alone != made[one]).any() or (taken_alone != taken[one]).any():
             raise ConverterError(
                 f"map {self._what['map']}: {self._what['function']} gave one result for the entry with key "
                 f"{keys[one].tobytes().hex()} among {len(records)}, and another for it alone: the result for an entry "
@@ -75,6 +76,12 @@ class _ByFunction:
                 **self._what, returned=None, traceback=None,
             )  # fmt: skip
         return Converted(made, tuple(misfit for misfit in drafted.misfits if self._left(misfit, drafted.records, made)))
+
+    def taken(self, keys: Records, records: Records) -> npt.NDArray[np.bool_]:
+        """Which of these entries the function takes."""
+        if not len(records):
+            return np.zeros(0, np.bool_)
+        return self._call(keys, records, self._draft.apply(records).records)[1]
 
     def _left(self, misfit: Misfit, drafted: Records, made: Records) -> bool:
         """Whether the function left a field, of which the types say that it does not fit, as they had drafted it."""
@@ -85,11 +92,16 @@ class _ByFunction:
         field, rows = (low == high)[0], list(misfit.first)
         return bool((made[rows][:, field] == drafted[rows][:, field]).all(axis=1).any() and field.any())
 
-    def _call(self, keys: Records, records: Records, drafted: Records) -> Records:
+    def _call(
+        self, keys: Records, records: Records, drafted: Records
+    ) -> tuple[Records, npt.NDArray[np.bool_]]:
         given = [(self._key, keys)] if self._key is not None else []
         what = f"map {self._what['map']}: {self._what['function']}"
         try:
-            return convert(self._function, [*given, (self._old, records)], self._new, drafted, self._order)
+            if not self._selects:
+                made = convert(self._function, [*given, (self._old, records)], self._new, drafted, self._order)
+                return made, np.ones(len(records), np.bool_)
+            return select(self._function, [*given, (self._old, records)], self._new, drafted, self._order)
         except LayoutError as error:
             if "returned" not in error.facts:
                 raise
@@ -145,7 +157,7 @@ class _Code:
         )
 
 
-class _Steps(NamedTuple):
+class Steps(NamedTuple):
     """From one release's entries to the other's; None where there is no way."""
 
     key: _Step | None
@@ -160,7 +172,7 @@ class Translation:
     """
 
     def __init__(
-        self, name: str, there: _Steps, back: _Steps, on_collision: OnCollision | None = None, kernel: bool = False,
+        self, name: str, there: Steps, back: Steps, on_collision: OnCollision | None = None, kernel: bool = False,
         code: _Code | None = None, turned: bool = False,
     ) -> None:  # fmt: skip
         self.name = name
@@ -172,15 +184,19 @@ class Translation:
         self._turned = turned
 
     @classmethod
-    def of(cls, old: MapSpec, new: MapSpec, diff: MapDiff, rules: MapRules, code: str = "") -> Translation:
+    def of(
+        cls, old: MapSpec, new: MapSpec, diff: MapDiff, rules: MapRules, code: str = "", split: bool = False
+    ) -> Translation:
         """The translation from ``old`` to ``new``; ``code`` is the source of the module that ``rules.convert`` names.
+
+        ``split``: the old map has other heirs too, and a function may say which entries are this one's.
 
         Raises LayoutError for types that are not known.
         """
         if rules.convert is None:
             folds = diff.key_change == "folds"
-            there = _Steps(_ByTypes(diff.key), _ByTypes(diff.value))
-            back = _Steps(None if folds else _inverse(diff.key), None if folds else _inverse(diff.value))
+            there = Steps(_ByTypes(diff.key), _ByTypes(diff.value))
+            back = Steps(None if folds else _inverse(diff.key), None if folds else _inverse(diff.value))
             exact = all(conversion is None or conversion.exact for conversion in (diff.key, diff.value))
             return cls(new.name, there, back, (rules.on_collision or "error") if folds else None, exact and not folds)
         old = bind_old(old, rules)
@@ -188,22 +204,26 @@ class Translation:
         drafted_key, drafted_value = draft(old, new, rules)
         module = _Code(new.name, rules.convert, code)
 
-        def step(suffix: str, key: Type | None, one: Type, other: Type, drafted: Conversion) -> _Step | None:
+        def step(
+            suffix: str, key: Type | None, one: Type, other: Type, drafted: Conversion, selects: bool = False
+        ) -> _Step | None:
             name = rules.function(suffix)
             if name is None:
                 return None
             what = {"map": new.name, "function": name}
-            return _ByFunction(module.function(name), what, key, one, other, drafted, new.order)
+            return _ByFunction(module.function(name), what, key, one, other, drafted, new.order, selects)
 
-        value = step("", old.key, old.value, new.value, drafted_value)
-        value_back = step("_back", new.key, new.value, old.value, drafted_value.inverse())
+        value = step("", old.key, old.value, new.value, drafted_value, split)
+        # What a rollback splits again is selected by the function back; until then it is asked for values alone.
+        folded = rules.apart and not split
+        value_back = step("_back", new.key, new.value, old.value, drafted_value.inverse(), folded)
         key = step("_key", None, old.key, new.key, drafted_key)
         key_back = step("_key_back", None, new.key, old.key, drafted_key.inverse())
         if key is None:
             plain = None if same(old.key, new.key) else drafted_key
             key, key_back = _ByTypes(plain), None if diff.key_change == "folds" else _inverse(plain)
         on_collision = (rules.on_collision or "error") if key_back is None else None
-        return cls(new.name, _Steps(key, value), _Steps(key_back, value_back), on_collision, code=module)
+        return cls(new.name, Steps(key, value), Steps(key_back, value_back), on_collision, code=module)
 
     def load(self) -> None:
         """Run the user's module, if there is one, which else the first entry does. Raises ConverterError."""
@@ -260,6 +280,16 @@ class Translation:
         """Values of the new release, and what did not fit; ``keys`` are the old ones."""
         assert self._there.value is not None
         return self._there.value.apply(keys, old, onto)
+
+    def taken(self, keys: Records, old: Records) -> npt.NDArray[np.bool_]:
+        """Which of these entries go over, where the old map has other heirs too."""
+        if isinstance(self._there.value, _ByFunction):
+            return self._there.value.taken(keys, old)
+        return np.ones(len(old), np.bool_)
+
+    def shown(self, key: Records) -> str:
+        """An old key, as errors tell it."""
+        return key.tobytes().hex()
 
     def back_keys(self, new: Records) -> Records:
         """Keys of the old release, where it :attr:`finds_old`."""
