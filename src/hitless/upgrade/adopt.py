@@ -21,12 +21,13 @@ from hitless.kernel.libbpf import system_call
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
 from hitless.upgrade import attaching
+from hitless.upgrade.describe import describe
 from hitless.upgrade.drift import loaded_again, with_ids
 from hitless.upgrade.finish import finish
 from hitless.upgrade.model import PinnedProgram, Record, ReplacedProgram
 from hitless.upgrade.node import PUBLIC, Node
 from hitless.upgrade.public import path_problems
-from hitless.upgrade.recognise import ADOPTING, FoundHook, FoundMap, Recognised, describe, recognise
+from hitless.upgrade.recognise import ADOPTING, FoundHook, FoundMap, Recognised, recognise
 from hitless.upgrade.record import create_record, map_pin, read_record, write_record
 from hitless.upgrade.steps import in_step
 
@@ -88,7 +89,7 @@ def adopt(node: Node, bundle: Bundle, wait: float = 10.0) -> Adopted:
 def adopt_for(node: Node, into: Bundle, running: Bundle | None = None, wait: float = 10.0) -> Adopted | None:
     """Take over what runs, to upgrade it to ``into``; ``running`` is its release, if that is at hand.
 
-    Without that it is described by what the node tells (:func:`hitless.upgrade.recognise.describe`). None, and nothing
+    Without that it is described by what the node tells (:func:`hitless.upgrade.describe`). None, and nothing
     done, if nothing of the daemon runs there, or if it says itself that ``into`` is what runs. Raises as :func:`adopt`.
     """
     node.move_below()
