@@ -8,7 +8,7 @@ DEBIAN := libbpf1 libbpf-dev clang-19 gcc iproute2 nginx-light systemd
 BINDING := src/hitless/kernel/_libbpf.py
 BPF := $(MAKE) --no-print-directory -s -C src/meshd/bpf
 
-.PHONY: demo cluster test fuzz soak faults bench lint setup clean root packages bpf requirements man dist manifests
+.PHONY: demo cluster adopt test fuzz soak faults bench lint setup clean root packages bpf requirements man dist manifests
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -17,6 +17,12 @@ demo: setup
 # A cluster in miniature: three nodes, an API server, and rollouts node by node under traffic between them.
 cluster: setup
 	@$(BIN)/python -m meshd.demo.cluster $(CLUSTER_ARGS)
+
+# A node of Kmesh's kind with 100,000 entries, started by its own loader, adopted and upgraded under traffic; and each kind
+# of change that a real daemon's history shows, in small.
+adopt: setup
+	@$(BIN)/python -m tests.kmesh
+	@$(BIN)/python -m tests.catalogue
 
 # Files of tests run side by side in TEST_JOBS processes, each with namespaces of its own.
 TEST_JOBS ?= 2
