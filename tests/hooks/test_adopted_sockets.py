@@ -18,6 +18,7 @@ from hitless.kernel.map_places import MapPlace
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program, load_object
 from hitless.kernel.socket_programs import programs_of_sockets
+from hitless.kernel.sockets import list_sockets
 from hitless.upgrade import finish, socket_hooks, transaction
 from hitless.upgrade.socket_hooks import SocketHook
 from hitless.upgrade.status import status
@@ -337,6 +338,28 @@ def test_verdicts_on_received_data_are_handed_over_and_every_byte_is_seen_once(
         assert sum(seen(node, 1, 2)) == 2 * 16 * messages
     assert not is_linked(node)
     assert hitless.verify(node).problems == ()
+
+
+def test_sockets_of_an_array_are_handed_over_to_their_own_places(
+    lab: Lab, node: hitless.Node, make: Make, loader: Loader
+) -> None:
+    source = PASSING.replace("SOCKHASH, 4096, struct ports", "SOCKMAP, 64, __u32").replace(
+        "bpf_sock_hash_update(ops, &peers, &key, BPF_ANY);",
+        "{ __u32 place = key.local == PORT ? key.remote % 31 : 31 + key.local % 31;"
+        " bpf_sock_map_update(ops, &peers, &place, BPF_ANY); }",
+    )
+    hitless.apply(node, make(1, manifest=NOTE, source=source))
+    theirs = loader.start(source=source)
+    with clients(lab, answers=True) as held:
+        held.say("connect 1")
+        with peers(node) as map_:
+            before = list_sockets(map_)
+        assert run_by(node) == {theirs: 2}
+        hitless.apply(node, make(2, 2, source=source), LOSS)
+        with peers(node) as map_:
+            assert list_sockets(map_) == before
+        held.say("rounds 1")
+        assert seen(node, 1, 2) == [0, 2]
 
 
 def test_sockets_to_which_a_program_redirects_are_not_handed_over(

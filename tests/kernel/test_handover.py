@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,8 +57,8 @@ class Handing:
         """As who is killed where somebody had taken hold of the sockets leaves them."""
         sockets = list_sockets(self.peers)
         for number, (key, cookie) in enumerate(sockets.items()):
-            record = number.to_bytes(4, "little") + (2).to_bytes(4, "little") + key
-            handover._wanted.update(cookie.to_bytes(8, "little"), record)
+            record = number.to_bytes(4, sys.byteorder) + (2).to_bytes(4, sys.byteorder) + key
+            handover._wanted.update(cookie.to_bytes(8, sys.byteorder), record)
         keys = np.frombuffer(b"".join(sockets), np.uint8).reshape(len(sockets), -1)
         numbers = np.arange(len(sockets), dtype=np.uint32).reshape(-1, 1).view(np.uint8)
         with create_base(self.peers, "base") as base:

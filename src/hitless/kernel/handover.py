@@ -19,6 +19,7 @@ Received data waits for the lock.
 from __future__ import annotations
 
 import errno
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -111,8 +112,8 @@ class Handover:
         self._wanted = create(_HASH, "wanted", 8, size, max(1, len(wanted)))
         self._beside = create(_SOCKMAP, "beside", 4, 8, max(1, len(wanted)))
         for number, cookie in enumerate(wanted):
-            record = number.to_bytes(4, "little") + _UNSEEN.to_bytes(4, "little")
-            self._wanted.update(cookie.to_bytes(8, "little"), record.ljust(size, b"\0"))
+            record = number.to_bytes(4, sys.byteorder) + _UNSEEN.to_bytes(4, sys.byteorder)
+            self._wanted.update(cookie.to_bytes(8, sys.byteorder), record.ljust(size, b"\0"))
         make_directory(room, exist_ok=True)
         for pinned, pin in zip((self._beside, self._wanted), self._pins, strict=True):
             pin.unlink(missing_ok=True)
@@ -161,7 +162,7 @@ class Handover:
         beside = list_sockets(self._beside)
         if beside:
             size = self._held.info.key_size
-            records = [self._wanted.lookup(cookie.to_bytes(8, "little")) or b"" for cookie in beside.values()]
+            records = [self._wanted.lookup(cookie.to_bytes(8, sys.byteorder)) or b"" for cookie in beside.values()]
             keys = np.frombuffer(b"".join(record[_KEY : _KEY + size] for record in records), np.uint8)
             numbers = np.frombuffer(b"".join(beside), np.uint8).reshape(-1, 4)
             with create_base(self._beside, "beside_base") as base:
@@ -194,12 +195,11 @@ class Handover:
 
         def read(base: int, offset: int, width: int = 8) -> None:
             """R1 = what is at ``base`` + ``offset`` in the kernel, where no pointer is followed that may be bad."""
-            asm.emit(STORE_IMM[8], FP, 0, -8, 0)
-            asm.pointer(R3, base, offset)
             asm.pointer(R1, FP, -8)
             asm.emit(MOV_IMM, R2, imm=width)
+            asm.pointer(R3, base, offset)
             asm.call(_READ_KERNEL)
-            asm.emit(LOAD[8], R1, FP, -8)
+            asm.emit(LOAD[width], R1, FP, -8)
 
         def add(target: Map, flags: int, at_key: int, offset: int) -> None:
             asm.map(R1, target.fd)
@@ -256,9 +256,9 @@ class Handover:
         asm.emit(JEQ_IMM, R1, off="beside", imm=self._beside.info.id)
         asm.emit(JNE_IMM, R1, off="elsewhere", imm=self._held.info.id)
 
+        for word in range(0, padded(size), 8):
+            asm.emit(STORE_IMM[8], FP, 0, key + word, 0)
         if self._held.info.type == "sockhash":
-            for word in range(0, padded(size), 8):
-                asm.emit(STORE_IMM[8], FP, 0, key + word, 0)
             asm.emit(LOAD[8], R9, FP, -24)
             asm.pointer(R1, FP, key)
             asm.emit(MOV_IMM, R2, imm=size)
@@ -269,7 +269,7 @@ class Handover:
             asm.emit(LOAD[8], R2, FP, -24)
             asm.emit(SUB, R2, R1)
             asm.emit(RSH_IMM, R2, imm=3)
-            asm.emit(STORE[8], FP, R2, key)
+            asm.emit(STORE[4], FP, R2, key)
         remove(self._held, FP, key)
         asm.emit(JNE_IMM, R0, off="note", imm=0)
         asm.emit(JA, off="give")
