@@ -66,7 +66,7 @@ def _run(node: KmeshNode, old: hitless.Bundle, new: hitless.Bundle) -> int:
             ("Slowest", f"{slowest:.0f} ms for one step of any client"),
             ("Entries", f"{entries:,} compared field by field, {len(gone)} not as before"),
             ("Counters", "those of the kernel are those of its clients" if not wrong else "; ".join(wrong)),
-            ("Links", f"{len(links)}, {'the same' if ids_of_links(node) == links else 'not the same'} before and after"),
+            ("Links", f"{len(links)}, {'the same' if ids_of_links(node) == links else 'not the same'} as before"),
             ("Own loader", f"starts as {started.start} and uses {reused} of {len(started.pinned)} maps"),
         ):
             print(f"{name + ':':<14}{text}")
