@@ -151,7 +151,7 @@ operations = st.lists(
 
 @given(start=operations, meanwhile=operations, late=operations)
 @settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True,
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True,
     database=None, phases=[Phase.generate],
 )  # fmt: skip
 def test_sums_are_those_of_both_maps_whatever_the_old_release_writes_until_the_last_merge(

@@ -72,8 +72,9 @@ class Selected(Map):
                 count=count,
                 keys=first,
             )
-        if self.rivals is not None:
-            self._tally.lost |= {_LEFT: count} if count else {}
+        self._tally.lost.pop(_LEFT, None)
+        if count:
+            self._tally.lost[_LEFT] = count
 
     def takes(self, keys: Rows, values: Rows) -> npt.NDArray[np.bool_]:
         """Which of these entries are the heir's."""
