@@ -61,6 +61,7 @@ def profile(files: Mapping[str, ObjectSpec], mode: str | None = None, former: It
             for program in spec.programs
             if not program.type and (kind := _type_of(program.section)) is not None
         },
+        dispensable={name: why for name, why in kmesh.DISPENSABLE.items() if name in programs},
         hooks=_hooks(kept.values(), maps, found, slots),
         keys=of_roles({one: keys for one, (keys, _values) in types.items()}),
         values=of_roles({one: values for one, (_keys, values) in types.items()}),
