@@ -14,7 +14,8 @@ from hitless.known import KnownHook
 
 __all__ = [
     "ADS_ROLES", "BINDINGS", "DISPENSABLE", "GROUP", "HOOKS", "JUMPED", "LATER", "MODE_OBJECTS", "NOTES", "OBJECTS",
-    "ONE_OF_A_KIND", "POINTING", "PUBLIC", "SCRATCH", "SECTIONS", "SOCKETS", "STRUCTURES", "STRUCTURES_ASK", "TABLES", "Table",
+    "ONE_OF_A_KIND", "POINTING", "PUBLIC", "SCRATCH", "SECTIONS", "SOCKETS", "STRUCTURES", "STRUCTURES_ASK", "TABLES",
+    "Table",
 ]  # fmt: skip
 
 PUBLIC = {
