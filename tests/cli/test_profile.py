@@ -220,12 +220,14 @@ def test_what_is_one_of_a_kind_may_be_called_otherwise(tmp_path: Path) -> None:
     source = CONNECTING.replace("cgroup_connect4_prog", "connect_by_any_name") + (
         'SEC("cgroup/connect4/policy") int beyond(struct bpf_sock_addr *ctx) { return 1; }\n'
         'SEC("tc_egress") int leaving(struct __sk_buff *ctx) { return 0; }\n'
+        'SEC("xdp_auth/check") int checking(struct xdp_md *ctx) { return XDP_PASS; }\n'
     )
     asked, manifest = drawn(kmesh(tmp_path / "objects", {"kmeshcgroupsockworkload_bpfel.o": source}), tmp_path / "out")
     hooks = {entry["program"]: entry for entry in manifest["attach"]}
     assert hooks["connect_by_any_name"]["pin"] == "sockconn/sockconn_prog"
     assert hooks["beyond"]["hook"] == "..." and "pin" not in hooks["beyond"]
     assert manifest["object"][0]["program"]["beyond"] == {"type": "cgroup/connect4"}
+    assert manifest["object"][0]["program"]["checking"] == {"type": "xdp"}
     assert ["tc-egress", "tc-ingress"] in [entry["candidates"] for entry in asked["questions"]]
 
 

@@ -137,7 +137,7 @@ def _type_of(section: str) -> str | None:
     if bare in kmesh.SECTIONS:
         return kmesh.SECTIONS[bare]
     longer = bare.rpartition("/")[0]
-    return longer if any(program_type(longer)) else None
+    return longer if any(program_type(longer)) else kmesh.SECTIONS.get(longer)
 
 
 def _slots(

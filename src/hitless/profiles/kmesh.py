@@ -169,6 +169,7 @@ TABLES = {
 """By mode, those first that are of later releases."""
 
 BINDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "version": ((), ("__u32",)),
     "frontend": (("frontend_key",), ("frontend_value",)),
     "service": (("service_key",), ("service_value",)),
     "endpoint": (("endpoint_key",), ("endpoint_value",)),
