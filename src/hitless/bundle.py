@@ -44,7 +44,7 @@ _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "bundle": {"name": str, "version": str},
     "types": {"file": str},
     "object": {"file": str, "name": str, "program": dict},
-    "program": {"type": str, "skip": bool},
+    "program": {"type": str, "skip": (bool, str)},
     "attach": ATTACH_KEYS,
     "map": {
         "was": (str, list), "from": dict, "key": str, "value": str, "old_key": str, "old_value": str, "convert": str,
@@ -92,7 +92,9 @@ class Bundle(msgspec.Struct, frozen=True):
     It is of what the files hold, so what ``variables`` fill in does not change it.
     ``maps`` and ``programs``, or what else hooks can run, are by name over all objects; ``attach`` is in the order of
     cutover. ``converters`` are the sources of the modules that the rules name, by module; nothing of them was run.
-    ``public`` tells where a daemon that does not know hitless looks for what is pinned; None if there is none.
+    ``optional`` are programs that it can do without; ``left_out`` are those of them that were, with the links that
+    they would have had. ``public`` tells where a daemon that does not know hitless looks for what is pinned; None if
+    there is none.
     """
 
     path: Path
@@ -107,6 +109,8 @@ class Bundle(msgspec.Struct, frozen=True):
     converters: dict[str, str] = {}
     cutover: CutoverRule = CutoverRule()
     public: Public | None = None
+    optional: frozenset[str] = frozenset()
+    left_out: Mapping[str, tuple[str, ...]] = {}
 
     @classmethod
     def load(
@@ -252,6 +256,7 @@ class _Reader:
         self._lines = _key_lines(text)
         self._converters: dict[str, str] = {}
         self._types: Dwarf | None = None
+        self._optional: set[str] = set()
 
     def bundle(self) -> Bundle:
         try:
@@ -315,6 +320,7 @@ class _Reader:
             converters=self._converters,
             cutover=self._cutover(manifest.get("cutover", {})),
             public=self._public(manifest, maps),
+            optional=frozenset(self._optional),
         )
 
     def _cutover(self, entry: Mapping[str, Any]) -> CutoverRule:
@@ -466,7 +472,11 @@ class _Reader:
                     )
                 programs[name] = msgspec.structs.replace(programs[name], type=kinds[0], attach_type=kinds[1])
             if "skip" in entry:
-                programs[name] = msgspec.structs.replace(programs[name], autoload=not entry["skip"])
+                if isinstance(entry["skip"], str):
+                    if entry["skip"] != "refused":
+                        self.fail((*here, "skip"), f'skip is true, false or "refused", not {entry["skip"]!r}')
+                    self._optional.add(name)
+                programs[name] = msgspec.structs.replace(programs[name], autoload=entry["skip"] is not True)
         for program in programs.values():
             if program.autoload and not program.type:
                 self.fail(

@@ -37,17 +37,19 @@ class Known(msgspec.Struct, frozen=True):
     """What is known, by the names of programs and maps; what a release has nothing of is of no effect.
 
     ``public`` are keys of ``[public]``, ``objects`` names of objects by file. ``types`` says what programs are whose
-    section does not tell it. ``hooks`` are where a program is attached; nowhere, if it has none in there. ``keys`` and
-    ``values`` are types that a map may be bound to, the likeliest first; ``asked`` are maps whose value is a question
-    all the same, with what it asks. ``slots`` fill program arrays, ``open_slots`` are programs of which nobody knows
-    the slot, ``groups`` and ``pins`` are those of maps. Maps in ``scratch`` hold nothing that has to survive.
-    ``left_out`` are files that are not taken into the bundle, and why. ``related`` are, by map, those of the release
-    before that were for the same under another name. ``notes`` are comments below ``[public]``.
+    section does not tell it, ``dispensable`` which may be left out where a kernel refuses them, and why. ``hooks`` are
+    where a program is attached; nowhere, if it has none in there. ``keys`` and ``values`` are types that a map may be
+    bound to, the likeliest first; ``asked`` are maps whose value is a question all the same, with what it asks.
+    ``slots`` fill program arrays, ``open_slots`` are programs of which nobody knows the slot, ``groups`` and ``pins``
+    are those of maps. Maps in ``scratch`` hold nothing that has to survive. ``left_out`` are files that are not taken
+    into the bundle, and why. ``related`` are, by map, those of the release before that were for the same under
+    another name. ``notes`` are comments below ``[public]``.
     """
 
     public: Mapping[str, str] = {}
     objects: Mapping[str, str] = {}
     types: Mapping[str, str] = {}
+    dispensable: Mapping[str, str] = {}
     hooks: Mapping[str, tuple[KnownHook, ...]] = {}
     keys: Mapping[str, tuple[str, ...]] = {}
     values: Mapping[str, tuple[str, ...]] = {}

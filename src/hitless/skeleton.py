@@ -263,6 +263,8 @@ def _types(page: _Page, spec: ObjectSpec, known: Known) -> None:
             page.say(f"# program {program.name}: section {program.section}: not loaded, but with skip = false")
         elif program.name in known.types:
             page.say(f"[object.program.{program.name}]", f"type = {_quoted(known.types[program.name])}")
+        elif program.name in known.dispensable:
+            page.say(f"[object.program.{program.name}]", f'skip = "refused"  # {known.dispensable[program.name]}')
         elif not program.type or section in _VAGUE:
             page.say(f"[object.program.{program.name}]")
             likely = _likely(section)

@@ -30,6 +30,7 @@ from meshd.demo.lab import Lab
 from tests.adopt.conftest import pinned
 from tests.cli.test_commands import as_json
 from tests.cli.test_init import complete
+from tests.cli.test_live_init import attach
 from tests.cli.test_profile import OBJECTS, kmesh
 
 LINKS = {
@@ -43,7 +44,7 @@ SLOTS = {
     "km_xdp_tailcall": ["policies_check", "policy_check", "xdp_shutdown_in_userspace"],
 }
 TYPES = {"xdp_auth": "xdp", "tc_ingress": "tc"}
-FILES = [name for name in OBJECTS if "sendmsg" not in name]
+FILES = list(OBJECTS)
 CHANGED = {
     name: text.replace("{ __u32 endpoints; __u32 policy; }", "{ __u64 since; __u32 endpoints; __u32 policy; }")
     for name, text in OBJECTS.items()
@@ -72,6 +73,8 @@ class Loader:
             kind = {"connect4": "cgroup_inet4_connect", "sockops": "cgroup_sock_ops", "ingress": "cgroup_inet_ingress"}
             attach_type = next((told for word, told in kind.items() if word in name), "cgroup_inet_egress")
             Link.attach_cgroup(self.programs[name], self.cgroup, attach_type).pin(self.root / pin)
+        with opened(self.root / "map" / "km_socket") as sockets:
+            attach(self.programs["sendmsg_prog"], sockets.fd, "sk_msg_verdict", 0)
         Xdp.attach(self.programs["xdp_authz"], self.pod, "generic")
         with create(ARRAY, "kmesh_version", 4, 4, 1) as held:
             held.update(bytes(4), number(version_number(version)))

@@ -63,6 +63,15 @@ def test_it_stays_where_it_is_and_has_the_number_of_the_release(
     assert version.exists()  # it is not ours
 
 
+def test_another_version_than_the_bundle_is_asked_for(
+    lab: Lab, node: hitless.Node, version: Path, tmp_path: Path
+) -> None:
+    places = {"cgroup": str(lab.cgroup_of("clients"))}
+    other = hitless.Bundle.load(write_release(tmp_path / "1", "1.0.7", OLD, OWN), places)
+    with pytest.raises(hitless.NodeError, match="the daemon runs another version, or calls it otherwise"):
+        hitless.adopt(node, other)
+
+
 def test_it_is_made_where_the_daemon_looks_for_it(lab: Lab, node: hitless.Node, version: Path, tmp_path: Path) -> None:
     os.unlink(version)  # noqa: PTH108
     places = {"cgroup": str(lab.cgroup_of("clients"))}

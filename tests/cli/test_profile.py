@@ -220,13 +220,36 @@ def test_what_is_one_of_a_kind_may_be_called_otherwise(tmp_path: Path) -> None:
     source = CONNECTING.replace("cgroup_connect4_prog", "connect_by_any_name") + (
         'SEC("cgroup/connect4/policy") int beyond(struct bpf_sock_addr *ctx) { return 1; }\n'
         'SEC("tc_egress") int leaving(struct __sk_buff *ctx) { return 0; }\n'
+        'SEC("xdp_auth/check") int checking(struct xdp_md *ctx) { return XDP_PASS; }\n'
     )
     asked, manifest = drawn(kmesh(tmp_path / "objects", {"kmeshcgroupsockworkload_bpfel.o": source}), tmp_path / "out")
     hooks = {entry["program"]: entry for entry in manifest["attach"]}
     assert hooks["connect_by_any_name"]["pin"] == "sockconn/sockconn_prog"
     assert hooks["beyond"]["hook"] == "..." and "pin" not in hooks["beyond"]
     assert manifest["object"][0]["program"]["beyond"] == {"type": "cgroup/connect4"}
+    assert manifest["object"][0]["program"]["checking"] == {"type": "xdp"}
     assert ["tc-egress", "tc-ingress"] in [entry["candidates"] for entry in asked["questions"]]
+
+
+def test_what_newer_kernels_refuse_may_be_left_out(lab: Lab, tmp_path: Path) -> None:
+    source = CONNECTING + """
+SEC("cgroup/connect6") int cgroup_connect6_prog(struct bpf_sock_addr *ctx)
+{
+    bpf_tail_call(ctx, &km_cgr_tailcall, 1);
+    return 1;
+}
+"""
+    objects = kmesh(tmp_path / "objects", {"kmeshcgroupsockworkload_bpfel.o": source})
+    asked, manifest = drawn(objects, tmp_path / "out")
+    assert manifest["object"][0]["program"]["cgroup_connect6_prog"] == {"skip": "refused"}
+    assert manifest["map"]["km_cgr_tailcall"]["slots"] == {"0": "cgroup_connect4_prog", "1": "cgroup_connect6_prog"}
+    complete(tmp_path / "out", asked["questions"], {"version": "v1.1.0"})
+    (lab.bpffs / "kmesh").mkdir()
+    path = tmp_path / "out" / "bundle.toml"
+    path.write_text(path.read_text().replace("/mnt/kmesh_mapspecs", str(tmp_path)))
+    found = planned(tmp_path / "out", hitless.Node(lab.bpffs / "kmesh"), lab)
+    there = {hook.program for hook in found.hooks}
+    assert there | set(found.left_out) == {"cgroup_connect4_prog", "cgroup_connect6_prog"}
 
 
 def test_an_object_alone_leaves_open_what_another_tells(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_program_that_is_not_left_out_is_loaded_and_refused(node: hitless.Node
         (TYPES.replace("xdp", "packets"), r"toml:\d+: 'packets' is no type of programs: give a section's name"),
         (TYPES.replace('"xdp"', '"cgroup_sock_addr"'), r"'cgroup_sock_addr' is no type of programs"),
         (TYPES + "[object.program.late]\nskip = true\n", r"toml:12: store has no program late; there are: count4"),
-        (TYPES + "[object.program.refused]\nskip = 1\n", r"toml:13: skip must be of type bool, not int"),
+        (TYPES + "[object.program.refused]\nskip = 1\n", r"toml:13: skip must be of type bool or str, not int"),
         (TYPES + SKIP + ATTACH.replace("count4", "refused"), r"toml:16: refused \(section xdp\) is left out"),
         (TYPES.replace('"xdp"', '"..."') + '[map.tally]\nwas = "..."\n',
          r"questions that wait for an answer \(line 11: object.0.program.early.type; line 13: map.tally.was\)"),

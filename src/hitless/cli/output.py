@@ -172,12 +172,18 @@ def show_plan(plan: Plan) -> None:
         )
     for path in plan.paths:
         click.echo(f"  {path.action} {path.path}, a path of the daemon's own loader")
+    _show_left_out(plan.left_out)
     if plan.blocked:
         options = " ".join(f"--allow-loss {entry.name}" for entry in plan.blocked)
         command = "rollback" if plan.start_type == "rollback" else "apply"
         click.echo(f"{command} will refuse this: it loses state. If that is fine, add {options}")
     elif not plan.changes_anything:
         click.echo("Nothing to do.")
+
+
+def _show_left_out(programs: Sequence[str]) -> None:
+    for name in programs:
+        click.echo(f"  {name} is left out, since this kernel refuses it")
 
 
 def _headline(name: str, start_type: str, before: str | None, after: str, root: str) -> str:
@@ -267,6 +273,7 @@ def show_result(result: Result) -> None:
     click.echo(_headline(result.name, result.start_type, result.from_version, result.to_version, result.root))
     _show_maps(result.maps)
     _show_hooks(result.hooks)
+    _show_left_out(result.left_out)
     for entry in result.maps:
         if entry.action == "convert":
             lost = _lost(entry)

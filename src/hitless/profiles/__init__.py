@@ -61,6 +61,7 @@ def profile(files: Mapping[str, ObjectSpec], mode: str | None = None, former: It
             for program in spec.programs
             if not program.type and (kind := _type_of(program.section)) is not None
         },
+        dispensable={name: why for name, why in kmesh.DISPENSABLE.items() if name in programs},
         hooks=_hooks(kept.values(), maps, found, slots),
         keys=of_roles({one: keys for one, (keys, _values) in types.items()}),
         values=of_roles({one: values for one, (_keys, values) in types.items()}),
@@ -136,7 +137,7 @@ def _type_of(section: str) -> str | None:
     if bare in kmesh.SECTIONS:
         return kmesh.SECTIONS[bare]
     longer = bare.rpartition("/")[0]
-    return longer if any(program_type(longer)) else None
+    return longer if any(program_type(longer)) else kmesh.SECTIONS.get(longer)
 
 
 def _slots(

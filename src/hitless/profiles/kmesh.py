@@ -13,8 +13,9 @@ import msgspec
 from hitless.known import KnownHook
 
 __all__ = [
-    "ADS_ROLES", "BINDINGS", "GROUP", "HOOKS", "JUMPED", "LATER", "MODE_OBJECTS", "NOTES", "OBJECTS", "ONE_OF_A_KIND",
-    "POINTING", "PUBLIC", "SCRATCH", "SECTIONS", "SOCKETS", "STRUCTURES", "STRUCTURES_ASK", "TABLES", "Table",
+    "ADS_ROLES", "BINDINGS", "DISPENSABLE", "GROUP", "HOOKS", "JUMPED", "LATER", "MODE_OBJECTS", "NOTES", "OBJECTS",
+    "ONE_OF_A_KIND", "POINTING", "PUBLIC", "SCRATCH", "SECTIONS", "SOCKETS", "STRUCTURES", "STRUCTURES_ASK", "TABLES",
+    "Table",
 ]  # fmt: skip
 
 PUBLIC = {
@@ -58,6 +59,11 @@ SECTIONS = {
     "tc_egress": "tc",
 }
 """What programs are whose section libbpf does not know."""
+
+DISPENSABLE = {
+    "cgroup_connect6_prog": "newer kernels refuse it, since it jumps through the same program array as connect4",
+}
+"""Programs that a release can do without where the kernel refuses them, and why it may."""
 
 SOCKETS = "sockets"
 """Stands for the map of sockets in a target."""
@@ -163,6 +169,7 @@ TABLES = {
 """By mode, those first that are of later releases."""
 
 BINDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "version": ((), ("__u32",)),
     "frontend": (("frontend_key",), ("frontend_value",)),
     "service": (("service_key",), ("service_value",)),
     "endpoint": (("endpoint_key",), ("endpoint_value",)),

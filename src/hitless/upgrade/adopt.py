@@ -29,6 +29,7 @@ from hitless.upgrade.node import PUBLIC, Node
 from hitless.upgrade.public import path_problems
 from hitless.upgrade.recognise import ADOPTING, FoundHook, FoundMap, Recognised, recognise
 from hitless.upgrade.record import create_record, map_pin, read_record, write_record
+from hitless.upgrade.refused import without_refused
 from hitless.upgrade.steps import in_step
 
 __all__ = ["Adopted", "adopt", "adopt_for", "recognise_running", "renew"]
@@ -49,7 +50,7 @@ class Adopted(msgspec.Struct, frozen=True):
 
 def recognise_running(node: Node, bundle: Bundle) -> Adopted:
     """What :func:`adopt` would take over; looks only. Raises as that does."""
-    with _recognised(node, bundle) as found:
+    with _recognised(node, without_refused(bundle)) as found:
         return _told(node, found, adopted=False)
 
 
@@ -67,6 +68,7 @@ def adopt(node: Node, bundle: Bundle, wait: float = 10.0) -> Adopted:
     if not node.base.is_dir():
         raise NodeError(f"{node.base} is not there: nothing runs that could be adopted", path=str(node.base))
     _refuse_adopted(node)
+    bundle = without_refused(bundle)
     made = Node(node.base / ADOPTING)
     make_directory(made.root, exist_ok=True)
     try:

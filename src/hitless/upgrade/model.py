@@ -171,7 +171,8 @@ class Plan(msgspec.Struct, frozen=True):
 
     ``start_type`` is ``normal``, ``restart``, ``update`` or ``rollback``. ``digest`` is the bundle's. ``fingerprint``
     is of the node; None in a plan of a rollback, or of a hitless that took none. ``cutover`` says how hooks go over,
-    ``paths`` which of the paths of an adopted daemon's own loader come and go.
+    ``paths`` which of the paths of an adopted daemon's own loader come and go. ``left_out`` are programs that this
+    kernel refuses, and that the release can do without.
     """
 
     root: str
@@ -186,6 +187,7 @@ class Plan(msgspec.Struct, frozen=True):
     fingerprint: Fingerprint | None = None
     cutover: CutoverRule = CutoverRule()
     paths: tuple[PathPlan, ...] = ()
+    left_out: tuple[str, ...] = ()
     schema: int = 1
 
     @property
@@ -438,5 +440,6 @@ class Result(msgspec.Struct, frozen=True):
     cutover: Cutover = Cutover()
     steps: Mapping[str, float] = {}
     recovered: str | None = None
+    left_out: tuple[str, ...] = ()
     committed: bool = True
     schema: int = 1

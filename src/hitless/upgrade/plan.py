@@ -110,6 +110,7 @@ def make_plan(
         hooks=hooks,
         cutover=bundle.cutover if start_type in ("update", "rollback") else CutoverRule(),
         paths=_paths(current, bundle, hooks) if start_type != "restart" else (),
+        left_out=tuple(bundle.left_out),
     )
 
 

@@ -358,20 +358,27 @@ class _Look:
             assert hook.expected is not None
             with Program.by_id(hook.expected) as program:
                 tag = program.info.tag
-            known = {tags.get(hook.program), tags.get(self.instead.get(hook.link, hook.program))} - {None}
+            names = {hook.program, self.instead.get(hook.link, hook.program)}
+            known = {tags[name] for name in names if name in tags}
             if known and tag not in known:
                 self.questions.append(
                     f"hook {hook.link} runs a program {hook.program} (tag {tag}) that is not the one of the bundle's "
-                    f"object (tag {tags[hook.program]}): this bundle is not the release that runs; give that one, or, "
-                    'if it is the same source in the hands of another loader, say [public] unproven = "accept"'
+                    f"object (tag {' or '.join(sorted(known))}): this bundle is not the release that runs; give that "
+                    'one, or, if it is the same source in the hands of another loader, say [public] unproven = "accept"'
                 )
 
     def ask_version(self) -> None:
         """The version that the daemon itself has noted, by which its next start decides what is of use to it."""
-        held = self.maps.get(self.public.version_map or "")
-        if held is None:
+        name = self.public.version_map
+        pin = self.public.pin_of(name) if name is not None and name not in self.bundle.maps else None
+        if pin is not None and (self.base / pin).exists():  # which the daemon itself makes
+            with Map.open(self.base / pin) as own:
+                value = own.lookup(FIRST)
+        elif name is not None and name in self.maps:
+            value = self.maps[name].lookup(FIRST)
+        else:
             return
-        noted, number = int.from_bytes(held.lookup(FIRST) or b"", sys.byteorder), version_number(self.public.version)
+        noted, number = int.from_bytes(value or b"", sys.byteorder), version_number(self.public.version)
         if noted != number:
             self.questions.append(
                 f"map {self.public.version_map} has {noted:#010x}, and {self.public.version!r} is {number:#010x}: the "

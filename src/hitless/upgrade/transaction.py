@@ -72,6 +72,7 @@ from hitless.upgrade.places import Place, find_places
 from hitless.upgrade.plan import awaited, hooks_of, late_hooks, make_plan
 from hitless.upgrade.public import publish, refuse_taken_paths, withdraw
 from hitless.upgrade.record import map_pin, pin_name, read_record, write_record
+from hitless.upgrade.refused import refuse_left_out, without_refused
 from hitless.upgrade.release import last_release
 from hitless.upgrade.ring import drain
 from hitless.upgrade.socket_plans import with_socket_hooks
@@ -97,7 +98,7 @@ def plan(node: Node, bundle: Bundle, allow_loss: Collection[str] = ()) -> Plan:
     """
     if bundle.public is not None:
         node.move_below()
-    return _plan(node, _settled(node), bundle, allow_loss)
+    return _plan(node, _settled(node), without_refused(bundle), allow_loss)
 
 
 def plan_rollback(node: Node, allow_loss: Collection[str] = ()) -> Plan:
@@ -142,6 +143,7 @@ def _plan(
     if state.current is not None:
         refuse_replaced_pins(node.current, state.current)
     refuse_taken_paths(node, bundle, state.current.record if state.current is not None else None)
+    refuse_left_out(bundle, state.current.record if state.current is not None else None)
     decided = make_plan(state, bundle, places, asked, allow_loss)
     decided = with_socket_hooks(node, state, decided, bundle.attach)
     if planned is not None:
@@ -213,6 +215,7 @@ def apply(
     tell = progress or _nobody
     if bundle.public is not None:
         node.move_below()
+    bundle = without_refused(bundle)
     _plan_first(node, bundle, allow_loss, planned)
     made = not node.root.exists()
     make_directory(node.root, exist_ok=True)
@@ -813,6 +816,7 @@ class _Upgrade:
             hooks=self._plan.hooks,
             cutover=cutover,
             steps=self._steps,
+            left_out=self._plan.left_out,
         )
 
 
