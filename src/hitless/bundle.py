@@ -23,7 +23,7 @@ from hitless.layout.elf import Binding, Types, read_btf, read_object
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec, Type
 from hitless.layout.rules import FieldRule, MapRules
 from hitless.layout.sections import meant
-from hitless.public import Public
+from hitless.public import ADOPTING, HOME, Public
 
 __all__ = ["MANIFEST", "OPEN", "Bundle", "BundleObject", "CutoverRule", "object_name", "unite_maps"]
 
@@ -357,7 +357,7 @@ class _Reader:
             self.fail(("public", "unproven"), f'unproven is "error" or "accept", not {entry["unproven"]!r}')
         if not all(isinstance(name, str) for name in entry.get("leave", [])):
             self.fail(("public", "leave"), "leave is a list of names of programs")
-        return Public(
+        public = Public(
             version=self.substitute(entry.get("version", manifest["bundle"]["version"]), ("public", "version")),
             maps=self._pin(entry["maps"], ("public", "maps")) if "maps" in entry else None,
             version_map=version_map,
@@ -367,6 +367,27 @@ class _Reader:
             pins=pins,
             links=links,
         )
+        if self._variables is not None:
+            self._check_places(public, maps)
+        return public
+
+    def _check_places(self, public: Public, maps: Mapping[str, MapSpec]) -> None:
+        """Each path is that of one map or link, and none is in what hitless makes itself."""
+        places: dict[Path, str] = {}
+        pins = {name: public.pin_of(name) for name in maps}
+        found = [(pin, f"map {name}", ("map", name)) for name, pin in pins.items() if pin is not None]
+        found += [(pin, f"link {link}", ("attach", "0")) for link, pin in public.links.items()]
+        for pin, what, path in found:
+            place = Path(os.path.normpath(pin))
+            if place.parts[0] in (HOME, ADOPTING):
+                self.fail(path, f"{what} cannot be pinned at {pin}: hitless keeps there what is its own")
+            for one in (place, *place.parents):
+                if one in places:
+                    self.fail(path, f"{what} and {places[one]} are both to be pinned at {one}: give each its own")
+            for one, other in places.items():
+                if place in one.parents:
+                    self.fail(path, f"{what} is to be pinned at {pin}, which is a directory of {other}")
+            places[place] = what
 
     def _pin(self, text: str, path: tuple[str, ...]) -> str:
         """A place on a bpffs, which cannot be in what hitless makes itself."""

@@ -16,10 +16,13 @@ import msgspec
 from hitless.carry import is_global
 from hitless.layout.model import MapSpec
 
-__all__ = ["HOME", "Public", "version_number"]
+__all__ = ["ADOPTING", "HOME", "Public", "version_number"]
 
 HOME = "hitless"
 """The directory, in that of the other daemon, of all that is hitless's own."""
+
+ADOPTING = "hitless-adopting"
+"""The directory in which what will be ``hitless/`` is built."""
 
 _NUMBER = re.compile(r"0x[0-9a-f]{8}")
 

@@ -503,7 +503,7 @@ def _adopted(
     from hitless.cli.output import print_json, show_adopted
 
     node.move_below()
-    if node.root.exists():
+    if node.root.is_dir() and any(node.root.iterdir()):
         return True
     before = hitless.Bundle.load(running, variables) if running is not None else None
     found = hitless.adopt_for(node, release, before, wait)

@@ -174,6 +174,8 @@ def pinned_kind(path: Path) -> tuple[int, str]:
                 f"did, then remove it (rm {path})",
                 path=str(path),
             )
+        if stat.S_ISDIR(os.fstat(place).st_mode):
+            raise NodeError(f"{path} is a directory, not a pin; look at it, then remove it", path=str(path))
         # BPF_OBJ_GET follows links, so it gets what was looked at.
         fd = check(lib().bpf_obj_get(f"/proc/self/fd/{place}".encode()), "BPF_OBJ_GET", path)
     finally:

@@ -33,6 +33,7 @@ Rows = npt.NDArray[np.uint8]
 
 _BATCH = 4096
 F_LOCK = 4  # BPF_F_LOCK
+_RDONLY = 8  # BPF_F_RDONLY
 _HASH_ENTRY = 48  # struct htab_elem, without key and value
 
 
@@ -123,6 +124,12 @@ class Map(Object):
     def by_id(cls, map_id: int) -> Map:
         """Open the map with the kernel's ``map_id``. Raises KernelError (ENOENT if it is gone)."""
         return cls(check(lib().bpf_map_get_fd_by_id(map_id), "BPF_MAP_GET_FD_BY_ID", f"map {map_id}"))
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether the kernel refuses that user space writes it: frozen, or made so."""
+        facts = Path(f"/proc/self/fdinfo/{self.fd}").read_text()
+        return bool(self.info.flags & _RDONLY) or "frozen:\t1" in facts
 
     def spec(self, name: str) -> MapSpec:
         """This map as a MapSpec under ``name``; key and value are None where the kernel holds no BTF for them."""

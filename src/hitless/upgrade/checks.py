@@ -31,6 +31,7 @@ from hitless.upgrade.record import map_pin
 
 __all__ = [
     "refuse_exclusive",
+    "refuse_frozen",
     "refuse_loss",
     "refuse_overfull",
     "refuse_replaced_pins",
@@ -48,6 +49,21 @@ def refuse_replaced_pins(directory: Path, generation: Generation) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise NodeError(f"{problems[0]}{more}; nothing was changed", path=str(directory), problems=problems)
+
+
+def refuse_frozen(directory: Path, decided: Plan) -> None:
+    """Raise NodeError if a map of the last generation, in ``directory``, is to get entries and takes none."""
+    for entry in decided.maps:
+        if entry.action != "convert" or is_global(entry.name):
+            continue
+        with Map.open(map_pin(directory, entry.name)) as held:
+            if held.is_read_only:
+                raise NodeError(
+                    f"map {entry.name} of {decided.to_version} is frozen or read-only, so that the entries of now "
+                    "cannot come back to it; nothing was changed: apply that release's bundle instead, which makes a "
+                    "new map",
+                    map=entry.name,
+                )
 
 
 def refuse_overfull(node: Node, state: NodeState, bundle: Bundle, decided: Plan) -> None:

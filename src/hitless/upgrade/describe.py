@@ -15,7 +15,7 @@ import msgspec
 from hitless.attach import Attach
 from hitless.bundle import Bundle, BundleObject, unite_maps
 from hitless.carry import is_global
-from hitless.errors import NodeError
+from hitless.errors import LayoutError, NodeError
 from hitless.hooks import HOOKS
 from hitless.kernel.dispatcher import attached_program
 from hitless.kernel.links import Link
@@ -171,8 +171,16 @@ def _version(base: Path, public: Public) -> str:
 
 
 def known_layouts(public: Public) -> Mapping[str, MapSpec]:
-    """What the daemon's own snapshot tells of its maps. Raises LayoutError if it is damaged."""
+    """What the daemon's own snapshot tells of its maps. Raises NodeError if it is damaged."""
     if public.snapshot is None or not Path(public.snapshot).exists():
         return {}
-    found = kmesh.load(Path(public.snapshot).read_bytes())
+    try:
+        found = kmesh.load(Path(public.snapshot).read_bytes())
+    except (LayoutError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else error.message
+        raise NodeError(
+            f"{public.snapshot}, where the daemon is said to keep its layouts, cannot be read: {why}; look at it, then "
+            "remove it, or leave snapshot out of [public]",
+            path=public.snapshot,
+        ) from None
     return {spec.name: spec for item in found.values() for spec in item.maps}

@@ -19,7 +19,7 @@ from hitless.hooks import HOOKS
 from hitless.kernel.links import LinkInfo
 from hitless.kernel.maps import Map, is_alive
 from hitless.kernel.names import in_kernel
-from hitless.kernel.programs import Program, is_loaded
+from hitless.kernel.programs import Program, ProgramInfo, is_loaded
 from hitless.upgrade.model import Generation, Hook, NodeState, PinnedMap, PinnedProgram, Record, ReplacedProgram
 from hitless.upgrade.node import PUBLIC, Node
 from hitless.upgrade.places import Place, file_of, find_places, place_id
@@ -34,6 +34,7 @@ __all__ = [
     "loaded_again",
     "missing",
     "other_pin",
+    "other_release",
     "public_problems",
     "put_back",
     "recovering",
@@ -154,6 +155,16 @@ def loaded_again(hook: Hook, record: Record) -> set[str]:
     return {one.tag for name, one in record.pinned_programs.items() if name in names}
 
 
+def other_release(hook: Hook, record: Record, runs: ProgramInfo) -> str:
+    """On the link of ``hook``, which the daemon's own loader may update, is a program that ``record`` does not have."""
+    noted = record.pinned_programs[hook.program]
+    return (
+        f"link {hook.link} runs program {runs.id} ({runs.name}, tag {runs.tag}), and {record.version} has another "
+        f"there (tag {noted.tag}): the daemon's own loader has put another release there; let it start "
+        f"{record.version} again, or unload hitless, which takes all hooks off, let it start anew, and adopt that"
+    )
+
+
 def target_id(hook: Hook, links: Path) -> int | None:
     """The number of the hook's target, None if it is not there. Of a map it is that of the running release."""
     with suppress(NodeError, OSError):
@@ -164,7 +175,9 @@ def target_id(hook: Hook, links: Path) -> int | None:
     return None
 
 
-def hook_problem(hook: Hook, link: LinkInfo | None, expected: int | None, links: Path) -> str | None:
+def hook_problem(
+    hook: Hook, link: LinkInfo | None, expected: int | None, links: Path, record: Record
+) -> str | None:
     """What is wrong with the ``link`` of ``hook`` (None: it is not pinned), whose program should be ``expected``."""
     name = hook.link
     if hook.matched and (link is None or link.is_dead) and target_id(hook, links) is None:
@@ -209,6 +222,9 @@ def hook_problem(hook: Hook, link: LinkInfo | None, expected: int | None, links:
             "run that, those of before run ours; apply the same release again, which takes the place again"
         )
     if expected is not None and link.program_id != expected:
+        if record.public is not None and hook.program in record.pinned_programs:
+            with Program.by_id(link.program_id) as program:
+                return other_release(hook, record, program.info)
         return (
             f"link {name} runs program {link.program_id}, not {hook.program} (program {expected}): someone else "
             "changed it; apply the same release again to put it right"

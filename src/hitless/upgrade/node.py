@@ -47,7 +47,7 @@ from hitless.upgrade.handle import Access, MapHandle, RingReader
 from hitless.upgrade.model import Generation, LeftRing, LiveMap, NodeState, Record
 from hitless.upgrade.record import advice, map_pin, read_record
 
-__all__ = ["PUBLIC", "Node", "foreign_error", "generation_record", "read_generation"]
+__all__ = ["PUBLIC", "Node", "foreign_error", "generation_record", "live_map", "read_generation"]
 
 T = TypeVar("T")
 
@@ -291,8 +291,8 @@ def foreign_error(path: Path) -> NodeError:
             path=str(path),
         )
     return NodeError(
-        f"{path} was not made by hitless: another program uses this pin root, or it was put there by hand; "
-        "choose another root (--root), or remove it",
+        f"{path} was not made by hitless: another program uses this pin root (hitless adopt takes over what that has "
+        "started), or it was put there by hand; choose another root (--root), or remove it",
         path=str(path),
     )
 
@@ -320,7 +320,7 @@ def read_generation(directory: Path) -> Generation:
                 path=str(path),
             )
         with Map.open(path) as pinned:
-            maps[name] = _live(pinned, name, declared)
+            maps[name] = live_map(pinned, name, declared)
     pins = {map_pin(directory, name) for name in maps}
     for path in (*_children(directory / "maps"), *_children(directory / "data")):
         if path not in pins:
@@ -354,7 +354,7 @@ def _of_ops(programs: Iterable[int]) -> frozenset[int]:
     return used
 
 
-def _live(pinned: Map, name: str, declared: MapSpec) -> LiveMap:
+def live_map(pinned: Map, name: str, declared: MapSpec) -> LiveMap:
     """The kernel's word first; the record's for what the kernel does not tell (inner maps, tags, lost BTF)."""
     seen = pinned.spec(name)
     if declared.ops is not None and seen.type == declared.type:  # the kernel tells nothing of what it laid out itself

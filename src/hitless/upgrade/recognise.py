@@ -14,6 +14,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -33,18 +34,16 @@ from hitless.kernel.programs import Program, all_programs, load_object
 from hitless.layout.answers import answer
 from hitless.layout.diff import diff_map
 from hitless.layout.model import MapSpec, ObjectSpec
-from hitless.public import HOME, Public, version_number
+from hitless.public import ADOPTING, HOME, Public, version_number
 from hitless.upgrade.describe import FIRST, known_layouts
 from hitless.upgrade.drift import EITHER_WAY
 from hitless.upgrade.model import HookPlan, Record
 from hitless.upgrade.places import Place, find_places
 from hitless.upgrade.plan import hook_at, hooks_of, new_hook
+from hitless.upgrade.public import identity
 from hitless.upgrade.unwritten import prove_unwritten
 
-__all__ = ["ADOPTING", "FoundHook", "FoundMap", "Recognised", "recognise"]
-
-ADOPTING = "hitless-adopting"
-"""The directory in which what will be ``hitless/`` is built."""
+__all__ = ["FoundHook", "FoundMap", "Recognised", "recognise"]
 
 _UNLINKED = ("cgroup_skb", "cgroup_sock_addr", "cgroup_sock", "sched_cls", "sock_ops", "xdp")
 
@@ -121,7 +120,7 @@ class _Look:
                 continue
             pin = self.public.pin_of(name)
             path = self.base / pin if pin is not None else None
-            if path is None or not path.exists():
+            if path is None or not os.path.lexists(path):
                 missing.append(name)
                 continue
             held = Map.open(path)
@@ -167,7 +166,14 @@ class _Look:
                 == (spec.type, spec.key_size, spec.value_size)
             ]
             where = self.public.pin_of(name)
-            if len(fit) == 1:
+            pins = self._pinned.get(("map", fit[0].info.id), []) if len(fit) == 1 else []
+            if pins:
+                self.questions.append(
+                    f"map {name} is pinned at {pins[0]}, where this manifest does not look for it: say so ([public] "
+                    f"maps, or [map.{name}] pin), else the daemon's own loader would find the map of today there for "
+                    "ever"
+                )
+            elif len(fit) == 1:
                 self.maps[name] = fit[0]
                 self.notes.append(f"map {name} was pinned nowhere: it is one that the programs use")
             elif any(_declares(item.spec, name) and self._runs(item.spec) for item in self.bundle.objects):
@@ -176,6 +182,22 @@ class _Look:
                     f"map {name} {at}, and {len(fit)} of the maps that the programs use could be it: say where its "
                     f"loader pins it ([map.{name}] pin)"
                 )
+
+    @cached_property
+    def _pinned(self) -> dict[tuple[str, int], list[Path]]:
+        """All pins of this daemon, by what they are."""
+        found: dict[tuple[str, int], list[Path]] = {}
+        for path in (self.base / name for name in sorted(_pins_below(self.base))):
+            if not path.is_symlink():
+                found.setdefault(identity(path), []).append(path)
+        return found
+
+    def note_pins(self) -> None:
+        """Pins of these maps that nobody named: who opens those has the map of today whatever comes."""
+        for name, held in self.maps.items():
+            for path in self._pinned.get(("map", held.info.id), ()):
+                if str(path) != os.path.normpath(self.pins.get(name, "")):
+                    self.notes.append(f"{path} is another pin of map {name}: it stays with the map that is there now")
 
     def find_globals(self) -> None:
         """The variables of the objects that run, which no loader pins: each object's own programs use them."""
@@ -231,11 +253,13 @@ class _Look:
     def _find_link(self, place: Place, candidates: list[int]) -> None:
         pin = self.public.links.get(place.entry.link)
         path = self.base / pin if pin is not None else None
-        if path is not None and path.exists():
+        if path is not None and os.path.lexists(path):
             link, held = Link.open(path), f"link at {path}"
             why = self._why_not(place, link.info) if self._runs_another(place, link) is None else None
             if why is not None:
-                self.questions.append(f"the link at {path} {why}: correct the pin of link {place.link}")
+                end = ", or leave the hook out" if link.info.is_dead else f": correct the pin of link {place.link}"
+                self.questions.append(f"the link at {path} {why}{end}")
+                self.running[link.info.program_id] = place.entry.program  # all is said about it
                 return
         elif len(candidates) == 1 and (path is None or not place.entry.is_pattern):
             link, held = Link.by_id(candidates[0]), "link pinned nowhere"
@@ -259,6 +283,8 @@ class _Look:
     def _why_not(self, place: Place, info: LinkInfo) -> str | None:
         """Why the link is not that of the place, in words that follow its name."""
         entry = place.entry
+        if info.is_dead:
+            return "runs nowhere: what it was on was removed, or somebody detached it; its own loader has to attach it"
         wanted = entry.attach_type(self.bundle.programs[entry.program])
         if info.attach_type != wanted:
             return f"is on {info.attach_type or info.type}, not on {wanted}"
@@ -338,7 +364,7 @@ class _Look:
             try:
                 loaded = load_object(item.data, item.spec.name, own, sections, item.spec.programs)
             except KernelError as error:
-                if error.facts["errno"] in PASSING:
+                if "log" not in error.facts or error.facts["errno"] in PASSING:
                     raise
                 self.questions.append(
                     f"object {item.spec.name} cannot be loaded, so that nothing shows that it is what runs: leave out "
@@ -369,22 +395,31 @@ class _Look:
 
     def ask_version(self) -> None:
         """The version that the daemon itself has noted, by which its next start decides what is of use to it."""
-        name = self.public.version_map
-        pin = self.public.pin_of(name) if name is not None and name not in self.bundle.maps else None
-        if pin is not None and (self.base / pin).exists():  # which the daemon itself makes
-            with Map.open(self.base / pin) as own:
-                value = own.lookup(FIRST)
-        elif name is not None and name in self.maps:
-            value = self.maps[name].lookup(FIRST)
-        else:
+        held = self.maps.get(self.public.version_map or "") or self._own_version()
+        if held is None:
             return
-        noted, number = int.from_bytes(value or b"", sys.byteorder), version_number(self.public.version)
+        if held.is_read_only:
+            self.questions.append(
+                f"map {self.public.version_map} is frozen or read-only, so that hitless could not write the version "
+                "there behind an upgrade: leave version_map out of [public]"
+            )
+        noted, number = int.from_bytes(held.lookup(FIRST) or b"", sys.byteorder), version_number(self.public.version)
         if noted != number:
             self.questions.append(
                 f"map {self.public.version_map} has {noted:#010x}, and {self.public.version!r} is {number:#010x}: the "
                 "daemon runs another version, or calls it otherwise; write the text that it has itself in [public] "
                 f"version, or the number ({noted:#010x})"
             )
+
+    def _own_version(self) -> Map | None:
+        """The map of the version that the daemon itself has made, which no object declares."""
+        name = self.public.version_map
+        pin = self.public.pin_of(name) if name is not None and name not in self.bundle.maps else None
+        if pin is None or not os.path.lexists(self.base / pin):
+            return None
+        held = Map.open(self.base / pin)
+        # Another kind of map is refused where what is to be written is looked at.
+        return held if (held.info.type, held.info.key_size, held.info.value_size) == ("array", 4, 4) else None
 
     # What else is there
 
@@ -497,6 +532,7 @@ def recognise(base: Path, bundle: Bundle) -> Recognised:
             path=str(base),
             questions=[],
         )
+    look.note_pins()
     look.ask_version()
     look.ask_others()
     tags = look.prove() if not look.questions else {}

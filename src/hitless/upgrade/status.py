@@ -114,7 +114,7 @@ def status(node: Node) -> Status:
     names |= {program.id: name for name, program in record.pinned_programs.items()}
     if not upgrading:
         problems += [*replaced_pins(node.current, state.current), *public_problems(node)]
-        problems += path_problems(node, record) if record.phase == "committed" else ()
+        problems += path_problems(node, record)
     # Between two releases, links run the programs of one or the other: that is told already, and nobody else's doing.
     settled = record.phase == "committed" and (state.unfinished is None or state.abandoned)
     hooks = []
@@ -124,7 +124,7 @@ def status(node: Node) -> Status:
         runs = hook.program if link and link.program_id == expected else names.get(link.program_id) if link else None
         if hook.hook == "struct_ops":
             runs = hook.program if link and link.program_id == expected else None
-        problem = hook_problem(hook, link, expected, node.links)
+        problem = hook_problem(hook, link, expected, node.links, record)
         if problem is not None and settled:
             problems.append(problem)
         hooks.append(

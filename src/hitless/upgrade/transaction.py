@@ -32,11 +32,12 @@ from hitless.kernel.processes import who
 from hitless.kernel.programs import Program
 from hitless.kernel.switchboard import Left, Switchboard
 from hitless.layout.model import ProgramSpec
-from hitless.upgrade.adopt import renew
+from hitless.upgrade.adopt import as_renewed, renew
 from hitless.upgrade.attached import open_attached
 from hitless.upgrade.carrier import Carrier, Tally
 from hitless.upgrade.checks import (
     refuse_exclusive,
+    refuse_frozen,
     refuse_loss,
     refuse_overfull,
     refuse_replaced_pins,
@@ -123,7 +124,7 @@ def _settled(node: Node) -> NodeState:
             "plan again",
             path=str(node.root),
         )
-    return state
+    return as_renewed(node, state)
 
 
 @in_step("plan")
@@ -180,6 +181,7 @@ def _plan_back(node: Node, state: NodeState, allow_loss: Collection[str]) -> tup
     decided = make_plan(
         state, release, find_places(release.attach, release.programs), features(), allow_loss, last
     )
+    refuse_frozen(node.previous, decided)
     decided = with_socket_hooks(node, state, decided, release.attach)
     refuse_overfull(node, state, release, decided)
     refuse_exclusive(decided)
@@ -254,8 +256,8 @@ def _plan_first(node: Node, bundle: Bundle, allow_loss: Collection[str], planned
     require_bpffs(node.root)
     require_writable(node.root)
     state = node.observe()
-    if state.unfinished is None and not state.litter:
-        refuse_loss(_plan(node, state, bundle, allow_loss, planned))
+    if state.recovery == "nothing":
+        refuse_loss(_plan(node, as_renewed(node, state), bundle, allow_loss, planned))
 
 
 def _refuse_unfinished(node: Node) -> None:
@@ -291,7 +293,7 @@ def rollback(
     def look() -> int | None:
         state = node.observe()
         if state.recovery == "nothing":
-            refuse_loss(_plan_back(node, state, allow_loss)[0])
+            refuse_loss(_plan_back(node, as_renewed(node, state), allow_loss)[0])
         return state.generation
 
     seen = node.at_rest(look)  # find what is wrong before anything is locked or moved

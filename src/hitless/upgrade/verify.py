@@ -322,7 +322,7 @@ def _check_links(node: Node, record: Record, programs: dict[str, int]) -> Check:
                 _must_tell(error)
                 problems.append(f"{error.message}; remove it, and apply the same release again")
                 continue
-        problem = hook_problem(hook, link, expected_program(hook, record, programs, link), node.links)
+        problem = hook_problem(hook, link, expected_program(hook, record, programs, link), node.links, record)
         if problem is not None:
             problems.append(problem)
         elif target_id(hook, node.links) is None and not hook.matched:
