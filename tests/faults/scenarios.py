@@ -14,18 +14,20 @@ import msgspec
 
 import hitless
 from meshd.demo.lab import Lab
+from tests.faults.adopted import AdoptedWorld
 from tests.faults.hooks import HookWorld
 from tests.faults.tracer import AFTER, BEFORE, Fault, trace
 from tests.faults.world import NEW, OLD, Broken, World
 
 __all__ = ["SCENARIOS", "WORLDS", "AnyWorld", "Scenario"]
 
-AnyWorld = World | HookWorld
+AnyWorld = World | HookWorld | AdoptedWorld
 Work = Callable[[Any], Callable[[], object]]
 
 WORLDS: dict[str, Callable[[Lab], AbstractContextManager[AnyWorld]]] = {
     "mesh": World,
     "hooks": HookWorld,
+    "adopted": AdoptedWorld,
     "board": partial(World, by_connection=True),
 }
 """What a scenario is done in, by name."""
@@ -83,8 +85,12 @@ def _rollback(world: AnyWorld) -> Callable[[], object]:
     return lambda: bool(hitless.rollback(world.node, world.allowed))
 
 
-def _failing(world: AnyWorld) -> Callable[[], object]:
+def _failing(world: World | HookWorld) -> Callable[[], object]:
     return world.upgrade_that_fails
+
+
+def _adopt(world: AdoptedWorld) -> Callable[[], object]:
+    return world.adopt
 
 
 def _apply(world: AnyWorld) -> Callable[[], object]:
@@ -146,6 +152,13 @@ SCENARIOS = {
                  finish=_done_again(_unload), again=True),
         Scenario("unload-apply", _unload, None, HookWorld.about_to_unload, ends=(OLD, None), world="hooks",
                  finish=_done_again(_apply), again=True),
+        Scenario("adopt", _adopt, OLD, AdoptedWorld.started, ends=(OLD,), world="adopted",
+                 finish=AdoptedWorld.adopted, again=True),
+        Scenario("adopted-upgrade", _upgrade, NEW, world="adopted"),
+        Scenario("adopted-apply", _upgrade, NEW, ends=(NEW,), world="adopted", finish=AdoptedWorld.applied, again=True),
+        Scenario("adopted-restarted", _upgrade, NEW, AdoptedWorld.started_again, ends=(NEW,), world="adopted",
+                 finish=AdoptedWorld.applied, again=True),
+        Scenario("adopted-rollback", _rollback, OLD, AdoptedWorld.settle_new, world="adopted"),
         Scenario("board", _upgrade, NEW, world="board"),
         Scenario("board-undo", _failing, OLD, recovers=True, planned=True, world="board"),
         Scenario("board-recover", _recover, NEW, _killed(_upgrade, _FIRST_COMMIT), recovers=True, world="board"),
