@@ -308,3 +308,22 @@ def test_unload_leaves_what_the_daemons_own_loader_has_put_in_the_place_of_a_pat
         hitless.apply(node, release(2))
     hitless.unload(node)
     assert [path.name for path in loader.root.rglob("*") if not path.is_dir()] == ["idle"]
+
+
+def test_a_daemons_directory_may_be_a_whole_mount_and_have_pins_that_are_closed_to_all(
+    lab: Lab, release: Release, tmp_path: Path
+) -> None:
+    subprocess.run(["mount", "-t", "bpf", "-o", "mode=0755", "bpf", str(tmp_path)], check=True)
+    try:
+        loader = Loader(tmp_path, lab.cgroup_of("clients"))
+        loader.start(release(1).objects[0].data, "1.0")
+        with Map(pinned(tmp_path / "map" / "idle")) as held:
+            held.pin(tmp_path / "closed")
+        (tmp_path / "closed").chmod(0)
+        node = hitless.Node(tmp_path)
+        hitless.adopt(node, release(1))
+        hitless.apply(node, release(2))
+        assert status(node).problems == ()
+        hitless.unload(node)
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)  # the node has its lock's directories open

@@ -188,8 +188,13 @@ class _Look:
         """All pins of this daemon, by what they are."""
         found: dict[tuple[str, int], list[Path]] = {}
         for path in (self.base / name for name in sorted(_pins_below(self.base))):
-            if not path.is_symlink():
+            if "." in path.name or path.is_symlink():  # the kernel's own files have a dot, and no pin has
+                continue
+            try:
                 found.setdefault(identity(path), []).append(path)
+            except KernelError as error:
+                if error.facts["errno"] not in (errno.EACCES, errno.ENOENT):  # closed even to us, or gone meanwhile
+                    raise
         return found
 
     def note_pins(self) -> None:
