@@ -124,12 +124,23 @@ def _make_parents(path: Path) -> None:
 
 
 def withdraw(node: Node) -> list[Path]:
-    """Remove the public paths that lead into the pin root, of whichever release; returns them. Raises KernelError."""
+    """Remove the public paths that lead into the pin root, of whichever release; returns them. Raises KernelError.
+
+    A version that the daemon itself keeps becomes 0, which for its next start means that nothing is there.
+    """
     gone = []
     for generation in (node.current, node.next, node.previous):
         if (generation / "record").exists():
             with suppress(NodeError):  # one that cannot be read
-                for path in _places(node, read_record(generation / "record")):
+                record = read_record(generation / "record")
+                public = record.public
+                pin = public.pin_of(public.version_map) if public and public.version_map else None
+                if pin is not None and public and public.version_map not in record.maps:
+                    own = _absolute(node, pin)
+                    if own.exists():
+                        with Map.open(own) as held:
+                            held.update(_KEY, bytes(4))
+                for path in _places(node, record):
                     if _is_ours(node, path):
                         unpin(path)
                         gone.append(path)
