@@ -25,7 +25,7 @@ adopt: setup
 	@$(BIN)/python -m tests.catalogue
 
 # Files of tests run side by side in TEST_JOBS processes, each with namespaces of its own.
-TEST_JOBS ?= 2
+TEST_JOBS ?= 3
 test: setup lint
 	@echo "Running the tests."
 	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --durations=10 $(TEST_ARGS)
