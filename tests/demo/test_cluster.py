@@ -15,7 +15,7 @@ from tests.meshd.labmesh import A6, VIP, VIP6, A, B, Mesh, service
 
 
 def test_a_rollout_loses_nothing_and_stops_where_a_node_cannot_be_verified() -> None:
-    args = ["--json", "--nodes", "2", "--releases", "3", "4", "--held", "10", "--patience", "6"]
+    args = ["--json", "--nodes", "2", "--releases", "3", "4", "--held", "10", "--patience", "10"]
     done = subprocess.run(
         [sys.executable, "-m", "meshd.demo.cluster", *args], capture_output=True, text=True, timeout=120, check=False
     )

@@ -104,7 +104,9 @@ class _Run:
         self._tell(f"{self._scenario.name}: {len(calls)} calls")
         for kind in self._options.kinds:
             for name, at in chosen(calls, self._options)[share::shares]:
-                self._point(Fault(at, kind, name))
+                # Traffic, and what others have in the kernel, decide how many calls of a kind there are.
+                if not self._point(Fault(at, kind, name)) and at > 0:
+                    self._point(Fault(0, kind, name))
             if self._options.stride == 1:
                 for name, count in list(Counter(call.name for call in calls).items())[share::shares]:
                     self._rest(name, count, kind)

@@ -105,7 +105,10 @@ class Cluster:
         stopped = ""
         for number, node in enumerate(nodes):
             try:
-                self._replace(node, release, self.options.patience, "lost-pin" if number == 1 else None)
+                if number == 1:
+                    self._replace(node, release, self.options.patience, "lost-pin")
+                else:
+                    self._replace(node, release, _READY)
             except NodeError as error:
                 if number != 1:
                     raise
