@@ -38,7 +38,8 @@ _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "": {"bundle": dict, "object": list, "attach": list, "map": dict, "cutover": dict, "types": dict,
         "public": dict},
     "public": {
-        "maps": str, "version_map": str, "version": str, "snapshot": str, "leave": list, "unproven": str,
+        "maps": str, "programs": str, "version_map": str, "version": str, "snapshot": str, "leave": list,
+        "unproven": str,
     },
     "cutover": {"consistency": str, "deadline": (int, float)},
     "bundle": {"name": str, "version": str},
@@ -360,6 +361,7 @@ class _Reader:
         public = Public(
             version=self.substitute(entry.get("version", manifest["bundle"]["version"]), ("public", "version")),
             maps=self._pin(entry["maps"], ("public", "maps")) if "maps" in entry else None,
+            programs=self._pin(entry["programs"], ("public", "programs")) if "programs" in entry else None,
             version_map=version_map,
             snapshot=self.substitute(entry["snapshot"], ("public", "snapshot")) if "snapshot" in entry else None,
             leave=tuple(entry.get("leave", ())),

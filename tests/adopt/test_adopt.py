@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program, load_object
 from hitless.layout import kmesh
 from hitless.public import version_number
+from hitless.skeleton import start_bundle
 from hitless.upgrade import adopt as adopting
 from hitless.upgrade import recognise
 from hitless.upgrade.status import status
@@ -243,7 +245,7 @@ def identity(path: Path) -> tuple[str, int]:
     finally:
         os.close(fd)
     facts = dict(line.split(":") for line in text.splitlines())
-    return next((kind, int(facts[kind])) for kind in ("map_id", "link_id") if kind in facts)
+    return next((kind, int(facts[kind])) for kind in ("map_id", "link_id", "prog_id") if kind in facts)
 
 
 def test_the_programs_that_run_are_those_of_the_daemon_until_an_upgrade(
@@ -254,3 +256,34 @@ def test_the_programs_that_run_are_those_of_the_daemon_until_an_upgrade(
     hitless.adopt(node, release(1))
     with Link(pinned(loader.root / loader.link)) as link, Program.open(node.current / "progs" / "count4") as program:
         assert link.info.program_id == runs == program.info.id
+
+
+def test_what_bpftool_started_is_adopted_by_what_init_finds_and_its_pins_follow_the_upgrade(
+    lab: Lab, bundles: dict[int, Path], tmp_path: Path
+) -> None:
+    root, cgroup = lab.bpffs / "tool", lab.cgroup_of("clients")
+    root.mkdir()
+    run = functools.partial(subprocess.run, check=True, capture_output=True)
+    old, new = (str(bundles[number] / "store.bpf.o") for number in (1, 2))
+    run(["bpftool", "prog", "loadall", old, root / "progs", "pinmaps", root / "maps"])
+    run(["bpftool", "cgroup", "attach", cgroup, "connect4", "pinned", root / "progs" / "count4"])
+    run(["bpftool", "map", "update", "pinned", root / "maps" / "tally", "key", "80", "0", "0", "0",
+         "value", "5", "0", "0", "0", "7", "0", "0", "0"])  # fmt: skip
+    releases = []
+    for number, source in (("1.0", old), ("2.0", new)):
+        manifest, _ = start_bundle([Path(source)], tmp_path / number / "tool", root=root)
+        text = manifest.read_text().partition("\n[map.")[0].replace('version = "..."', f'version = "{number}"')
+        types = {"idle": "__u64", "version_of": "__u32", "tally": "tally"}
+        bound = "".join(f'[map.{name}]\nkey = "__u32"\nvalue = "{kind}"\n' for name, kind in types.items())
+        manifest.write_text(f'{text}\n{bound}field.count.merge = "sum"\n')
+        releases.append(hitless.Bundle.load(manifest.parent, {}))
+    node = hitless.Node(root)
+    found = hitless.adopt(node, releases[0])
+    assert [(one.program, one.held, one.proven) for one in found.hooks] == [("count4", "no link", True)]
+    connect(lab, 80, 2)
+    hitless.apply(node, releases[1])
+    connect(lab, 80, 3)
+    assert node.map("tally").get(80) == {"since": 0, "count": 10, "last": 7}
+    assert identity(root / "progs" / "count4") == identity(node.current / "progs" / "count4")
+    assert identity(root / "maps" / "tally") == identity(node.current / "maps" / "tally")
+    assert hitless.verify(node).problems == ()

@@ -17,7 +17,7 @@ def test_a_node_is_looked_at_taken_over_and_upgraded_by_commands(
     assert (would["adopted"], len(would["maps"]), len(would["hooks"])) == (False, 4, 1)
     assert not (loader.root / "hitless").exists()
     text = hitless_command("adopt", bundles[1], *where)
-    assert f"store 1.0 is taken over under {loader.root}/hitless" in text
+    assert f"store 1.0 is taken over, as it runs, under {loader.root}/hitless" in text
     assert "sockconn/connect_prog  yes" in text
     again = as_json("adopt", bundles[1], *where, code=1)["error"]
     assert again["message"] == f"{loader.root} was adopted already, and runs store 1.0: apply a release"

@@ -302,8 +302,8 @@ def show_result(result: Result) -> None:
 def show_adopted(found: Adopted) -> None:
     """What was taken over from another loader, or would be."""
     shown = {True: "yes", False: "no"}
-    how = "is taken over" if found.adopted else "would be taken over, with nothing changed that runs;"
-    click.echo(f"{found.name} {found.version} {how} under {found.root}")
+    how = "is taken over" if found.adopted else "would be taken over"
+    click.echo(f"{found.name} {found.version} {how}, as it runs, under {found.root}")
     _table(
         "maps", ("map", "id", "pinned at", "types from"),
         [(one.name, str(one.id), one.pin or "-", one.layout) for one in found.maps],

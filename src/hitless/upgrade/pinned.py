@@ -12,6 +12,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -72,7 +73,7 @@ def look_at(root: Path, objects: Sequence[ObjectSpec]) -> Known:
         notes.append(f"network namespaces that could not be looked into: {', '.join(closed[:_FEW])}")
     for name, program in programs.items():
         if name not in hooks:
-            found = tuple(_unlinked(program, ids, pins, hooks, among))
+            found = tuple(_unlinked(program, ids, pins, among))
             if found:
                 hooks[name] = found
     slots = {}
@@ -85,7 +86,7 @@ def look_at(root: Path, objects: Sequence[ObjectSpec]) -> Known:
         notes.append(f"attached nowhere on this node, and in no slot: {', '.join(idle)}")
     hooks |= dict.fromkeys((name for name in programs if name not in hooks), ())
     return Known(
-        public={"maps": directory} if directory is not None else {},
+        public={key: place for key, place in (("maps", directory), ("programs", _directory(pins, programs))) if place},
         hooks=hooks,
         pins=places,
         slots={name: table for name, table in slots.items() if name in specs},
@@ -113,6 +114,12 @@ def _pins(root: Path) -> _Pins:
                 os.close(fd)
                 found.programs.append(place)
     return found
+
+
+def _directory(pins: _Pins, programs: Mapping[str, ProgramSpec]) -> str | None:
+    """The directory in which most programs are pinned by their names."""
+    parents = Counter(str(Path(path).parent) for path in pins.programs if Path(path).name in programs)
+    return parents.most_common(1)[0][0] if parents else None
 
 
 def _map_pins(pins: _Pins, specs: Mapping[str, MapSpec]) -> tuple[str | None, dict[str, str], list[str]]:
@@ -196,29 +203,28 @@ def _cgroup_mounts() -> list[Path]:
 
 def _cgroup(number: int) -> str | None:
     """The path of the cgroup with the kernel's id, which is its inode."""
+    return next((path for path, found in _cgroups() if found == number), None)
+
+
+def _cgroups() -> Iterator[tuple[str, int]]:
+    """All cgroups, with the kernel's ids."""
     for mount in _cgroup_mounts():
         for top, _directories, _files in os.walk(mount):
-            if Path(top).stat().st_ino == number:
-                return top
-    return None
+            with suppress(FileNotFoundError):  # removed meanwhile
+                yield top, Path(top).stat().st_ino
 
 
 def _unlinked(
     program: ProgramSpec,
     ids: set[int],
     pins: _Pins,
-    hooks: Mapping[str, tuple[KnownHook, ...]],
     among: Sequence[Interface],
 ) -> Iterator[KnownHook]:
     """Where the program is attached without a link that is pinned there."""
     if HOOKS["cgroup"].fits(program):
-        entries = [one for found in hooks.values() for one in found]
-        near = {str(one.keys["target"]) for one in entries if one.keys["hook"] == "cgroup" and "target" in one.keys}
-        for path in sorted(near | {str(mount) for mount in _cgroup_mounts()}):
-            place = CgroupPlace(path, Path(path).stat().st_ino, program.attach_type)
-            if any(_is_ours(number, program, ids) for number in place.programs()):
+        for path, number in _cgroups():
+            if any(_is_ours(one, program, ids) for one in CgroupPlace(path, number, program.attach_type).programs()):
                 yield KnownHook({"hook": "cgroup", "target": path, "adopt": True})
-                return
     for hook in _SOCKET_HOOKS:
         if HOOKS[hook].fits(program):
             for path, held in pins.maps.items():

@@ -38,6 +38,7 @@ from hitless.layout.diff import MapDiff, diff_maps, is_constant, phrases, source
 from hitless.layout.model import MapSpec, ProgramSpec
 from hitless.layout.rules import MapRules, only_read
 from hitless.layout.variables import SectionDiff, diff_sections
+from hitless.public import loaded
 from hitless.upgrade.model import Generation, Hook, HookPlan, LeftRing, MapPlan, NodeState, PathPlan, Plan, Record
 from hitless.upgrade.places import Occupant, Place
 
@@ -117,9 +118,12 @@ def make_plan(
 def _paths(current: Generation | None, bundle: Bundle, hooks: Iterable[HookPlan]) -> tuple[PathPlan, ...]:
     """What changes of the paths by which the daemon's own loader finds its pins."""
     record = current.record if current is not None else None
-    old = record.public.places(record.maps, [hook.link for hook in record.hooks]) if record and record.public else {}
-    links = [hook.link for hook in hooks if hook.action != "detach"]
-    new = bundle.public.places(bundle.maps, links) if bundle.public else {}
+    old, new = {}, {}
+    if record is not None and record.public is not None:
+        old = record.public.places(record.maps, [hook.link for hook in record.hooks], record.pinned_programs)
+    if bundle.public is not None:
+        links = [hook.link for hook in hooks if hook.action != "detach"]
+        new = bundle.public.places(bundle.maps, links, loaded(bundle.programs.values()))
     added = [PathPlan(path, "add") for path in sorted(new.keys() - old.keys())]
     return (*added, *(PathPlan(path, "remove") for path in sorted(old.keys() - new.keys())))
 

@@ -22,7 +22,7 @@ from hitless.kernel.links import Link
 from hitless.kernel.maps import Map, create
 from hitless.kernel.mounts import filesystem
 from hitless.layout import kmesh
-from hitless.public import Public, version_number
+from hitless.public import Public, loaded, version_number
 from hitless.upgrade.model import Record
 from hitless.upgrade.node import Node
 from hitless.upgrade.record import map_pin, read_record
@@ -164,7 +164,8 @@ def refuse_taken_paths(node: Node, wanted: Bundle, current: Record | None) -> No
     taken = "look at it, then remove it, or give the map or link another pin"
     if current is None:
         taken = "take over what runs there (hitless adopt, or apply --adopt), or give another --root"
-    for path in sorted({_absolute(node, path) for path in public.places(wanted.maps, public.links)} - known.keys()):
+    places = public.places(wanted.maps, public.links, loaded(wanted.programs.values()))
+    for path in sorted({_absolute(node, path) for path in places} - known.keys()):
         if os.path.lexists(path) and not _is_ours(node, path):
             raise NodeError(
                 f"{path} is there already, and release {wanted.version} wants to have it: another loader pinned it; "
@@ -269,7 +270,7 @@ def _places(node: Node, record: Record | None) -> Mapping[Path, Path]:
     if record is None or record.public is None:
         return {}
     links = [hook.link for hook in record.hooks]
-    named = record.public.places(record.maps, links)
+    named = record.public.places(record.maps, links, record.pinned_programs)
     return {_absolute(node, path): node.root / target for path, target in named.items()}
 
 

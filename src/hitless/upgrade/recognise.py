@@ -34,7 +34,7 @@ from hitless.kernel.programs import Program, all_programs, load_object
 from hitless.layout.answers import answer
 from hitless.layout.diff import diff_map
 from hitless.layout.model import MapSpec, ObjectSpec
-from hitless.public import ADOPTING, HOME, Public, version_number
+from hitless.public import ADOPTING, HOME, Public, loaded, version_number
 from hitless.upgrade.describe import FIRST, known_layouts
 from hitless.upgrade.drift import EITHER_WAY
 from hitless.upgrade.model import HookPlan, Record
@@ -242,10 +242,21 @@ class _Look:
                     f"hook {place.link} ({place.entry.hook}) cannot be taken over, since the kernel exchanges no "
                     "program there: leave it out of the bundle, and let its loader go on with it"
                 )
-            elif kind.linked and kind.on != "map":
+            elif kind.linked and kind.on != "map" and not place.entry.adopt:
                 self._find_link(place, [link.id for link in links if self._could_be(place, link)])
             else:
                 self._find_noted(place)
+
+    def find_programs(self) -> None:
+        """Open the programs that are pinned where the manifest says, and on no hook: they are jumped to, or wait."""
+        if self.public.programs is None:
+            return
+        for name in loaded(self.bundle.programs.values()):
+            path = self.base / self.public.programs / name
+            if name in self.programs or not path.exists():
+                continue
+            self.programs[name] = Program.open(path)
+            self.running[self.programs[name].info.id] = name
 
     def _could_be(self, place: Place, link: LinkInfo) -> bool:
         try:
@@ -527,6 +538,7 @@ def recognise(base: Path, bundle: Bundle) -> Recognised:
     look = _Look(base, bundle)
     missing = look.find_pinned()
     look.find_hooks()
+    look.find_programs()
     look.find_unpinned(missing)
     look.find_globals()
     if not look.maps and not look.programs:

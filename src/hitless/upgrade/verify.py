@@ -341,7 +341,7 @@ def _check_links(node: Node, record: Record, programs: dict[str, int]) -> Check:
 
 def _check_adopted(node: Node, record: Record) -> Iterator[Check]:
     if record.public is not None:
-        count = len(record.public.places(record.maps, [hook.link for hook in record.hooks]))
+        count = len(record.public.places(record.maps, [hook.link for hook in record.hooks], record.pinned_programs))
         proves = "each path of the daemon's own loader leads to the map or link of the running release"
         yield Check("the daemon's paths", count, proves, tuple(path_problems(node, record)))
 
