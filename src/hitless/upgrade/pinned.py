@@ -34,12 +34,12 @@ from hitless.kernel.programs import Program
 from hitless.kernel.xdp import Xdp
 from hitless.known import Known, KnownHook
 from hitless.layout.model import MapSpec, ObjectSpec, ProgramSpec
-from hitless.public import HOME
+from hitless.public import ADOPTING, HOME
 
 __all__ = ["look_at"]
 
 _PODS = "/run/netns/*"
-_OWN = (HOME, f"{HOME}-adopting")  # of hitless itself
+_OWN = (HOME, ADOPTING)  # of hitless itself
 _SOCKET_MAPS = ("sockmap", "sockhash")
 _SOCKET_HOOKS = ("sk_msg", "sk_skb")
 _FEW = 6

@@ -483,8 +483,10 @@ class _Look:
                 for attach_type in SOCKET_HOOKS:
                     try:
                         yield attached_program(held, attach_type), name
-                    except KernelError:
-                        continue  # it has the other kind of verdict
+                    except KernelError as error:
+                        if error.facts["errno"] not in (errno.EBUSY, errno.EOPNOTSUPP):
+                            raise
+                        continue  # it has the other kind of verdict, or this kernel has none of this kind
 
     # The result
 
@@ -529,6 +531,7 @@ class _Look:
             specs[name] = spec
             told.append(FoundMap(name, held.info.id, self.pins.get(name), layout))
         return specs, tuple(told)
+
 
 def recognise(base: Path, bundle: Bundle) -> Recognised:
     """What runs below ``base``, the directory of another daemon, if ``bundle`` is the release that it runs.
