@@ -7,6 +7,8 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
+from hitless.errors import UnsupportedError
+from hitless.kernel.features import features, is_known
 from meshd.demo.lab import Lab, leftovers, sweep
 
 _before = pytest.StashKey[frozenset[str]]()
@@ -26,11 +28,25 @@ def module_lab() -> Iterator[Lab]:
         yield made
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    there = features()
+    for mark in item.iter_markers("needs"):
+        for name in mark.args:
+            if name not in there:
+                pytest.skip(f"needs {name}")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
+    if report.failed and call.excinfo and isinstance(call.excinfo.value, UnsupportedError):
+        # An error that names a feature that this kernel has not says what a skip says.
+        name = str(call.excinfo.value.facts["feature"])
+        if is_known(name) and name not in features():
+            report.outcome = "skipped"
+            report.longrepr = (str(item.path), item.location[1] or 0, f"Skipped: needs {name}")
     if report.skipped and _every_test_must_run() and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
         report.longrepr = f"skipped under CI=true, where every test must run: {report.longrepr}"

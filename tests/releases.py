@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import platform
-import subprocess
 from pathlib import Path
+
+from tests.compilers import compiled
 
 HEADER = """
 #include <linux/bpf.h>
@@ -64,15 +64,10 @@ link = "connect4"
 def compile_object(source: str, target: Path) -> Path:
     """Compile BPF C to ``target``, with its source beside it."""
     target.with_suffix(".c").write_text(HEADER + source)
-    target.write_bytes(_compiled(source))
-    return target
-
-
-@functools.cache  # many tests begin with the same release
-def _compiled(source: str) -> bytes:
     include = f"-I/usr/include/{platform.machine()}-linux-gnu"
     command = ["clang-19", "-target", "bpf", "-g", "-O2", "-Wall", "-Werror", include, "-x", "c", "-", "-c", "-o", "-"]
-    return subprocess.run(command, input=(HEADER + source).encode(), stdout=subprocess.PIPE, check=True).stdout
+    target.write_bytes(compiled(command, HEADER + source))
+    return target
 
 
 def write_release(directory: Path, version: str, source: str, manifest: str = ATTACH, name: str = "store") -> Path:

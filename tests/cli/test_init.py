@@ -15,7 +15,7 @@ import hitless
 from hitless.skeleton import start_bundle
 from meshd.demo.lab import Lab
 from tests.cli.test_commands import as_json, hitless_command
-from tests.fuzz.targets import EVERYTHING, compiled
+from tests.fuzz.targets import EVERYTHING, object_of
 from tests.releases import compile_object
 
 TREE = Path(__file__).parents[2]
@@ -95,7 +95,7 @@ def groups(folder: Path) -> dict[str, list[Path]]:
     for number in (1, 2, 3):
         source = f"#define RELEASE {number}\n" + (TREE / "tests" / "soak" / "meter.bpf.c").read_text()
         found[f"meter-{number}"] = [compile_object(source, folder / f"meter{number}.bpf.o")]
-    (folder / "everything.bpf.o").write_bytes(compiled(EVERYTHING.read_text()))
+    (folder / "everything.bpf.o").write_bytes(object_of(EVERYTHING.read_text()))
     found["everything"] = [folder / "everything.bpf.o"]
     found["odd"] = [compile_object(ODD, folder / "odd.bpf.o")]
     return found

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from hitless.layout.elf import read_object
 from hitless.layout.model import MapSpec, ObjectSpec
 from hitless.layout.show import show_diff, show_map, show_type
 from hitless.layout.snapshot import dump, load
+from tests.compilers import compiled
 
 __all__ = ["REFUSALS", "Target", "seeds", "targets"]
 
@@ -101,13 +100,9 @@ blind.key = "int"
 )
 
 
-def compiled(source: str, target: str = "bpf") -> bytes:
+def object_of(source: str, target: str = "bpf") -> bytes:
     """The object that clang makes of C source."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.o"
-        command = ["clang-19", "-target", target, "-g", "-O2", "-x", "c", "-c", "-o", str(out), "-"]
-        subprocess.run(command, input=source, text=True, check=True, timeout=60)
-        return out.read_bytes()
+    return compiled(["clang-19", "-target", target, "-g", "-O2", "-x", "c", "-c", "-o", "-", "-"], source)
 
 
 def btf_of(data: bytes) -> bytes:
@@ -120,7 +115,7 @@ def seeds(name: str) -> list[bytes]:
     """Whole files of one format, from real objects."""
     if name == "manifest":
         return list(MANIFESTS)
-    objects = [compiled(EVERYTHING.read_text()), compiled(SMALL), compiled(SMALL, "bpfeb")]
+    objects = [object_of(EVERYTHING.read_text()), object_of(SMALL), object_of(SMALL, "bpfeb")]
     if name == "elf":
         return objects
     objects += [file.read_bytes() for file in sorted(RELEASES.glob("*/*.bpf.o"))]
@@ -132,7 +127,7 @@ def seeds(name: str) -> list[bytes]:
 
 def targets(folder: Path) -> dict[str, Target]:
     """Every target by name; ``folder`` is where the manifests are put, with an object beside them."""
-    (folder / "small.bpf.o").write_bytes(compiled(SMALL))
+    (folder / "small.bpf.o").write_bytes(object_of(SMALL))
     return {
         "elf": read_elf,
         "btf": lay_out,

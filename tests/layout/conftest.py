@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -12,6 +10,7 @@ from hitless.layout.diff import MapDiff, diff_map
 from hitless.layout.elf import read_object
 from hitless.layout.model import MapSpec, ObjectSpec
 from hitless.layout.rules import MapRules
+from tests.compilers import compiled
 
 PREAMBLE = """
 typedef unsigned char __u8; typedef unsigned short __u16; typedef unsigned int __u32; typedef unsigned long long __u64;
@@ -33,20 +32,12 @@ def preamble() -> str:
 
 
 @pytest.fixture(scope="session")
-def compile_bpf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes]:
+def compile_bpf() -> Callable[..., bytes]:
     """C source -> the bytes of the object that clang makes of it."""
-    made: dict[tuple[str, ...], bytes] = {}
-    folder = tmp_path_factory.mktemp("bpf")
 
     def build(source: str, *flags: str) -> bytes:
-        key = (source, *flags)
-        if key not in made:
-            out = Path(folder) / f"{len(made)}.o"
-            command = ["clang-19", "-target", "bpf", "-g", "-O2", "-x", "c", "-c", "-o", str(out), *flags, "-"]
-            done = subprocess.run(command, input=PREAMBLE + source, text=True, capture_output=True, timeout=60)
-            assert done.returncode == 0, done.stderr
-            made[key] = out.read_bytes()
-        return made[key]
+        command = ["clang-19", "-target", "bpf", "-g", "-O2", "-x", "c", "-c", "-o", "-", *flags, "-"]
+        return compiled(command, PREAMBLE + source)
 
     return build
 

@@ -19,7 +19,7 @@ from hitless.kernel.sockets import probe_sockets
 from hitless.kernel.storage import probe_storage
 from hitless.layout.answers import ANSWERS, answer
 
-__all__ = ["ITERATE_HASH", "boot_id", "features", "release"]
+__all__ = ["ITERATE_HASH", "boot_id", "features", "is_known", "release"]
 
 ITERATE_HASH = "iter/bpf_map_elem"
 """A program of ours can be run for each entry of a hash map."""
@@ -43,6 +43,11 @@ def features() -> Container[str]:
     Asking raises KernelError where trying failed for another reason than that the kernel has not got it (ENOMEM).
     """
     return _Features()
+
+
+def is_known(name: str) -> bool:
+    """Whether ``name`` is that of a feature that can be tried here."""
+    return name in _PROBES
 
 
 class _Features(Container[str]):
