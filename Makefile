@@ -8,7 +8,7 @@ DEBIAN := libbpf1 libbpf-dev clang-19 gcc iproute2 nginx-light systemd
 BINDING := src/hitless/kernel/_libbpf.py
 BPF := $(MAKE) --no-print-directory -s -C src/meshd/bpf
 
-.PHONY: demo cluster adopt test fuzz soak faults bench lint setup clean root packages bpf requirements man dist manifests
+.PHONY: demo cluster adopt test fuzz soak faults bench matrix lint setup clean root packages bpf requirements man dist manifests
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -65,6 +65,13 @@ faults: setup
 # How fast a map is copied and what its neighbours notice, beside other ways to do it; wants a quiet machine.
 bench: setup
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+# Kernel tests on other kernels of Debian's, in virtual machines that are emulated, and one table of what came of it: most
+# of an hour. MATRIX_ARGS="--sample" takes three minutes.
+MATRIX_DEBIAN := qemu-system-x86 kmod
+matrix: DEBIAN += $(MATRIX_DEBIAN)
+matrix: setup
+	@$(BIN)/python -m tests.matrix $(MATRIX_ARGS)
 
 lint: setup
 	@echo "Looking at the style (ruff) and the types (mypy)."

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
 import msgspec
 
-__all__ = ["Row"]
+from tests.matrix import MatrixError
+
+__all__ = ["SCHEMA", "Results", "Row", "load", "read", "save", "table"]
+
+SCHEMA = 1
+"""Of results.json: another number, another meaning."""
+
+_HEAD = ("", "kernel", "Python", "libbpf", "passed", "skipped", "failed", "seconds")
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -21,3 +33,84 @@ class Row(msgspec.Struct, frozen=True):
     skipped: dict[str, int]
     failed: tuple[str, ...]
     seconds: float
+
+
+class Results(msgspec.Struct, frozen=True):
+    """A matrix: its ``rows``, why the others are missing (``problems``), and by name what `hitless doctor` told there.
+
+    ``command`` is what made it.
+    """
+
+    command: str
+    rows: tuple[Row, ...]
+    problems: dict[str, str] = {}
+    doctor: dict[str, Any] = {}
+    schema: int = SCHEMA
+
+    @property
+    def good(self) -> bool:
+        """Whether everything came up and nothing failed."""
+        return not self.problems and not any(row.failed for row in self.rows)
+
+
+def read(name: str, junit: bytes, code: int) -> Row:
+    """The row that pytest's JUnit file and exit code make. Raises MatrixError where they say nothing."""
+    try:
+        suite = next(ElementTree.fromstring(junit).iter("testsuite"))
+        facts = {each.attrib["name"]: each.attrib["value"] for each in suite.iter("property")}
+        where = facts["kernel"], facts["python"], facts["libbpf"]
+    except (ElementTree.ParseError, StopIteration, KeyError) as error:
+        raise MatrixError(f"{name}: pytest ended with {code}, and its JUnit file has no test that ran") from error
+    passed, skipped, failed = 0, Counter[str](), []
+    for case in suite.iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.append(_name(case))
+        elif (why := case.find("skipped")) is not None:
+            skipped[why.attrib.get("message", "").removeprefix("Skipped: ").removeprefix("needs ")] += 1
+        else:
+            passed += 1
+    if code and not failed:
+        failed.append(f"(the session itself, which ended with {code})")
+    return Row(name, *where, passed, dict(sorted(skipped.items())), tuple(failed), float(suite.attrib["time"]))
+
+
+def _name(case: ElementTree.Element) -> str:
+    place = case.attrib.get("classname", "").replace(".", "/")
+    return f"{place}.py::{case.attrib['name']}" if place else case.attrib["name"]
+
+
+def table(results: Results) -> str:
+    """The table for people: one line a row; below it what failed, by name, and what has no row."""
+    cells = [_HEAD, *(_cells(row) for row in results.rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+    for row in results.rows:
+        lines += [f"{row.name}: FAILED {test}" for test in row.failed]
+    return "\n".join([*lines, *(f"NO RESULTS {problem}" for problem in results.problems.values())])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    skipped = ", ".join(f"{count} {name}" for name, count in row.skipped.items())
+    total = sum(row.skipped.values())
+    numbers = str(row.passed), f"{total} ({skipped})" if total else "0", str(len(row.failed)), f"{row.seconds:.0f}"
+    return (row.name, row.kernel, row.python, row.libbpf, *numbers)
+
+
+def save(results: Results, path: Path) -> None:
+    """Write results.json."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(results)) + b"\n")
+
+
+def load(path: Path) -> Results:
+    """Read results.json. Raises MatrixError."""
+    try:
+        results = msgspec.json.decode(path.read_bytes(), type=Results)
+    except FileNotFoundError as error:
+        raise MatrixError(f"There is no {path}: run `make matrix` first") from error
+    except msgspec.DecodeError as error:
+        raise MatrixError(f"{path} is not what `make matrix` writes ({error}): run it again") from error
+    if results.schema != SCHEMA:
+        raise MatrixError(f"{path} has the schema {results.schema}, not {SCHEMA}: run `make matrix` again")
+    return results
+
+

@@ -1,0 +1,146 @@
+"""``python -m tests.matrix``: the same tests on several kernels, in virtual machines, and one table of them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+import msgspec
+
+from tests.matrix import STATE, MatrixError
+from tests.matrix.image import write_base, write_initrd
+from tests.matrix.machine import Guest, Here, Run, look_for_qemu, progress, settings
+from tests.matrix.packages import KERNELS, obtain
+from tests.matrix.report import Results, Row, read, save, table
+from tests.matrix.selection import SAMPLE, SLOWNESS, TESTS
+
+_AT_ONCE = 2
+_TOLD = 30.0  # s between lines about what runs
+_LOOK = 0.5
+_REST = 300.0  # s: booting, and imports before the first test
+
+
+def _parse(args: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description="Run kernel tests on other kernels.")
+    parser.add_argument("--kernel", choices=KERNELS, help="only this one (all of them)")
+    parser.add_argument("--sample", action="store_true", help="a few tests on the oldest kernel, in three minutes")
+    parser.add_argument(
+        "--accel",
+        choices=("tcg", "kvm"),
+        default="tcg",
+        help="tcg emulates (the default: it needs nothing of the machine, and kvm inside of a virtual machine can hang "
+        "before the kernel says a word); kvm is many times quicker where it works",
+    )
+    return parser.parse_args(args)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)  # one is enough: guests are being ended
+    raise SystemExit(128 + number)
+
+
+class _Matrix:
+    """What has come of it so far."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.problems: dict[str, str] = {}
+        self.doctor: dict[str, object] = {}
+
+    def run(self, waiting: Sequence[Run]) -> None:
+        """Run them, some side by side, and tell now and then how far they are."""
+        queue, told = list(waiting), time.monotonic()
+        with contextlib.ExitStack() as stack:
+            running: list[Run] = []
+            while queue or running:
+                while queue and len(running) < _AT_ONCE:
+                    running.append(stack.enter_context(queue.pop(0)))
+                time.sleep(_LOOK)
+                running = [run for run in running if not self._ended(run)]
+                if time.monotonic() - told > _TOLD:
+                    told = time.monotonic()
+                    for run in running:
+                        _say(f"  {run.name}: {run.seconds:.0f} s, {progress(run.log)}")
+
+    def _ended(self, run: Run) -> bool:
+        try:
+            if not run.ended():
+                return False
+            brought = run.brought()
+            row = read(run.name, brought.junit, brought.code)
+        except MatrixError as error:
+            self.problems[run.name] = error.message
+            _say(f"  {error.message}")
+            return True
+        self.rows.append(row)
+        if brought.doctor is not None:
+            self.doctor[run.name] = msgspec.json.decode(brought.doctor)
+        skipped = sum(row.skipped.values())
+        _say(f"  {run.name}: {row.passed} passed, {skipped} skipped, {len(row.failed)} failed in {run.seconds:.0f} s")
+        return True
+
+
+def _run(chosen: argparse.Namespace) -> Results:
+    names = KERNELS[:1] if chosen.sample else (chosen.kernel,) if chosen.kernel else KERNELS
+    tests = SAMPLE if chosen.sample else TESTS
+    look_for_qemu()
+    kernels = []
+    for name in names:
+        kernels.append(obtain(name, STATE / "packages"))
+        _say(f"Linux {name} is Debian's {kernels[-1].release}.")
+    objects = STATE / "objects"
+    objects.mkdir(parents=True, exist_ok=True)
+
+    matrix = _Matrix()
+    _say("The same tests on this machine first, which compiles what guests have no compiler for.")
+    matrix.run([Here(STATE / "here", tests, objects)])
+    here = matrix.rows[0].seconds if matrix.rows else 0.0
+
+    base = STATE / "base.cpio"
+    write_base(base, objects)
+    _say(f"The root of guests has {base.stat().st_size >> 20} MiB. They emulate: expect {12 * here / 60:.0f} minutes.")
+    guests = []
+    for kernel in kernels:
+        initrd = STATE / f"{kernel.name}.cpio"
+        write_initrd(initrd, base, kernel, settings(tests, objects))
+        guests.append(Guest(kernel, initrd, STATE / kernel.name, _REST + SLOWNESS * here, chosen.accel))
+    matrix.run(guests)
+    command = shlex.join(["python", "-m", "tests.matrix", *sys.argv[1:]])
+    return Results(command, tuple(matrix.rows), matrix.problems, matrix.doctor)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run it and return the exit code: 1 when a test failed or a kernel has no row, 2 when nothing could begin."""
+    chosen = _parse(args)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    try:
+        results = _run(chosen)
+        save(results, STATE / "results.json")
+    except MatrixError as error:
+        _say(f"matrix: {error.message}")
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _say(f"matrix: No room on disk for {error.filename or STATE}: {os.strerror(error.errno)}; make room there")
+        return 2
+    print(table(results))
+    return 0 if results.good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Which tests run on every kernel, and how: the same on this machine and in guests."""
+
+from __future__ import annotations
+
+__all__ = ["SAMPLE", "SLOWNESS", "TESTS", "arguments"]
+
+TESTS = (
+    "tests/kernel",
+    "tests/hooks",
+    "tests/upgrade",
+)
+"""All that a whole matrix runs; the main job, an upgrade under traffic with exact counters, is test_under_fire.py."""
+
+SAMPLE = (
+    "tests/kernel/test_base.py",
+    "tests/kernel/test_copier.py",
+    "tests/upgrade/test_under_fire.py::test_no_increment_is_lost_or_gained_while_upgrades_go_back_and_forth",
+)
+"""What fits into three minutes."""
+
+SLOWNESS = 20.0
+"""How many times longer an emulated machine may take, when two of them share two CPUs."""
+
+
+def arguments(tests: tuple[str, ...]) -> list[str]:
+    """What pytest is given: every line that says how a test ended is progress too."""
+    options = ["-v", "--color=no", "--tb=short", "-p", "no:cacheprovider", "-p", "tests.matrix.facts"]
+    return [*options, "-o", "junit_logging=no", "-m", "not timing and not host", *tests]
