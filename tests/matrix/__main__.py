@@ -17,7 +17,7 @@ import msgspec
 
 from tests.matrix import STATE, MatrixError
 from tests.matrix.image import write_base, write_initrd
-from tests.matrix.machine import Guest, Here, Run, look_for_qemu, progress, settings
+from tests.matrix.machine import Guest, Here, Run, look_for_qemu, settings
 from tests.matrix.packages import KERNELS, obtain
 from tests.matrix.report import Results, Row, read, save, table
 from tests.matrix.selection import SAMPLE, SLOWNESS, TESTS
@@ -73,7 +73,7 @@ class _Matrix:
                 if time.monotonic() - told > _TOLD:
                     told = time.monotonic()
                     for run in running:
-                        _say(f"  {run.name}: {run.seconds:.0f} s, {progress(run.log)}")
+                        _say(f"  {run.name}: {run.seconds:.0f} s, {run.reached()}")
 
     def _ended(self, run: Run) -> bool:
         try:

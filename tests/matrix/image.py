@@ -20,7 +20,7 @@ from typing import BinaryIO
 from tests.matrix import HOUSE, MatrixError
 from tests.matrix.packages import Kernel
 
-__all__ = ["write_base", "write_initrd"]
+__all__ = ["write_archive", "write_base", "write_initrd"]
 
 _DISTRIBUTIONS = ("hitless", "pytest", "hypothesis")
 """With all that they depend on. Extras of hitless are for control planes, which have no part in kernel tests."""
@@ -31,7 +31,7 @@ _TOOLS = (
 )  # fmt: skip
 _TOOLS_IF_THERE = ("bpftool", "nginx", "ss", "sysctl", "ethtool")
 _FILES = ("/etc/passwd", "/etc/group", "/etc/nsswitch.conf", "/etc/protocols", "/etc/services", "/etc/nginx/mime.types")
-_EMPTY = ("proc", "sys", "dev", "tmp", "run", "var/tmp", "root", "mnt", "back")
+_EMPTY = tuple(map(Path, ("/proc", "/sys", "/dev", "/tmp", "/run", "/var", "/var/tmp", "/root", "/mnt", "/back")))
 _LOADED_BY_NAME = ("libbpf.so.1", "libgcc_s.so.1", "libnss_files.so.2")  # ldd cannot know
 
 _NOT_OF_PYTHON = {"site-packages", "test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "ensurepip"}
@@ -40,41 +40,51 @@ _INIT = Path(__file__).with_name("guest.sh")
 
 def write_base(target: Path, objects: Path) -> None:
     """Write what every guest needs; ``objects`` is the directory of compiled ones. Raises MatrixError, OSError."""
-    root = _Root()
-    for path in (*_project(), *_python(), *_distributions(), *_tools(), *objects.glob("*")):
-        root.add(path)
-    for path in [each for each in root.entries if each.suffix == ".py"]:
-        for compiled in _bytecode(path):
-            root.add(compiled)
-    for library in _libraries(root.entries):
-        root.add(library)
-    room = sum(status.st_size for status in root.entries.values())
-    _look_for_room(target.parent, room)
-    with target.open("wb") as out:
-        archive = _Archive(out)
-        for path, status in root.entries.items():
-            archive.add(path, path, status)
-        for name in _EMPTY:
-            archive.directory(Path("/", name))
-        archive.device("/dev/console", 5, 1)
-        archive.device("/dev/null", 1, 3)
-        archive.text("/init", _INIT.read_text(), 0o755)
-        archive.end()
+    paths = {*_project(), *_python(), *_distributions(), *_tools(), *objects.iterdir()}
+    for path in [each for each in paths if each.suffix == ".py"]:
+        paths.update(_bytecode(path))
+    write_archive(target, paths | _libraries(paths))
 
 
 def write_initrd(target: Path, base: Path, kernel: Kernel, settings: Mapping[str, str]) -> None:
-    """Write what one guest boots from: the base and, as a second archive behind it, modules and settings."""
-    _look_for_room(target.parent, base.stat().st_size + 2 * sum(each.stat().st_size for each in _all(kernel.modules)))
+    """Write what one guest boots from: the base and, as a second archive behind it, what is this guest's own.
+
+    Raises MatrixError, OSError.
+    """
+    modules = sorted(kernel.modules.rglob("*"))
+    _look_for_room(target.parent, base.stat().st_size + sum(each.stat().st_size for each in modules))
     with target.open("wb") as out:
         with base.open("rb") as source:
             shutil.copyfileobj(source, out, 1 << 20)
         archive = _Archive(out)
-        there = Path("/usr/lib/modules")
-        archive.directory(there)
-        archive.directory(there / kernel.release)
-        for path in sorted(kernel.modules.rglob("*")):
-            archive.add(there / kernel.release / path.relative_to(kernel.modules), path, path.lstat())
+        there = Path("/usr/lib/modules", kernel.release)
+        for folder in (*_EMPTY, there.parent, there):
+            archive.directory(folder)
+        for path in modules:
+            archive.add(there / path.relative_to(kernel.modules), path, path.lstat())
+        archive.device("/dev/console", 5, 1)
+        archive.device("/dev/null", 1, 3)
+        archive.text("/init", _INIT.read_text(), 0o755)
         archive.text("/settings", "".join(f"{name}={value}\n" for name, value in settings.items()), 0o644)
+        archive.end()
+
+
+def write_archive(target: Path, paths: Iterable[Path]) -> None:
+    """Write these files, with the directories and symlinks on the way to them. Raises MatrixError, OSError."""
+    entries: dict[Path, os.stat_result] = {}
+    for path in paths:
+        at, parts = Path("/"), list(Path(os.path.normpath(path)).parts[1:])
+        while parts:
+            at /= parts.pop(0)
+            entries[at] = entries.get(at) or at.lstat()
+            if stat.S_ISLNK(entries[at].st_mode):
+                leads = Path(os.path.normpath(at.parent / at.readlink()))
+                at, parts = Path("/"), [*leads.parts[1:], *parts]
+    _look_for_room(target.parent, sum(status.st_size for status in entries.values()))
+    with target.open("wb") as out:
+        archive = _Archive(out)
+        for path, status in entries.items():
+            archive.add(path, path, status)
         archive.end()
 
 
@@ -82,31 +92,12 @@ def _look_for_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise MatrixError(
-            f"No room on disk: a guest's root takes {needed >> 20} MiB and {folder} has {free >> 20} MiB left; make "
-            f"room there, for instance by removing older ones"
+            f"No room on disk: a guest's root takes {needed >> 20} MiB, and {folder} has {free >> 20} MiB left"
         )
 
 
 def _all(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
-
-
-class _Root:
-    """Paths that a guest has, with what they are here; a symlink brings along what it leads to."""
-
-    def __init__(self) -> None:
-        self.entries: dict[Path, os.stat_result] = {}
-
-    def add(self, path: Path) -> None:
-        at = Path("/")
-        parts = list(Path(os.path.normpath(path)).parts[1:])
-        while parts:
-            at /= parts.pop(0)
-            status = self.entries.get(at) or at.lstat()
-            self.entries[at] = status
-            if stat.S_ISLNK(status.st_mode):
-                leads = Path(os.path.normpath(at.parent / at.readlink()))
-                at, parts = Path("/"), [*leads.parts[1:], *parts]
 
 
 def _project() -> Iterable[Path]:
@@ -171,16 +162,15 @@ def _bytecode(path: Path) -> Iterable[Path]:
     return plain.parent.glob(f"{glob.escape(plain.stem)}*.pyc")
 
 
-def _libraries(entries: Iterable[Path]) -> Iterable[Path]:
+def _libraries(paths: Iterable[Path]) -> set[Path]:
     """What the programs and libraries among these are linked with."""
-    linked = [str(path) for path in entries if _is_elf(path)]
+    linked = [str(path) for path in paths if _is_elf(path)]
     done = subprocess.run(["ldd", *linked], capture_output=True, text=True, errors="replace", check=False)
-    for path in sorted(set(re.findall(r"(?:=> )?(/\S+) \(0x", done.stdout))):
-        yield Path(path)
+    return {Path(path) for path in re.findall(r"(?:=> )?(/\S+) \(0x", done.stdout)}
 
 
 def _is_elf(path: Path) -> bool:
-    status = path.lstat()
+    status = path.stat()
     if not stat.S_ISREG(status.st_mode) or not (status.st_mode & 0o111 or ".so" in path.name):
         return False
     with path.open("rb") as file:

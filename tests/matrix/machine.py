@@ -47,9 +47,10 @@ class Progress(msgspec.Struct, frozen=True):
     running: str | None
 
     def __str__(self) -> str:
-        if self.last is None:
-            return "before the first test had ended" if self.running is None else f"in its first test, {self.running}"
-        return f"after {self.ended} tests, " + (f"in {self.running}" if self.running else f"the last was {self.last}")
+        if self.ended == 0:
+            return f"in the first test, {self.running}" if self.running else "before the first test"
+        done = f"after {self.ended} test{'s' if self.ended > 1 else ''}"
+        return f"{done}, in {self.running}" if self.running else f"{done}, of which the last was {self.last}"
 
 
 def progress(log: Path) -> Progress:
@@ -101,8 +102,12 @@ class Run:
         if self._process.poll() is not None:
             return True
         if self.seconds > self.limit:
-            raise self._error(f"was not ready in {self.limit:.0f} s and was ended {progress(self.log)}")
+            raise self._error(f"was not ready in {self.limit:.0f} s and was ended {self.reached()}")
         return False
+
+    def reached(self) -> str:
+        """How far it is, in words."""
+        return str(progress(self.log))
 
     def brought(self) -> Brought:
         """What it brings, after its end. Raises MatrixError."""
@@ -136,7 +141,7 @@ class Here(Run):
     def brought(self) -> Brought:
         junit = self.folder / "junit.xml"
         if not junit.exists():
-            raise self._error(f"pytest ended with {self._process.returncode} {progress(self.log)}")
+            raise self._error(f"pytest ended with {self._process.returncode} and no results, {self.reached()}")
         command = [sys.executable, "-m", "hitless", "doctor", "--json"]
         doctor = subprocess.run(command, cwd=HOUSE, env=self._environment(), capture_output=True, check=False)
         told = doctor.stdout if doctor.returncode == 0 else None
@@ -161,6 +166,9 @@ class Guest(Run):
         line = ["-append", "console=ttyS0 panic=-1 quiet"]
         return [QEMU, "-M", "q35", *accel, "-m", str(_MEMORY), "-smp", "2", *devices, *serial, *boot, *line]
 
+    def reached(self) -> str:
+        return super().reached() if self._said("guest: up") else "before its init ran"
+
     def ended(self) -> bool:
         if self.seconds > _BOOT and not self._said("guest: up"):
             raise self._error(f"did not boot in {_BOOT:.0f} s")
@@ -170,7 +178,7 @@ class Guest(Run):
         if not self._said("guest: up"):
             raise self._error(f"did not boot: {self._last_words()}")
         if not self._said("guest: done"):
-            raise self._error(f"died {progress(self.log)}: {self._last_words()}")
+            raise self._error(f"died {self.reached()}: {self._last_words()}")
         try:
             with tarfile.open(fileobj=io.BytesIO(self._back.read_bytes())) as archive:
                 files = {each.name.removeprefix("./"): archive.extractfile(each) for each in archive if each.isfile()}
@@ -178,7 +186,7 @@ class Guest(Run):
         except (OSError, tarfile.TarError, EOFError) as error:
             raise self._error(f"what it sent back through its second serial port is damaged ({error})") from error
         if "junit.xml" not in there:
-            raise self._error("it ended without results: pytest wrote no JUnit file")
+            raise self._error(f"pytest ended with {int(there['code'])} and wrote no JUnit file, {self.reached()}")
         return Brought(there["junit.xml"], int(there["code"]), there.get("doctor.json"))
 
     def _said(self, what: str) -> bool:

@@ -48,8 +48,8 @@ def obtain(name: str, folder: Path) -> Kernel:
     if kernel.root.exists():
         return kernel
     folder.mkdir(parents=True, exist_ok=True)
-    where = f"apt-get could not download {package}"
-    _run(["apt-get", "download", package], folder, f"{where}; is the registry reachable, and its list not too old?")
+    refused = f"apt-get could not download {package}, so see whether the registry answers, and run apt-get update"
+    _run(["apt-get", "download", package], folder, refused)
     (archive,) = folder.glob(f"{package}_*.deb")
     unpacked = folder / f"{package}.part"
     shutil.rmtree(unpacked, ignore_errors=True)
@@ -87,6 +87,6 @@ def _run(command: Sequence[str], folder: Path, otherwise: str | None) -> str:
     except subprocess.TimeoutExpired as error:
         raise MatrixError(f"{otherwise or command[0]}: it gave no answer in {_PATIENCE:g} s") from error
     if done.returncode and otherwise:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        raise MatrixError(f"{otherwise}: {said[-1].strip()}", command=list(command))
+        said = re.findall(r"^(?:E: )?(\S.*)", done.stderr, re.MULTILINE) or [f"exit code {done.returncode}"]
+        raise MatrixError(f"{otherwise}: {said[-1]}", command=list(command))
     return done.stdout

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from hitless.kernel.features import is_known
 from tests.matrix import MatrixError
 
 __all__ = ["SCHEMA", "Results", "Row", "load", "read", "save", "table"]
@@ -66,7 +67,11 @@ def read(name: str, junit: bytes, code: int) -> Row:
         if case.find("failure") is not None or case.find("error") is not None:
             failed.append(_name(case))
         elif (why := case.find("skipped")) is not None:
-            skipped[why.attrib.get("message", "").removeprefix("Skipped: ").removeprefix("needs ")] += 1
+            reason = why.attrib.get("message", "")
+            if is_known(reason.removeprefix("needs ")):
+                skipped[reason.removeprefix("needs ")] += 1
+            else:
+                failed.append(f"{_name(case)} (skipped: {reason})")
         else:
             passed += 1
     if code and not failed:
