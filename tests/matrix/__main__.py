@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import errno
 import os
-import shlex
 import signal
 import sys
 import time
@@ -15,13 +14,14 @@ from types import FrameType
 
 import msgspec
 
-from tests.matrix import STATE, MatrixError
+from tests.matrix import HOUSE, STATE, MatrixError
 from tests.matrix.image import write_base, write_initrd
 from tests.matrix.machine import Guest, Here, Run, look_for_qemu, settings
 from tests.matrix.packages import KERNELS, obtain
-from tests.matrix.report import Results, Row, read, save, table
+from tests.matrix.report import Results, Row, document, load, read, save, table
 from tests.matrix.selection import SAMPLE, SLOWNESS, TESTS
 
+_DOCUMENT = HOUSE / "docs" / "kernels.md"
 _AT_ONCE = 2
 _TOLD = 30.0  # s between lines about what runs
 _LOOK = 0.5
@@ -39,6 +39,7 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
         help="tcg emulates (the default: it needs nothing of the machine, and kvm inside of a virtual machine can hang "
         "before the kernel says a word); kvm is many times quicker where it works",
     )
+    parser.add_argument("--docs", action="store_true", help="only write docs/kernels.md, from the last whole run")
     return parser.parse_args(args)
 
 
@@ -118,8 +119,15 @@ def _run(chosen: argparse.Namespace) -> Results:
         write_initrd(initrd, base, kernel, settings(tests, objects))
         guests.append(Guest(kernel, initrd, STATE / kernel.name, _REST + SLOWNESS * here, chosen.accel))
     matrix.run(guests)
-    command = shlex.join(["python", "-m", "tests.matrix", *sys.argv[1:]])
-    return Results(command, tuple(matrix.rows), matrix.problems, matrix.doctor)
+    return Results(tuple(matrix.rows), matrix.problems, matrix.doctor)
+
+
+def _document() -> None:
+    results = load(STATE / "results.json")
+    missing = {f"Linux {name}" for name in KERNELS} - {row.name for row in results.rows}
+    if missing:
+        raise MatrixError(f"The last run has no row of {', '.join(sorted(missing))}: run the whole `make matrix` first")
+    _DOCUMENT.write_text(document(results))
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -128,6 +136,9 @@ def main(args: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     try:
+        if chosen.docs:
+            _document()
+            return 0
         results = _run(chosen)
         save(results, STATE / "results.json")
     except MatrixError as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -28,6 +30,7 @@ QEMU = "qemu-system-x86_64"
 _MEMORY = 3072  # MiB
 _BOOT = 240.0  # s until init runs, most of them to unpack the root
 _LONGEST_HERE = 1800.0
+_CLEANS_UP = 30.0
 _LINE = re.compile(r"^(tests/\S+?::.+?)(?: (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b.*)?$", re.MULTILINE)
 
 
@@ -67,6 +70,8 @@ def progress(log: Path) -> Progress:
 class Run:
     """A process that runs tests, with its ``log``; use it as a context manager."""
 
+    _end = signal.SIGKILL
+
     def __init__(self, name: str, folder: Path, limit: float) -> None:
         self.name = name
         self.folder = folder
@@ -80,7 +85,7 @@ class Run:
         self._started = time.monotonic()
         with (self.folder / "errors.log").open("wb") as errors:
             # Its parent's death is its own, however the parent dies.
-            command = ["setpriv", "--pdeathsig", "KILL", "--", *self._command()]
+            command = ["setpriv", "--pdeathsig", self._end.name, "--", *self._command()]
             self._process = subprocess.Popen(
                 command, cwd=HOUSE, env=self._environment(), stdin=subprocess.DEVNULL, stdout=errors, stderr=errors
             )
@@ -89,6 +94,9 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._process.send_signal(self._end)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_CLEANS_UP)
         self._process.kill()
         self._process.wait()
 
@@ -125,6 +133,8 @@ class Run:
 
 class Here(Run):
     """The same tests on the kernel of this machine. What they compile, guests find in ``objects``."""
+
+    _end = signal.SIGTERM  # whose tests clean up before they go
 
     def __init__(self, folder: Path, tests: tuple[str, ...], objects: Path) -> None:
         super().__init__("here", folder, _LONGEST_HERE)

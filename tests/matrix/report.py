@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import msgspec
 from hitless.kernel.features import is_known
 from tests.matrix import MatrixError
 
-__all__ = ["SCHEMA", "Results", "Row", "load", "read", "save", "table"]
+__all__ = ["SCHEMA", "Results", "Row", "document", "load", "read", "save", "table"]
 
 SCHEMA = 1
 """Of results.json: another number, another meaning."""
@@ -37,12 +38,8 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class Results(msgspec.Struct, frozen=True):
-    """A matrix: its ``rows``, why the others are missing (``problems``), and by name what `hitless doctor` told there.
+    """A matrix: its ``rows``, why the others are missing (``problems``), and by name what `hitless doctor` told there."""
 
-    ``command`` is what made it.
-    """
-
-    command: str
     rows: tuple[Row, ...]
     problems: dict[str, str] = {}
     doctor: dict[str, Any] = {}
@@ -99,6 +96,44 @@ def _cells(row: Row) -> tuple[str, ...]:
     total = sum(row.skipped.values())
     numbers = str(row.passed), f"{total} ({skipped})" if total else "0", str(len(row.failed)), f"{row.seconds:.0f}"
     return (row.name, row.kernel, row.python, row.libbpf, *numbers)
+
+
+def document(results: Results) -> str:
+    """docs/kernels.md."""
+    lines = [
+        "# Kernels",
+        "",
+        "Which kernels run hitless' own tests, what each of them can do, and what hitless does where it cannot.",
+        "`make matrix` boots Debian's kernels in virtual machines and runs the same tests in each and on the machine",
+        "itself, whose kernel is the row *here*; `python -m tests.matrix --docs` then writes this page of what came of",
+        "it, and nobody else does. A test skips only where a feature is missing that it names.",
+        "",
+        *_markdown(
+            ("", "kernel", "Python", "libbpf", "passed", "skipped", "failed"),
+            [_cells(row)[:-1] for row in results.rows],
+        ),
+    ]
+    for row in results.rows:
+        lines += [f"- {row.name} failed `{test}`" for test in row.failed]
+    lines += [f"- no results: {problem}" for problem in results.problems.values()]
+    told = {name: {each["name"]: each for each in doctor["features"]} for name, doctor in results.doctor.items()}
+    features = {name: feature for each in told.values() for name, feature in each.items()}
+    if features:
+        lines += ["", "## Features", "", *_features(told, features)]
+    return "\n".join([*lines, ""])
+
+
+def _features(told: dict[str, Any], features: dict[str, Any]) -> list[str]:
+    """A line for each feature: who has it, what it takes, and what happens without it."""
+    rows = []
+    for name, feature in features.items():
+        has = ["yes" if name in each and each[name]["there"] else "no" for each in told.values()]
+        rows.append((f"`{name}`", *has, feature["needs"], feature["without"]))
+    return _markdown(("feature", *told, "needs", "without it"), rows)
+
+
+def _markdown(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)]
 
 
 def save(results: Results, path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.matrix import HOUSE, MatrixError
 from tests.matrix.image import write_archive, write_initrd
 from tests.matrix.machine import Guest, progress
 from tests.matrix.packages import Kernel, obtain
-from tests.matrix.report import Results, Row, load, read, save, table
+from tests.matrix.report import Results, Row, document, load, read, save, table
 
 QEMU = """#!/bin/bash
 serial=()
@@ -277,7 +277,7 @@ def test_a_junit_file_that_says_nothing_makes_no_row(junit: bytes) -> None:
 
 
 def test_the_table_has_a_line_for_each_row_and_names_below_it() -> None:
-    results = Results("make matrix", (HERE, THERE), {"Linux 6.12": "Linux 6.12: did not boot"})
+    results = Results((HERE, THERE), {"Linux 6.12": "Linux 6.12: did not boot"})
     assert table(results).splitlines() == [
         "           kernel    Python  libbpf  passed  skipped                         failed  seconds",
         "here       6.18.0    3.11.2  1.1     30      0                               0       12",
@@ -288,13 +288,23 @@ def test_the_table_has_a_line_for_each_row_and_names_below_it() -> None:
     assert not results.good
 
 
+def test_the_page_says_which_kernel_has_which_feature_and_what_happens_without_it() -> None:
+    tcx = {"name": "tcx", "needs": "Linux 6.6", "without": "programs are attached with tc"}
+    doctor = {"here": {"features": [{**tcx, "there": True}]}, "Linux 6.1": {"features": [{**tcx, "there": False}]}}
+    page = document(Results((HERE, THERE), {}, doctor)).splitlines()
+    assert "| Linux 6.1 | 6.1.0-56 | 3.11.2 | 1.1 | 24 | 5 (4 tcx, 1 iter/bpf_map_elem) | 1 |" in page
+    assert "- Linux 6.1 failed `tests/a.py::test_b`" in page
+    assert "| feature | here | Linux 6.1 | needs | without it |" in page
+    assert "| `tcx` | yes | no | Linux 6.6 | programs are attached with tc |" in page
+
+
 def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
-    results = Results("make matrix", (HERE, THERE), {"x": "y"}, {"here": {"features": []}})
+    results = Results((HERE, THERE), {"x": "y"}, {"here": {"features": []}})
     save(results, tmp_path / "results.json")
     assert load(tmp_path / "results.json") == results
 
 
-@pytest.mark.parametrize("text", [None, "", "{}", '{"command": "", "rows": [], "schema": 99}'])
+@pytest.mark.parametrize("text", [None, "", "{}", '{"rows": [], "schema": 99}'])
 def test_results_that_cannot_be_read_are_refused_in_a_sentence(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "results.json").write_text(text)
