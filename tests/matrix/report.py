@@ -38,7 +38,7 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class Results(msgspec.Struct, frozen=True):
-    """A matrix: its ``rows``, why the others are missing (``problems``), and by name what `hitless doctor` told there."""
+    """A matrix: its ``rows``, why others are missing (``problems``), and by name what `hitless doctor` told there."""
 
     rows: tuple[Row, ...]
     problems: dict[str, str] = {}
