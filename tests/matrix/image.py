@@ -102,8 +102,11 @@ def _all(folder: Path) -> list[Path]:
 
 def _project() -> Iterable[Path]:
     """What git knows, and what is generated from it."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=HOUSE, capture_output=True, text=True, check=True).stdout
-    files = [HOUSE / name for name in listed.split("\0") if name]
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=HOUSE, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        said = listed.stderr.partition("\n")[0]
+        raise MatrixError(f"A guest gets the files that git knows, and git has no list of them for {HOUSE}: {said}")
+    files = [HOUSE / name for name in listed.stdout.split("\0") if name]
     yield from (path for path in files if path.exists())
     yield HOUSE / "src/hitless/kernel/_libbpf.py"
     yield from (HOUSE / "src/meshd/bpf").rglob("*.bpf.o")

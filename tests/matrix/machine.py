@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -208,11 +209,15 @@ class Guest(Run):
             return panic.group().strip()
         errors = (self.folder / "errors.log").read_text(errors="replace").splitlines()
         said = f", and said: {errors[-1]}" if errors else ""
-        return f"{QEMU} ended with {self._process.returncode}{said}"
+        hint = " (emulated, without --accel kvm, it may do better)" if self._accel == "kvm" else ""
+        return f"{QEMU} ended with {self._process.returncode}{said}{hint}"
 
 
 def look_for_qemu() -> None:
-    """Raise MatrixError unless it is installed."""
+    """Raise MatrixError unless it is installed, and this is a machine whose programs its guests can run."""
+    machine = platform.machine()
+    if machine != "x86_64":
+        raise MatrixError(f"Guests run this machine's programs on kernels for x86_64, and it is one of {machine}")
     if shutil.which(QEMU) is None:
         raise MatrixError(f"{QEMU} is not installed: apt-get install qemu-system-x86, or use `make matrix`")
 
