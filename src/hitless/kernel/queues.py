@@ -29,6 +29,9 @@ from hitless.kernel.codegen import (
     LOAD,
     MOV,
     MOV_IMM,
+    PEEK,
+    POP,
+    PUSH,
     R0,
     R1,
     R2,
@@ -54,7 +57,6 @@ _MAP_TYPES = {"queue": 22, "stack": 23}
 _MAP_TYPE_ARRAY = 2
 _PROG_TYPE_SYSCALL = 31
 _F_SLEEPABLE = 1 << 4
-_PUSH, _POP, _PEEK = 87, 88, 89  # helper numbers: bpf_map_push_elem and so on
 _KEY = bytes(4)
 _JLT, _JLT_IMM = 0xAD, 0xA5
 
@@ -212,17 +214,17 @@ def _element_code(
     asm.label("next")
     if live:
         _leave_if_full(asm, target)
-    _call(asm, _POP if live else _PEEK, source, journal.element)
+    _call(asm, POP if live else PEEK, source, journal.element)
     asm.emit(JNE_IMM, R0, off="no element", imm=0)
     at = journal.element
     if conversion is not None:
         at = journal.converted
         _convert(asm, conversion, journal)
     asm.emit(MOV_IMM, R3, imm=0)  # BPF_ANY: a push that finds the map full fails
-    _call(asm, _PUSH, target, at)
+    _call(asm, PUSH, target, at)
     asm.emit(JNE_IMM, R0, off="exit", imm=0)
     if not live:
-        _call(asm, _POP, source, journal.element)
+        _call(asm, POP, source, journal.element)
         asm.emit(JNE_IMM, R0, off="exit", imm=0)
     if counts:
         _count(asm, 8)
