@@ -45,9 +45,9 @@ from hitless.kernel.codegen import (
     Assembler,
     copy_code,
 )
-from hitless.kernel.libbpf import check, ffi, lib, options
+from hitless.kernel.libbpf import check
 from hitless.kernel.maps import Map, create
-from hitless.kernel.programs import Program, load_code
+from hitless.kernel.programs import load_code, run_code
 from hitless.kernel.vmlinux import offsets
 from hitless.layout.conversion import Conversion, Move
 
@@ -55,8 +55,7 @@ __all__ = ["Journal", "Mover", "count_elements", "create_beside"]
 
 _MAP_TYPES = {"queue": 22, "stack": 23}
 _MAP_TYPE_ARRAY = 2
-_PROG_TYPE_SYSCALL = 31
-_F_SLEEPABLE = 1 << 4
+_PROG_TYPE_XDP = 6  # not SYSCALL: what sleeps may use no queue on older kernels (6.1)
 _KEY = bytes(4)
 _JLT, _JLT_IMM = 0xAD, 0xA5
 
@@ -147,16 +146,14 @@ class Mover:
         """
         self._name = name
         code = _move_code(source, target, journal, conversion, live, counts)
-        self._program = load_code(
-            _PROG_TYPE_SYSCALL, f"move_{name}", code, f"the program that moves map {name}", prog_flags=_F_SLEEPABLE
-        )
+        self._program = load_code(_PROG_TYPE_XDP, f"move_{name}", code, f"the program that moves map {name}")
 
     def run(self) -> None:
         """Move until the source is empty, or a private target full.
 
         Raises KernelError (E2BIG: the target is full; what did not fit is where it was).
         """
-        while (result := _run(self._program, f"moving elements of map {self._name}")) == _MORE:
+        while (result := run_code(self._program, f"moving elements of map {self._name}")) == _MORE:
             pass
         check(result, "moving an element", f"map {self._name}")
 
@@ -180,14 +177,8 @@ def count_elements(held: Map) -> int:
     asm.emit(SUB, R0, R2)
     asm.emit(EXIT)
     what = f"the program that counts the elements of map {held.info.name}"
-    with load_code(_PROG_TYPE_SYSCALL, "count", asm.code(), what, prog_flags=_F_SLEEPABLE) as program:
-        return _run(program, f"counting the elements of map {held.info.name}")
-
-
-def _run(program: Program, doing: str) -> int:
-    opts = options("bpf_test_run_opts")
-    check(lib().bpf_prog_test_run_opts(program.fd, opts), "BPF_PROG_RUN", doing)
-    return int(ffi.cast("int32_t", opts.retval))
+    with load_code(_PROG_TYPE_XDP, "count", asm.code(), what) as program:
+        return run_code(program, f"counting the elements of map {held.info.name}")
 
 
 def _field(name: str) -> int:
