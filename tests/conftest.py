@@ -6,10 +6,16 @@ import os
 from collections.abc import Generator, Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from hitless.errors import UnsupportedError
 from hitless.kernel.features import features, is_known
 from meshd.demo.lab import Lab, leftovers, sweep
+from tests.patience import SLOWNESS
+
+if SLOWNESS > 1:  # examples that come slowly are no fault there
+    settings.register_profile("slow", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("slow")
 
 _before = pytest.StashKey[frozenset[str]]()
 

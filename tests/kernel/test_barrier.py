@@ -17,6 +17,7 @@ from hitless.kernel.links import Link
 from hitless.kernel.programs import load_object
 from meshd.demo.lab import Lab
 from tests.kernel.pages import Page
+from tests.patience import patient
 from tests.releases import compile_object
 
 # The first run of the iterator asks for a byte of the reader's memory, and sleeps until somebody gives the page.
@@ -74,11 +75,12 @@ def test_it_waits_for_a_program_that_sleeps(lab: Lab, tmp_path: Path, page: Page
     barrier.join(0.5)
     assert barrier.is_alive()
     page.give()
-    barrier.join(5)
-    reader.join(5)
+    barrier.join(patient(5))
+    reader.join(patient(5))
     assert ended == [struct.pack("=Q", 1)]
 
 
+@pytest.mark.timing
 def test_it_is_quick_when_nothing_sleeps(lab: Lab) -> None:
     for sleepable, most in ((False, 0.2), (True, 1.0)):
         started = time.perf_counter()

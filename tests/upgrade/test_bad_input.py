@@ -12,6 +12,7 @@ import pytest
 import hitless
 from hitless.kernel.maps import create
 from meshd.demo.lab import Lab
+from tests.patience import patient
 from tests.releases import ATTACH, COUNTING, FIRST, compile_object, write_release
 from tests.upgrade.conftest import Release
 
@@ -244,7 +245,7 @@ def test_without_privilege_the_error_says_so(
     for command in (["status"], ["plan", *bundle], ["apply", *bundle]):
         done = subprocess.run(
             ["setpriv", "--bounding-set=-all", sys.executable, "-m", "hitless", *command, "--root", str(node.root)],
-            capture_output=True, text=True, timeout=20, check=False, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=patient(20), check=False, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert done.returncode == 1
         assert "lacks CAP_SYS_ADMIN" in done.stderr

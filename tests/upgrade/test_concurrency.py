@@ -20,6 +20,7 @@ from hitless.kernel.processes import is_stopped
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.kills import kill_upgrade
+from tests.patience import patient
 from tests.upgrade.conftest import Release
 
 # Holds the root's lock in the middle of an upgrade until a line comes in.
@@ -45,7 +46,7 @@ def upgrading(node: hitless.Node, bundle: Path, lab: Lab) -> Iterator[subprocess
         finally:
             if holder.poll() is None:
                 holder.send_signal(signal.SIGCONT)
-                holder.communicate("go\n", timeout=30)
+                holder.communicate("go\n", timeout=patient(30))
 
 
 def started(*arguments: object) -> subprocess.Popen[str]:
@@ -57,7 +58,7 @@ def started(*arguments: object) -> subprocess.Popen[str]:
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, Any]:
     """Exit code and JSON of a command, which showed no traceback."""
-    out, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=patient(60))
     assert "Traceback" not in errors
     return process.returncode, json.loads(out)
 
@@ -203,7 +204,7 @@ def test_a_holder_that_is_killed_leaves_no_stuck_lock(
     with upgrading(node, releases[2], lab) as holder:
         second = waiting(arguments_of("apply", node, releases[2], lab), node.root)
         holder.kill()
-        holder.wait(10)
+        holder.wait(patient(10))
         code, result = ended(second)
     assert (code, result["start_type"]) == (0, "update")
     assert result["recovered"] == "undid an upgrade that had not switched any hook"

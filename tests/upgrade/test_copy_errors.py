@@ -15,6 +15,7 @@ import hitless
 from hitless.kernel.maps import Map, create
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
+from tests.patience import patient
 from tests.upgrade.conftest import PROGRAM, Make
 
 OLD, NEW = "struct held { __u32 a; }; ", "struct held { __u64 b; __u64 a; }; "
@@ -93,7 +94,7 @@ except hitless.KernelError as error:
             [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         (directory / "cgroup.procs").write_text(str(upgrader.pid))
-        assert upgrader.communicate("go\n", timeout=60)[0].strip() == "ENOMEM"
+        assert upgrader.communicate("go\n", timeout=patient(60))[0].strip() == "ENOMEM"
     assert complete(node, 50)
 
 

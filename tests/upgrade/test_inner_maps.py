@@ -22,6 +22,7 @@ from hitless.upgrade.inner_maps import slots_of
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.kills import kill_upgrade, kill_while_undoing
+from tests.patience import patient
 from tests.releases import ATTACH, write_release
 from tests.upgrade.test_under_fire import CLIENT, STEPS, clients
 
@@ -195,7 +196,7 @@ def test_inner_maps_that_a_daemon_adds_during_the_upgrade_are_carried_to_the_las
         hitless.apply(node, load(write("2", LARGE, "__u64"), lab), progress=daemon)
         (client,) = late
         client.send_signal(signal.SIGTERM)
-        eleven = int(client.communicate(timeout=10)[0])
+        eleven = int(client.communicate(timeout=patient(10))[0])
     assert totals(node) == {**tries, 11: 33 + eleven, 12: 5}
     assert counts(node)[11][3] == 33
 

@@ -23,7 +23,7 @@ from hitless.cli.output import show_status
 from hitless.kernel import queues
 from hitless.kernel.libbpf import check, ffi, lib
 from hitless.kernel.maps import Map
-from hitless.kernel.programs import Program
+from hitless.kernel.programs import Program, run_code
 from hitless.kernel.rings import unread_bytes
 from hitless.layout.answers import ANSWERS, table
 from hitless.layout.btf import Btf
@@ -136,16 +136,16 @@ def test_what_the_new_release_pushed_before_the_move_comes_behind_the_old_elemen
 def after_runs(monkeypatch: pytest.MonkeyPatch, runs: int, then: Callable[[], None]) -> None:
     """Moves go three elements a run, and ``then`` is called instead of one more run than ``runs``."""
     monkeypatch.setattr(queues, "_ELEMENTS_A_RUN", 3)
-    real, seen = queues._run, []
+    seen: list[str] = []
 
     def run(program: Program, doing: str) -> int:
         if doing.startswith("moving"):
             seen.append(doing)
             if len(seen) == runs + 1:
                 then()
-        return real(program, doing)
+        return run_code(program, doing)
 
-    monkeypatch.setattr(queues, "_run", run)
+    monkeypatch.setattr(queues, "run_code", run)
 
 
 RUNS = 12  # what ten old elements and four new ones take

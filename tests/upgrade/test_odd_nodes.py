@@ -14,6 +14,7 @@ import pytest
 import hitless
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
+from tests.patience import patient
 from tests.upgrade.conftest import Release, empty_bpffs, everything
 
 
@@ -36,7 +37,7 @@ def failing(*arguments: object) -> Any:
     """The error of a command that ends with 1, without a traceback."""
     done = subprocess.run(
         [sys.executable, "-m", "hitless", *map(str, arguments), "--json"],
-        capture_output=True, text=True, timeout=30, check=False, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=patient(30), check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     assert done.returncode == 1, done.stdout

@@ -23,6 +23,7 @@ import hitless
 from hitless.upgrade.record import read_record, write_record
 from meshd.demo.lab import Lab
 from tests.bpf import pin_below
+from tests.patience import patient
 from tests.releases import ATTACH, write_release
 from tests.upgrade.conftest import Release
 from tests.upgrade.reader import NAMES, WAYS, open_all
@@ -65,7 +66,7 @@ def reading(node: hitless.Node) -> Iterator[list[dict[str, Any]]]:
             assert reader.stdout is not None
             assert reader.stdout.readline() == "ready\n"
         yield told
-        told += [json.loads(reader.communicate(timeout=30)[0]) for reader in running]
+        told += [json.loads(reader.communicate(timeout=patient(30))[0]) for reader in running]
     finally:
         for reader in running:
             reader.kill()

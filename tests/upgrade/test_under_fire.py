@@ -22,6 +22,7 @@ from hitless.upgrade.copy import Carriage
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.kills import die, exit_code_of, kill_upgrade, kill_while_undoing
+from tests.patience import patient
 from tests.releases import ATTACH, COUNTING, FIRST, write_release
 from tests.upgrade.conftest import Release
 
@@ -60,7 +61,7 @@ def connecting(lab: Lab, address: str, port: int) -> Iterator[None]:
     finally:
         for client in running:
             client.send_signal(signal.SIGTERM)
-            client.communicate(timeout=10)
+            client.communicate(timeout=patient(10))
 
 
 @contextmanager
@@ -80,7 +81,7 @@ def clients(lab: Lab) -> Iterator[dict[int, int]]:
         for client in running:
             client.send_signal(signal.SIGTERM)
         for port, client in zip(ports, running, strict=True):
-            counts[port] = counts.get(port, 0) + int(client.communicate(timeout=10)[0])
+            counts[port] = counts.get(port, 0) + int(client.communicate(timeout=patient(10))[0])
 
 
 def counted(node: hitless.Node) -> dict[int, int]:

@@ -27,6 +27,7 @@ from hitless.upgrade.writers import WriterLock
 from meshd.demo.lab import Lab
 from tests.cli.test_commands import as_json, hitless_command
 from tests.kills import kill_upgrade
+from tests.patience import patient
 from tests.releases import ATTACH, write_release
 
 PROGRAM = """
@@ -130,7 +131,7 @@ def writers(node: hitless.Node, count: int = 2, batches: bool = True) -> Iterato
     finally:
         for writer in running:
             writer.send_signal(signal.SIGTERM)
-        words = [writer.communicate(timeout=20)[0] for writer in running]
+        words = [writer.communicate(timeout=patient(20))[0] for writer in running]
     told += [Told(json.loads(text)) for text in words]
 
 

@@ -23,6 +23,10 @@ JGE, JLE, JSGE, JSLE, JSLT_IMM = 0x3D, 0xBD, 0x7D, 0xDD, 0xC5
 CALL, EXIT = 0x85, 0x95
 # Helper numbers: bpf_map_lookup_elem, bpf_map_update_elem and so on.
 LOOKUP, UPDATE, DELETE, SPIN_LOCK, SPIN_UNLOCK, SEQ_WRITE, LOOKUP_PERCPU = 1, 2, 3, 93, 94, 127, 195
+PUSH, POP, PEEK = 87, 88, 89
+
+# Linux before 6.4 calls what a map does for these directly, and that answers a number of 32 bits.
+_ANSWERING_INT = frozenset({UPDATE, DELETE, PUSH, POP, PEEK})
 
 
 class Assembler:
@@ -57,8 +61,13 @@ class Assembler:
         self.emit(0, imm=offset)
 
     def call(self, helper: int) -> None:
-        """Call a helper: arguments in R1 to R5, result in R0; R1 to R5 are gone after it."""
+        """Call a helper: arguments in R1 to R5, result in R0; R1 to R5 are gone after it.
+
+        A number in R0 has 64 bits and its sign on every kernel.
+        """
         self.emit(CALL, imm=helper)
+        if helper in _ANSWERING_INT:
+            self._extend(R0, 4)
 
     def pointer(self, register: int, base: int, offset: int) -> None:
         """``register = base + offset``."""
@@ -70,8 +79,12 @@ class Assembler:
         """Load a number of ``size`` bytes, extended to 64 bits."""
         self.emit(LOAD[size], register, base, offset)
         if signed and size < 8:
-            self.emit(LSH_IMM, register, imm=64 - 8 * size)
-            self.emit(ARSH_IMM, register, imm=64 - 8 * size)
+            self._extend(register, size)
+
+    def _extend(self, register: int, size: int) -> None:
+        # Not by the instructions that extend signs, which Linux has since 6.6.
+        self.emit(LSH_IMM, register, imm=64 - 8 * size)
+        self.emit(ARSH_IMM, register, imm=64 - 8 * size)
 
     def code(self) -> bytes:
         """The instructions as the kernel takes them."""

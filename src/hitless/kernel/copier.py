@@ -210,6 +210,9 @@ def _check_code(
     asm.emit(JEQ_IMM, R1, off="end", imm=0)
     count(asm, scratch, _DONE)
     _converted(asm, scratch, new, key, value, base.value_at)
+    if key is None:  # R2 is in the iterator's own memory, and older kernels let no helper take a key from there
+        asm.value(R2, scratch.map.fd, scratch.rooms[0])
+        copy_code(asm, new.info.key_size, R9, 8, R2, 0)
     asm.emit(MOV, R8, R3)
     asm.map(R1, new.fd)
     asm.call(LOOKUP)

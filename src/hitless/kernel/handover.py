@@ -129,9 +129,9 @@ class Handover:
 
         Raises KernelError.
         """
-        until = time.monotonic() + seconds
         places = _all_namespaces()
         exchanger = Pass.load("tcp", self._code(), "hand_over")
+        until = time.monotonic() + seconds
         try:
             while self.left() and time.monotonic() < until:
                 gone = False

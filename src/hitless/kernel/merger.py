@@ -69,9 +69,9 @@ from hitless.kernel.codegen import (
     copy_code,
     words,
 )  # fmt: skip
-from hitless.kernel.libbpf import check, ffi, lib, options
+from hitless.kernel.libbpf import check, options
 from hitless.kernel.maps import Entries, Map, Rows, create
-from hitless.kernel.programs import load_code
+from hitless.kernel.programs import load_code, run_code
 from hitless.layout.conversion import Leaf
 
 __all__ = ["Merger", "Mode", "on_cpu"]
@@ -118,7 +118,6 @@ _MAP_TYPE_ARRAY = 2
 _MMAPABLE = 1 << 10  # BPF_F_MMAPABLE
 _PROG_TYPE_XDP, _PROG_TYPE_SYSCALL = 6, 31
 _F_SLEEPABLE = 1 << 4
-_PACKET = bytes(64)  # what a test run of an XDP program needs, and this one does not look at
 
 
 class Merger:
@@ -142,8 +141,8 @@ class Merger:
         code = _merge_code(self._record, leaves, self._records, self._order, new, base, lock)
         what = f"the merge program of map {name}"
         # SYSCALL programs sleep, and what sleeps may neither use tries nor hold locks; XDP programs do both.
-        self._sleeps = lock is None and new.info.type != "lpm_trie"
-        kind, flags = (_PROG_TYPE_SYSCALL, _F_SLEEPABLE) if self._sleeps else (_PROG_TYPE_XDP, 0)
+        sleeps = lock is None and new.info.type != "lpm_trie"
+        kind, flags = (_PROG_TYPE_SYSCALL, _F_SLEEPABLE) if sleeps else (_PROG_TYPE_XDP, 0)
         self._program = load_code(kind, f"merge_{name}", code, what, prog_flags=flags)
 
     def merge(
@@ -187,13 +186,8 @@ class Merger:
 
     def _run(self, slot: int, mode: Mode, leave_out: bool) -> bool:
         self._asked[0], self._asked[1] = slot, mode
-        opts = options("bpf_test_run_opts")
-        if not self._sleeps:
-            packet = ffi.from_buffer(_PACKET)
-            opts.data_in, opts.data_size_in = packet, len(_PACKET)
         while True:
-            check(lib().bpf_prog_test_run_opts(self._program.fd, opts), "BPF_PROG_RUN", f"merge of map {self._name}")
-            result = int(ffi.cast("int32_t", opts.retval))
+            result = run_code(self._program, f"merge of map {self._name}")
             if result != -errno.EAGAIN:  # a busy field is tried again, a few swaps at a time
                 if leave_out and result == -errno.E2BIG:
                     return False

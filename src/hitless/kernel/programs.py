@@ -19,11 +19,12 @@ from hitless.layout.elf import for_old_libbpf
 from hitless.layout.model import ProgramSpec
 from hitless.layout.sections import program_type
 
-__all__ = ["Loaded", "Program", "ProgramInfo", "all_programs", "is_loaded", "load_code", "load_object"]
+__all__ = ["Loaded", "Program", "ProgramInfo", "all_programs", "is_loaded", "load_code", "load_object", "run_code"]
 
 _LOG_BYTES = 1 << 20
 _STRUCT_OPS = 26  # BPF_MAP_TYPE_STRUCT_OPS
 _F_LINK = 1 << 13  # BPF_F_LINK
+_PACKET = bytes(64)  # what a test run of an XDP program needs, and ours do not look at
 _LIBBPF = (1, 1)  # a later one attaches what is only to be filled
 
 
@@ -139,6 +140,19 @@ def load_code(kind: int, name: str, code: bytes, what: str, **fields: int) -> Pr
         text = ffi.string(log).decode(errors="replace")
         tail = "\n  ".join(text.splitlines()[-12:])
         raise KernelError(f"{error.message}:\n  {tail}", **error.facts, log=text) from None
+
+
+def run_code(program: Program, doing: str) -> int:
+    """Run ``program``, an XDP or SYSCALL program of our own, once; returns what it returns.
+
+    ``doing`` is what errors call it. Raises KernelError.
+    """
+    opts = options("bpf_test_run_opts")
+    if program.info.type == "xdp":
+        packet = ffi.from_buffer(_PACKET)
+        opts.data_in, opts.data_size_in = packet, len(_PACKET)
+    check(lib().bpf_prog_test_run_opts(program.fd, opts), "BPF_PROG_RUN", doing)
+    return int(ffi.cast("int32_t", opts.retval))
 
 
 class Loaded(msgspec.Struct):

@@ -29,6 +29,9 @@ from hitless.kernel.codegen import (
     LOAD,
     MOV,
     MOV_IMM,
+    PEEK,
+    POP,
+    PUSH,
     R0,
     R1,
     R2,
@@ -42,9 +45,9 @@ from hitless.kernel.codegen import (
     Assembler,
     copy_code,
 )
-from hitless.kernel.libbpf import check, ffi, lib, options
+from hitless.kernel.libbpf import check
 from hitless.kernel.maps import Map, create
-from hitless.kernel.programs import Program, load_code
+from hitless.kernel.programs import load_code, run_code
 from hitless.kernel.vmlinux import offsets
 from hitless.layout.conversion import Conversion, Move
 
@@ -52,9 +55,7 @@ __all__ = ["Journal", "Mover", "count_elements", "create_beside"]
 
 _MAP_TYPES = {"queue": 22, "stack": 23}
 _MAP_TYPE_ARRAY = 2
-_PROG_TYPE_SYSCALL = 31
-_F_SLEEPABLE = 1 << 4
-_PUSH, _POP, _PEEK = 87, 88, 89  # helper numbers: bpf_map_push_elem and so on
+_PROG_TYPE_XDP = 6  # not SYSCALL: what sleeps may use no queue on older kernels (6.1)
 _KEY = bytes(4)
 _JLT, _JLT_IMM = 0xAD, 0xA5
 
@@ -145,16 +146,14 @@ class Mover:
         """
         self._name = name
         code = _move_code(source, target, journal, conversion, live, counts)
-        self._program = load_code(
-            _PROG_TYPE_SYSCALL, f"move_{name}", code, f"the program that moves map {name}", prog_flags=_F_SLEEPABLE
-        )
+        self._program = load_code(_PROG_TYPE_XDP, f"move_{name}", code, f"the program that moves map {name}")
 
     def run(self) -> None:
         """Move until the source is empty, or a private target full.
 
         Raises KernelError (E2BIG: the target is full; what did not fit is where it was).
         """
-        while (result := _run(self._program, f"moving elements of map {self._name}")) == _MORE:
+        while (result := run_code(self._program, f"moving elements of map {self._name}")) == _MORE:
             pass
         check(result, "moving an element", f"map {self._name}")
 
@@ -178,14 +177,8 @@ def count_elements(held: Map) -> int:
     asm.emit(SUB, R0, R2)
     asm.emit(EXIT)
     what = f"the program that counts the elements of map {held.info.name}"
-    with load_code(_PROG_TYPE_SYSCALL, "count", asm.code(), what, prog_flags=_F_SLEEPABLE) as program:
-        return _run(program, f"counting the elements of map {held.info.name}")
-
-
-def _run(program: Program, doing: str) -> int:
-    opts = options("bpf_test_run_opts")
-    check(lib().bpf_prog_test_run_opts(program.fd, opts), "BPF_PROG_RUN", doing)
-    return int(ffi.cast("int32_t", opts.retval))
+    with load_code(_PROG_TYPE_XDP, "count", asm.code(), what) as program:
+        return run_code(program, f"counting the elements of map {held.info.name}")
 
 
 def _field(name: str) -> int:
@@ -212,17 +205,17 @@ def _element_code(
     asm.label("next")
     if live:
         _leave_if_full(asm, target)
-    _call(asm, _POP if live else _PEEK, source, journal.element)
+    _call(asm, POP if live else PEEK, source, journal.element)
     asm.emit(JNE_IMM, R0, off="no element", imm=0)
     at = journal.element
     if conversion is not None:
         at = journal.converted
         _convert(asm, conversion, journal)
     asm.emit(MOV_IMM, R3, imm=0)  # BPF_ANY: a push that finds the map full fails
-    _call(asm, _PUSH, target, at)
+    _call(asm, PUSH, target, at)
     asm.emit(JNE_IMM, R0, off="exit", imm=0)
     if not live:
-        _call(asm, _POP, source, journal.element)
+        _call(asm, POP, source, journal.element)
         asm.emit(JNE_IMM, R0, off="exit", imm=0)
     if counts:
         _count(asm, 8)
