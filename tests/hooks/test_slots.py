@@ -17,6 +17,7 @@ from hitless.upgrade.cutover import switch_back, switch_hooks
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from meshd.demo.pods import Pods
+from tests.compilers import compiled
 from tests.kills import kill_upgrade
 from tests.patience import often, patient
 from tests.releases import write_release
@@ -130,12 +131,15 @@ print(sent, flush=True)
 SENDERS = {"netfilter": DATAGRAMS, "perf_event": FAULTS, "uprobe": CALLS, "uretprobe": CALLS}
 
 
+# A linker writes to files only.
+LINK = 'made=$(mktemp); clang-19 -shared -x c - -o "$made"; cat "$made"; rm "$made"'
+
+
 def library(tmp_path: Path) -> Path:
     """With a function ``probed``, which nobody but the sender calls."""
     made = tmp_path / "probed.so"
     if not made.exists():
-        command = ["clang-19", "-shared", "-x", "c", "-", "-o", str(made)]
-        subprocess.run(command, input="int probed(void) { return 0; }", text=True, check=True)
+        made.write_bytes(compiled(["sh", "-ec", LINK], "int probed(void) { return 0; }"))
     return made
 
 
