@@ -112,13 +112,8 @@ HOOKS = {
 }
 """By their names in a manifest, where ``xdp-netlink`` is ``xdp`` with ``by = "netlink"``."""
 
-REFUSED = {
-    **dict.fromkeys(
-        ("fentry", "fexit", "fmod_ret", "freplace", "lsm"),
-        "the kernels that hitless was tried on refuse to load its programs (BPF_PROG_LOAD: EPERM)",
-    ),
-    **dict.fromkeys(
-        ("kprobe", "kretprobe"), "the kernels that hitless was tried on were built without kprobes (CONFIG_KPROBES)"
-    ),
-}
+REFUSED = dict.fromkeys(
+    ("fentry", "fexit", "fmod_ret", "freplace", "kprobe", "kretprobe", "lsm"),
+    "the kernel's link of such a hook takes no other program, and hitless has no dispatcher for it",
+)
 """Hooks that this version does not replace, by name, and why."""

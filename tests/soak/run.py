@@ -18,6 +18,7 @@ from hitless.errors import NodeError
 from meshd.demo.lab import Lab
 from meshd.demo.mesh import Lines
 from meshd.demo.servers import start_echo
+from tests.patience import patient
 from tests.soak.books import ClientBooks, Mismatch, Sum, compare, total
 from tests.soak.releases import write_releases
 from tests.soak.upgrader import Task
@@ -29,7 +30,7 @@ _HOUSE = Path(__file__).parents[2]
 _LOOK = 0.2
 _UNDO = 0.2
 _MOST_CLIENTS = 40  # whose accounts the meter has room for
-_SLOWEST = 120.0  # s that a process may take to come up or to end
+_SLOWEST = patient(120)  # s that a process may take to come up or to end
 _STEP_TAKES = 0.03  # s, more than most steps do: a kill may come in the next one too
 
 STEPS = ("stage", "copy", "prepare", "verify", "cutover", "catch-up", "merge", "commit", "clean-up")

@@ -11,6 +11,7 @@ import pytest
 
 from hitless.errors import NodeError
 from meshd.demo.lab import Lab
+from tests.patience import often
 from tests.soak.journal import Journal, State
 from tests.soak.run import STEPS, Options, Report, Soak
 
@@ -20,7 +21,7 @@ def soak(lab: Lab, **options: object) -> Report:
 
 
 def test_a_minute_of_upgrades_under_fire_loses_nothing_and_counts_nothing_twice(lab: Lab) -> None:
-    report = soak(lab, seconds=60, upgrades=40, operations=200_000)
+    report = soak(lab, seconds=60, upgrades=often(40), operations=often(200_000))
     assert report.mismatches == []
     assert all(one.expected == one.found > 0 for one in report.sums), report.sums
     assert report.caught_up > 0, "nothing was written while it was copied, so nothing was shown"
@@ -30,7 +31,7 @@ def test_a_minute_of_upgrades_under_fire_loses_nothing_and_counts_nothing_twice(
 
 
 def test_with_the_catch_up_switched_off_the_same_soak_finds_losses(lab: Lab) -> None:
-    report = soak(lab, upgrades=12, operations=50_000, fault="skip-catch-up")
+    report = soak(lab, upgrades=often(12), operations=often(50_000), fault="skip-catch-up")
     assert not report.exact
     counted = {one.what: one for one in report.sums}
     assert counted["counter opened"].found < counted["counter opened"].expected
