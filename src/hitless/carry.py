@@ -17,13 +17,17 @@ from hitless.layout.rules import FieldRule, MapRules, inner_rules, inner_spec
 from hitless.layout.variables import Pair, Part, SectionDiff, make_part
 
 __all__ = [
-    "CGROUP_STORAGE", "VISITED", "SectionWay", "Way", "converts", "emptied", "fold_obstacles", "folded", "is_global",
-    "is_split", "losses", "mirrored", "obstacle", "refusals", "section_way", "translated", "visiting", "way",
+    "CGROUP_STORAGE", "ITERATE_HASH", "VISITED", "SectionWay", "Way", "converts", "emptied", "fold_obstacles",
+    "folded", "is_global", "is_split", "losses", "mirrored", "obstacle", "refusals", "section_way", "translated",
+    "visiting", "way",
 ]  # fmt: skip
 
 #: Storage that the kernel gives a program when it is attached to a cgroup, and that an update of the link leaves to its
 #: successor as it is, whatever map and layout that one has: too small, it is overrun; absent, its use is a crash.
 CGROUP_STORAGE = ("cgroup_storage", "percpu_cgroup_storage")
+
+ITERATE_HASH = "iter/bpf_map_elem"
+"""A feature of the kernel: a program of ours can be run for each entry of a hash."""
 
 _PROGRAMS_BARRED = 1 << 7 | 1 << 8  # BPF_F_RDONLY_PROG, BPF_F_WRONLY_PROG
 # Types of which one can become the other: (old, new).
@@ -33,7 +37,6 @@ _ALIKE = {
 }  # fmt: skip
 _ITERATED = ("hash", "lru_hash")
 _FOLDING = ("hash", "lru_hash")  # types of maps of which several entries may become one
-_ITERATE_HASH = "iter/bpf_map_elem"  # the feature's name in kernel/features.py, which this pure module cannot import
 _MAX_REACH = 32_000  # bytes: an instruction reaches 32767 from a pointer
 _MAX_SOCKET_KEY = 400  # bytes: it has to go on a program's stack
 _MAX_STORAGE = 8192  # bytes of a value of local storage: an iterator puts out two of them at a time, in 32 KB
@@ -91,7 +94,7 @@ def way(old: MapSpec, new: MapSpec, rules: MapRules, features: Container[str]) -
 
 def _entries(old: MapSpec, new: MapSpec, rules: MapRules, features: Container[str]) -> Way:
     exactness = _exactness(new, rules)
-    if _ITERATE_HASH in features and old.type in _ITERATED and new.type in _ITERATED and _in_kernel(old, new, rules):
+    if ITERATE_HASH in features and old.type in _ITERATED and new.type in _ITERATED and _in_kernel(old, new, rules):
         return Way("entries-in-kernel", "copy and merge in the kernel", exactness)
     return Way("entries", "batch copy, merge in the kernel", exactness)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from hitless.kernel.features import ITERATE_HASH
+from hitless.carry import ITERATE_HASH
 from tests.matrix import HOUSE, MatrixError
 from tests.matrix.image import write_archive, write_initrd
 from tests.matrix.machine import Guest, progress

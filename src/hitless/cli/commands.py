@@ -646,3 +646,21 @@ def _facts(value: Any) -> dict[str, Any]:
 
     facts: dict[str, Any] = msgspec.to_builtins(value)
     return facts
+
+
+@main.command(epilog="Example: hitless doctor")
+@_command()
+def doctor(as_json: bool) -> int:
+    """Tell what this kernel can do, what hitless does where it cannot, and what is missing.
+
+    Each feature is tried, and nothing is changed. Exits with 1 if hitless cannot work here at all.
+    """
+    from hitless.cli.output import print_json, show_doctor
+    from hitless.doctor import examine
+
+    found = examine()
+    if as_json:
+        print_json(found)
+    else:
+        show_doctor(found)
+    return TROUBLE if found.problems else 0

@@ -18,6 +18,7 @@ from hitless.layout.show import diff_lines, show_map
 
 if TYPE_CHECKING:
     from hitless.compare import Comparison
+    from hitless.doctor import Doctor
     from hitless.skeleton import Skeleton
     from hitless.sources import Source
     from hitless.upgrade.adopt import Adopted
@@ -37,6 +38,7 @@ __all__ = [
     "show_adopted",
     "show_annotations",
     "show_diffs",
+    "show_doctor",
     "show_garbage",
     "show_left_behind",
     "show_plan",
@@ -330,6 +332,27 @@ def show_recovery(found: Recovery) -> None:
         click.echo("nothing of hitless runs there; apply a release")
     else:
         click.echo(f"version {found.version} runs, generation {found.generation}")
+
+
+def show_doctor(found: Doctor) -> None:
+    """The machine, each feature and what is done without it, and what becomes of each type of map."""
+    libbpf = f"libbpf {found.libbpf}" if found.libbpf else "no libbpf"
+    click.echo(f"Linux {found.kernel} on {found.machine}, {libbpf}, Python {found.python}")
+    for kind, places in (("bpffs", found.bpffs), ("cgroup2", found.cgroup2)):
+        click.echo(f"{kind}: {', '.join(places) or 'not mounted'}")
+    without = [name for name, held in found.capabilities.items() if not held]
+    click.echo(f"capabilities: {'not held: ' + ', '.join(without) if without else 'all that hitless uses'}")
+    rows = [
+        ("ok" if one.there else "no", one.name, "" if one.there else f"{one.why}; needs {one.needs}; {one.without}")
+        for one in found.features
+    ]
+    _table("features", ("", "feature", "without it"), rows)
+    maps = [(one.type, one.method, one.exactness or "") for one in found.maps]
+    _table("maps that changed", ("type", "method", "exactness"), maps)
+    for problem in found.problems:
+        click.echo(f"problem: {problem}")
+    if not found.problems:
+        click.echo("hitless can work here.")
 
 
 def _kind(hook: HookStatus) -> tuple[str, str, str, str]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 
-from hitless.errors import KernelError, UnsupportedError
+from hitless.errors import UnsupportedError
 from hitless.hooks import SLEEPABLE
-from hitless.kernel.libbpf import PASSING, machine_call
+from hitless.kernel.libbpf import machine_call
 from hitless.kernel.tracing import PROBES, open_probe
 
-__all__ = ["can_wait_for_sleepable", "wait_for_running_programs"]
+__all__ = ["wait_for_running_programs", "wait_for_sleepable_programs"]
 
 _CMD_GLOBAL = 1  # MEMBARRIER_CMD_GLOBAL: synchronize_rcu() in the kernel
 _SINCE = (6, 13)  # before, a probe waited for another kind of RCU, which no try would show
@@ -28,23 +28,11 @@ def wait_for_running_programs(sleepable: bool = False) -> None:
     """
     machine_call("membarrier", "all CPUs (MEMBARRIER_CMD_GLOBAL)", _CMD_GLOBAL, 0, 0)
     if sleepable:
-        _wait_for_tasks_trace()
+        wait_for_sleepable_programs()
 
 
-def can_wait_for_sleepable() -> bool:
-    """Whether this kernel has a way, found by trying. Raises KernelError if that says nothing of it (ENOMEM)."""
-    try:
-        _wait_for_tasks_trace()
-    except UnsupportedError:
-        return False
-    except KernelError as error:
-        if error.facts["errno"] in PASSING:
-            raise
-        return False
-    return True
-
-
-def _wait_for_tasks_trace() -> None:
+def wait_for_sleepable_programs() -> None:
+    """The part of it for programs that may sleep. Raises UnsupportedError where there is no way, KernelError."""
     major, minor = (int(part) for part in os.uname().release.split(".")[:2])
     if (major, minor) < _SINCE or not PROBES.exists():
         raise UnsupportedError(

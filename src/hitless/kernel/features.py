@@ -1,30 +1,38 @@
-"""What this kernel can do, found by trying: a version says little, since distributions carry features over."""
+"""What this kernel can do, found by trying: a version says little, since distributions carry features over.
+
+What the names mean, and what is done without, is in :mod:`hitless.features`.
+"""
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
-from collections.abc import Container
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
-from hitless.carry import VISITED, visiting
+from hitless.carry import ITERATE_HASH, VISITED, visiting
 from hitless.errors import KernelError, UnsupportedError
+from hitless.features import TCX
 from hitless.hooks import SLEEPABLE
-from hitless.kernel.barrier import can_wait_for_sleepable
+from hitless.kernel.barrier import wait_for_sleepable_programs
 from hitless.kernel.codegen import EXIT, MOV_IMM, R0, Assembler
 from hitless.kernel.iterators import Iterator
-from hitless.kernel.libbpf import PASSING
+from hitless.kernel.libbpf import PASSING, check, ffi, lib, options
 from hitless.kernel.maps import create
+from hitless.kernel.names import attach_number, program_number
+from hitless.kernel.programs import Program, load_code
 from hitless.kernel.sockets import probe_sockets
 from hitless.kernel.storage import probe_storage
 from hitless.layout.answers import ANSWERS, answer
 
-__all__ = ["ITERATE_HASH", "boot_id", "features", "is_known", "release"]
+__all__ = ["absence", "boot_id", "features", "is_known", "release"]
 
-ITERATE_HASH = "iter/bpf_map_elem"
-"""A program of ours can be run for each entry of a hash map."""
-
-_HASH = 1  # BPF_MAP_TYPE_HASH
+_HASH, _BLOOM_FILTER, _USER_RINGBUF, _ARENA = 1, 30, 31, 33  # BPF_MAP_TYPE_*
+_F_MMAPABLE = 1 << 10  # BPF_F_MMAPABLE
+_NO_INTERFACE = 0x7FFFFFFF
+_NO_FILE = -1
+_TRACE_FENTRY = 24  # BPF_TRACE_FENTRY: libbpf looks for a function by its own name
 
 
 def release() -> str:
@@ -50,55 +58,86 @@ def is_known(name: str) -> bool:
     return name in _PROBES
 
 
+@functools.cache
+def absence(name: str) -> str | None:
+    """What trying feature ``name`` came to: the kernel's answer, or None if it is there.
+
+    Raises KernelError as :func:`features` does.
+    """
+    try:
+        _PROBES[name]()
+    except (KernelError, UnsupportedError) as error:
+        if error.facts.get("errno") in PASSING:
+            raise  # a plan made without the feature would promise less than this kernel can keep
+        return error.message.partition("\n")[0].rstrip(":")
+    return None
+
+
 class _Features(Container[str]):
     def __contains__(self, name: object) -> bool:
-        return _has(str(name))
+        return is_known(str(name)) and absence(str(name)) is None
 
 
-@functools.cache
-def _has(name: str) -> bool:
-    return name in _PROBES and _PROBES[name]()
-
-
-def _iterates_hash() -> bool:
+def _code(value: int = 0) -> bytes:
     asm = Assembler()
-    asm.emit(MOV_IMM, R0, imm=0)
+    asm.emit(MOV_IMM, R0, imm=value)
     asm.emit(EXIT)
-    try:
-        iterator = Iterator.load(ITERATE_HASH.removeprefix("iter/"), asm.code(), "probe")
-    except (KernelError, UnsupportedError) as error:
-        return _is_absent(error)
+    return asm.code()
+
+
+def _iterate_hash() -> None:
+    iterator = Iterator.load(ITERATE_HASH.removeprefix("iter/"), _code(), "probe")
     try:
         with create(_HASH, "probe", 4, 4, 1) as probe:
             iterator.run(probe)
-    except KernelError as error:
-        return _is_absent(error)
     finally:
         iterator.close()
-    return True
 
 
-def _visits(kind: str) -> bool:
-    try:
-        if answer(kind).kind == "sockets":
-            probe_sockets()
-        else:
-            probe_storage(kind)
-    except (KernelError, UnsupportedError) as error:
-        return _is_absent(error)
-    return True
+def _visit(kind: str) -> None:
+    if answer(kind).kind == "sockets":
+        probe_sockets()
+    else:
+        probe_storage(kind)
 
 
-def _is_absent(error: KernelError | UnsupportedError) -> bool:
-    """False, the answer of a probe; but raises ``error`` where it says nothing of what the kernel can do.
-
-    A plan made without the feature would promise less than this kernel can keep.
-    """
-    if error.facts.get("errno") in PASSING:
-        raise error
-    return False
+def _load(program: str, attach_type: str) -> Program:
+    what = f"a {program} program that does nothing"
+    fields = {"expected_attach_type": attach_number(attach_type)} if attach_type else {}
+    return load_code(program_number(program), "probe", _code(1), what, **fields)
 
 
-_PROBES = {ITERATE_HASH: _iterates_hash, SLEEPABLE: can_wait_for_sleepable} | {
-    visiting(kind): functools.partial(_visits, kind) for kind, found in ANSWERS.items() if found.kind in VISITED
+def _load_only(program: str, attach_type: str) -> None:
+    _load(program, attach_type).close()
+
+
+def _link(program: str, attach_type: str, loaded_as: str, target: int, answered: int) -> None:
+    """Ask for a link on what does not exist: a kernel that has such links looks for it, and says ``answered``."""
+    with _load(program, loaded_as) as loaded:
+        fd = lib().bpf_link_create(loaded.fd, target, attach_number(attach_type), ffi.NULL)
+    if fd >= 0 or -fd != answered:
+        check(fd, "BPF_LINK_CREATE", f"{attach_type} of what does not exist")
+
+
+def _search(function: str) -> None:
+    what = f"{function} in the kernel's BTF (/sys/kernel/btf/vmlinux)"
+    check(lib().libbpf_find_vmlinux_btf_id(function.encode(), _TRACE_FENTRY), "looking for", what)
+
+
+def _make(kind: int, value_size: int, max_entries: int, flags: int = 0) -> None:
+    create(kind, "probe", 0, value_size, max_entries, options("bpf_map_create_opts", map_flags=flags)).close()
+
+
+_PROBES: Mapping[str, Callable[[], None]] = {
+    ITERATE_HASH: _iterate_hash,
+    **{visiting(kind): functools.partial(_visit, kind) for kind, found in ANSWERS.items() if found.kind in VISITED},
+    SLEEPABLE: wait_for_sleepable_programs,
+    TCX: functools.partial(_link, "sched_cls", "tcx_ingress", "", _NO_INTERFACE, errno.ENODEV),
+    "netfilter link": functools.partial(_load_only, "netfilter", "netfilter"),
+    "sockmap link": functools.partial(_link, "sk_msg", "sk_msg_verdict", "sk_msg_verdict", _NO_FILE, errno.EBADF),
+    "struct_ops link": functools.partial(_search, "bpf_struct_ops_link_create"),
+    "cgroup unix hooks": functools.partial(_load_only, "cgroup_sock_addr", "cgroup_unix_connect"),
+    "map bloom_filter": functools.partial(_make, _BLOOM_FILTER, 4, 1),
+    "map user_ringbuf": functools.partial(_make, _USER_RINGBUF, 0, os.sysconf("SC_PAGE_SIZE")),
+    "map arena": functools.partial(_make, _ARENA, 0, 1, _F_MMAPABLE),
 }

@@ -28,6 +28,7 @@ from hitless.carry import (
     way,
 )
 from hitless.errors import BundleError, NodeError, UnsupportedError
+from hitless.features import require
 from hitless.groups import group_of, torn
 from hitless.hooks import HOOKS, SLEEPABLE
 from hitless.kernel.links import LinkInfo
@@ -65,6 +66,7 @@ def make_plan(
     for changes that this version cannot make.
     """
     _check_order(bundle)
+    require(bundle, features)
     _check_barrier(state, bundle, features)
     current = state.current
     if current is None:

@@ -1,0 +1,126 @@
+"""What hitless uses of a kernel that not every kernel, or not every process, has: values; no kernel is asked here.
+
+:mod:`hitless.kernel.features` tries each, and ``hitless doctor`` prints what came of it. A release that asks for one
+that is not there is refused by its name before anything happens; where something else can be done, the plan names that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+
+import msgspec
+
+from hitless.bundle import Bundle
+from hitless.carry import ITERATE_HASH, VISITED, visiting
+from hitless.errors import UnsupportedError
+from hitless.hooks import SLEEPABLE
+from hitless.layout.answers import ANSWERS
+
+__all__ = ["FEATURES", "TCX", "Feature", "require"]
+
+TCX = "tcx"
+_CGROUP_UNIX = "cgroup unix hooks"
+
+
+class Feature(msgspec.Struct, frozen=True):
+    """One feature: ``needs`` is what has it first, ``probed`` how it is tried, ``without`` what hitless does else."""
+
+    name: str
+    needs: str
+    probed: str
+    without: str
+
+
+_NOT_CARRIED = "such a map is kept if it did not change; else its contents are lost, which has to be allowed"
+_REFUSED = "a release with such %s is refused"
+_LOADED = "the programs that visit one are loaded"
+_MADE = "one is made and let go"
+
+_VISITS: Mapping[str, str] = {
+    "sk_storage": "Linux 5.9", "sockmap": "Linux 5.10", "sockhash": "Linux 5.10", "task_storage": "Linux 5.11",
+    "cgrp_storage": "Linux 6.2",
+}  # fmt: skip
+_MAPS: Mapping[str, str] = {"bloom_filter": "Linux 5.16", "user_ringbuf": "Linux 6.1", "arena": "Linux 6.9"}
+
+FEATURES: tuple[Feature, ...] = (
+    Feature(
+        ITERATE_HASH,
+        "Linux 5.9 with BTF (CONFIG_DEBUG_INFO_BTF), CAP_SYS_ADMIN",
+        "an iterator is loaded and passes over an empty hash",
+        "maps are copied by batches in user space",
+    ),
+    *(
+        Feature(
+            visiting(kind),
+            f"{_VISITS[kind]} with BTF (CONFIG_DEBUG_INFO_BTF), CAP_SYS_ADMIN",
+            _LOADED,
+            _NOT_CARRIED,
+        )
+        for kind, found in ANSWERS.items()
+        if found.kind in VISITED
+    ),
+    Feature(
+        SLEEPABLE,
+        "Linux 6.13 with CONFIG_UPROBES",
+        "a probe of user code that nobody executes is attached and taken away",
+        _REFUSED % "programs that may sleep",
+    ),
+    Feature(
+        TCX,
+        "Linux 6.6 (CONFIG_NET_XGRESS)",
+        "a link is asked for on an interface that does not exist",
+        "tcx hooks are tc filters at clsact",
+    ),
+    Feature(
+        "netfilter link",
+        "Linux 6.4 (CONFIG_NETFILTER_BPF_LINK)",
+        "a program that does nothing is loaded",
+        _REFUSED % "hooks",
+    ),
+    Feature(
+        "sockmap link",
+        "Linux 6.10",
+        "a link is asked for on a map that does not exist",
+        _REFUSED % "hooks" + ", but for those that another loader attached and hitless adopts",
+    ),
+    Feature(
+        "struct_ops link",
+        "Linux 6.4 with BTF (CONFIG_DEBUG_INFO_BTF)",
+        "the kernel's BTF is searched for what makes one",
+        _REFUSED % "hooks",
+    ),
+    Feature(
+        _CGROUP_UNIX,
+        "Linux 6.7",
+        "a program that does nothing is loaded",
+        _REFUSED % "hooks",
+    ),
+    *(Feature(f"map {kind}", since, _MADE, _REFUSED % "maps") for kind, since in _MAPS.items()),
+)
+"""All that can be tried, in the order in which they are told."""
+
+_HOOKS: Mapping[str, str] = {
+    "netfilter": "netfilter link", "sk_msg": "sockmap link", "sk_skb": "sockmap link", "struct_ops": "struct_ops link",
+}  # fmt: skip
+
+
+def require(bundle: Bundle, features: Container[str]) -> None:
+    """Raise UnsupportedError for the first hook or map of ``bundle`` that takes a feature which is not there."""
+    for entry in bundle.attach:
+        attach_type = entry.attach_type(bundle.programs[entry.program])
+        name = _CGROUP_UNIX if attach_type.startswith("cgroup_unix_") else _HOOKS.get(entry.hook)
+        if name is not None and name not in features and not entry.adopt:
+            raise _missing(name, f"hook {entry.link} ({entry.hook})")
+    for spec in bundle.maps.values():
+        if spec.type in _MAPS and f"map {spec.type}" not in features:
+            raise _missing(f"map {spec.type}", f"map {spec.name} ({spec.type})")
+
+
+def _missing(name: str, who: str) -> UnsupportedError:
+    feature = next(one for one in FEATURES if one.name == name)
+    return UnsupportedError(
+        f"{who} takes the feature {name!r}, which this kernel, or this process's rights, do not give: it needs "
+        f"{feature.needs}; leave it out of the release, or run it on such a kernel (`hitless doctor` tells more)",
+        feature=name,
+        needs=feature.needs,
+    )

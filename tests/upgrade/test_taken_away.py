@@ -1,0 +1,79 @@
+"""A kernel without something: the release that needs it is refused by its name, or the plan names what is done instead.
+
+Here the feature is taken away from what hitless is told of the kernel; tests/matrix has kernels that have not got it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import hitless
+from hitless.carry import ITERATE_HASH
+from hitless.errors import UnsupportedError
+from hitless.features import FEATURES
+from hitless.kernel import features
+from meshd.demo.lab import Lab
+from tests.releases import write_release
+from tests.upgrade.conftest import Make, Release
+
+PROGRAMS = """
+MAP(tally, ARRAY, 1, __u32, __u64);
+SEC("netfilter") int early(void *ctx) { return 1; }
+SEC("cgroup/connect_unix") int local(struct bpf_sock_addr *ctx) { return 1; }
+SEC("cgroup/connect4") int count4(struct bpf_sock_addr *ctx) { return 1; }
+char _license[] SEC("license") = "GPL";
+"""
+BLOOM = 'struct { __uint(type, 30); __uint(max_entries, 8); __type(value, __u32); } seen SEC(".maps");\n'
+ENTRY = '[[attach]]\nprogram = "early"\nhook = "netfilter"\ntarget = "${netns}"\nlink = "early"\n'
+POINT = 'family = "ipv4"\npoint = "input"\npriority = 7\n'
+LOCAL = '[[attach]]\nprogram = "local"\nhook = "cgroup"\ntarget = "${cgroup}"\nlink = "local"\n'
+TYPES = '[object.program.early]\ntype = "netfilter"\n[object.program.local]\ntype = "cgroup/connect_unix"\n'
+Take = Callable[[str], None]
+
+
+@pytest.fixture
+def take(monkeypatch: pytest.MonkeyPatch) -> Take:
+    """Let the kernel have all but one feature."""
+    found = features.absence
+
+    def taken(name: str) -> None:
+        monkeypatch.setattr(features, "absence", lambda asked: "taken away" if asked == name else found(asked))
+
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("name", "maps", "attach"),
+    [
+        ("netfilter link", "", ENTRY + POINT),
+        ("cgroup unix hooks", "", LOCAL),
+        ("map bloom_filter", BLOOM, ""),
+    ],
+)
+def test_a_release_that_needs_it_is_refused_by_its_name_before_anything_happens(
+    take: Take, name: str, maps: str, attach: str, lab: Lab, node: hitless.Node, tmp_path: Path
+) -> None:
+    take(name)
+    written = write_release(tmp_path / "1", "1.0", maps + PROGRAMS, TYPES + attach)
+    bundle = hitless.Bundle.load(written, {"cgroup": str(lab.cgroup), "netns": str(lab.netns)})
+    with pytest.raises(UnsupportedError) as caught:
+        hitless.plan(node, bundle)
+    assert caught.value.facts["feature"] == name
+    assert caught.value.facts["needs"] == next(one.needs for one in FEATURES if one.name == name)
+    assert not node.root.exists()
+
+
+def test_without_iterators_the_plan_says_that_user_space_copies(
+    take: Take, release: Release, make: Make, node: hitless.Node
+) -> None:
+    hitless.apply(node, release(1))
+    assert {entry.method for entry in hitless.plan(node, release(2)).maps if entry.name == "tally"} == {
+        "copy and merge in the kernel"
+    }
+    take(ITERATE_HASH)
+    planned = hitless.plan(node, release(2))
+    assert {entry.method for entry in planned.maps if entry.name == "tally"} == {"batch copy, merge in the kernel"}
+    assert hitless.apply(node, release(2)).maps
