@@ -33,13 +33,12 @@ class Feature(msgspec.Struct, frozen=True):
 
 _NOT_CARRIED = "such a map is kept if it did not change; else its contents are lost, which has to be allowed"
 _REFUSED = "a release with such %s is refused"
-_LOADED = "the programs that visit one are loaded"
-_MADE = "one is made and let go"
 
 _VISITS: Mapping[str, str] = {
     "sk_storage": "Linux 5.9", "sockmap": "Linux 5.10", "sockhash": "Linux 5.10", "task_storage": "Linux 5.11",
     "cgrp_storage": "Linux 6.2",
 }  # fmt: skip
+_VISITED_IF_MADE = ("cgrp_storage",)  # the first kernel that makes one can visit it too
 _MAPS: Mapping[str, str] = {"bloom_filter": "Linux 5.16", "user_ringbuf": "Linux 6.1", "arena": "Linux 6.9"}
 
 FEATURES: tuple[Feature, ...] = (
@@ -53,8 +52,8 @@ FEATURES: tuple[Feature, ...] = (
         Feature(
             visiting(kind),
             f"{_VISITS[kind]} with BTF (CONFIG_DEBUG_INFO_BTF), CAP_SYS_ADMIN",
-            _LOADED,
-            _NOT_CARRIED,
+            "the programs that visit one are loaded",
+            _REFUSED % "maps" if kind in _VISITED_IF_MADE else _NOT_CARRIED,
         )
         for kind, found in ANSWERS.items()
         if found.kind in VISITED
@@ -95,7 +94,7 @@ FEATURES: tuple[Feature, ...] = (
         "a program that does nothing is loaded",
         _REFUSED % "hooks",
     ),
-    *(Feature(f"map {kind}", since, _MADE, _REFUSED % "maps") for kind, since in _MAPS.items()),
+    *(Feature(f"map {kind}", since, "one is made and let go", _REFUSED % "maps") for kind, since in _MAPS.items()),
 )
 """All that can be tried, in the order in which they are told."""
 
@@ -112,8 +111,9 @@ def require(bundle: Bundle, features: Container[str]) -> None:
         if name is not None and name not in features and not entry.adopt:
             raise _missing(name, f"hook {entry.link} ({entry.hook})")
     for spec in bundle.maps.values():
-        if spec.type in _MAPS and f"map {spec.type}" not in features:
-            raise _missing(f"map {spec.type}", f"map {spec.name} ({spec.type})")
+        name = visiting(spec.type) if spec.type in _VISITED_IF_MADE else f"map {spec.type}"
+        if (spec.type in _VISITED_IF_MADE or spec.type in _MAPS) and name not in features:
+            raise _missing(name, f"map {spec.name} ({spec.type})")
 
 
 def _missing(name: str, who: str) -> UnsupportedError:
