@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 from collections.abc import Container
@@ -9,12 +10,14 @@ from pathlib import Path
 
 from hitless.carry import VISITED, visiting
 from hitless.errors import KernelError, UnsupportedError
-from hitless.hooks import SLEEPABLE
+from hitless.hooks import SLEEPABLE, TCX
 from hitless.kernel.barrier import can_wait_for_sleepable
 from hitless.kernel.codegen import EXIT, MOV_IMM, R0, Assembler
 from hitless.kernel.iterators import Iterator
 from hitless.kernel.libbpf import PASSING
+from hitless.kernel.links import Link
 from hitless.kernel.maps import create
+from hitless.kernel.programs import load_code
 from hitless.kernel.sockets import probe_sockets
 from hitless.kernel.storage import probe_storage
 from hitless.layout.answers import ANSWERS, answer
@@ -25,6 +28,8 @@ ITERATE_HASH = "iter/bpf_map_elem"
 """A program of ours can be run for each entry of a hash map."""
 
 _HASH = 1  # BPF_MAP_TYPE_HASH
+_SCHED_CLS = 3  # BPF_PROG_TYPE_SCHED_CLS
+_NO_INTERFACE = 0x7FFFFFFF  # the highest index, which the kernel does not come to
 
 
 def release() -> str:
@@ -89,6 +94,20 @@ def _visits(kind: str) -> bool:
     return True
 
 
+def _has_tcx() -> bool:
+    asm = Assembler()
+    asm.emit(MOV_IMM, R0, imm=0)
+    asm.emit(EXIT)
+    with load_code(_SCHED_CLS, "probe", asm.code(), "a program that tries tcx") as program:
+        try:
+            Link.attach(program, _NO_INTERFACE, "tcx_ingress", "no interface").close()
+        except KernelError as error:
+            if error.facts["errno"] not in (errno.ENODEV, errno.EINVAL):
+                raise
+            return bool(error.facts["errno"] == errno.ENODEV)  # else it does not even look for the interface
+    raise AssertionError("an interface has the highest index that there can be")
+
+
 def _is_absent(error: KernelError | UnsupportedError) -> bool:
     """False, the answer of a probe; but raises ``error`` where it says nothing of what the kernel can do.
 
@@ -99,6 +118,6 @@ def _is_absent(error: KernelError | UnsupportedError) -> bool:
     return False
 
 
-_PROBES = {ITERATE_HASH: _iterates_hash, SLEEPABLE: can_wait_for_sleepable} | {
+_PROBES = {ITERATE_HASH: _iterates_hash, SLEEPABLE: can_wait_for_sleepable, TCX: _has_tcx} | {
     visiting(kind): functools.partial(_visits, kind) for kind, found in ANSWERS.items() if found.kind in VISITED
 }
