@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from hitless.errors import UnsupportedError
+from hitless.kernel import features as kernel_features
 from hitless.kernel.features import features, is_known
 from meshd.demo.lab import Lab, leftovers, sweep
 from tests.patience import SLOWNESS
@@ -32,6 +33,17 @@ def module_lab() -> Iterator[Lab]:
     """A lab that the tests of one module share."""
     with Lab() as made:
         yield made
+
+
+@pytest.fixture
+def take_away(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let hitless find all features of this kernel but one of that name, as on a kernel that has not got it."""
+    found = kernel_features.absence
+
+    def take(name: str) -> None:
+        monkeypatch.setattr(kernel_features, "absence", lambda asked: "taken away" if asked == name else found(asked))
+
+    return take
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -40,6 +40,7 @@ class Attach(msgspec.Struct, frozen=True):
     things that match. ``mode`` is how XDP is to run, native or generic; None lets the kernel decide. ``point`` is where
     a netfilter program runs. ``priority`` and ``handle`` are those of a tc filter; 0 is one that is free. ``adopt``
     lets it take the place of a program that another tool attached; ``only`` there, where that is of the same name.
+    ``instead_of`` is the hook that the manifest names, if this kernel has none like it.
     """
 
     program: str
@@ -54,6 +55,7 @@ class Attach(msgspec.Struct, frozen=True):
     handle: int = 0
     adopt: bool = False
     only: bool = False
+    instead_of: str | None = None
 
     def attach_type(self, program: ProgramSpec) -> str:
         """What the kernel says of a link for ``program`` here, as in LinkInfo."""

@@ -13,12 +13,11 @@ import msgspec
 from hitless.bundle import Bundle
 from hitless.carry import ITERATE_HASH, VISITED, visiting
 from hitless.errors import UnsupportedError
-from hitless.hooks import SLEEPABLE
+from hitless.hooks import SLEEPABLE, TCX
 from hitless.layout.answers import ANSWERS
 
-__all__ = ["FEATURES", "TCX", "Feature", "require"]
+__all__ = ["FEATURES", "Feature", "require"]
 
-TCX = "tcx"
 _CGROUP_UNIX = "cgroup unix hooks"
 
 

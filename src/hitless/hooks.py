@@ -11,7 +11,9 @@ import msgspec
 
 from hitless.layout.model import ProgramSpec
 
-__all__ = ["EVENTS", "FAMILIES", "HOOKS", "POINTS", "REFUSED", "SLEEPABLE", "HookKind", "NetfilterPoint"]
+__all__ = [
+    "ELDERS", "EVENTS", "FAMILIES", "HOOKS", "POINTS", "REFUSED", "SLEEPABLE", "TCX", "HookKind", "NetfilterPoint",
+]  # fmt: skip
 
 EVENTS = {
     "cpu-clock": (1, 0), "task-clock": (1, 1), "page-faults": (1, 2), "context-switches": (1, 3), "migrations": (1, 4),
@@ -23,6 +25,9 @@ EVENTS = {
 
 SLEEPABLE = "barrier of sleepable programs"
 """A feature of the kernel: running programs that may sleep can be waited for."""
+
+TCX = "tcx"
+"""A feature of the kernel: links hold programs at the traffic control of an interface."""
 
 FAMILIES = {"ipv4": 2, "ipv6": 10}
 """What netfilter programs may be for, with the kernel's number of it."""
@@ -111,6 +116,9 @@ HOOKS = {
     "xdp-netlink": HookKind("interface", "xdp", ("xdp",), "xdp_netlink", linked=False),
 }
 """By their names in a manifest, where ``xdp-netlink`` is ``xdp`` with ``by = "netlink"``."""
+
+ELDERS = {"tcx-egress": "tc-egress", "tcx-ingress": "tc-ingress"}
+"""The hooks of tcx, and which stand for them where the kernel has none: see :mod:`hitless.upgrade.fitted`."""
 
 REFUSED = dict.fromkeys(
     ("fentry", "fexit", "fmod_ret", "freplace", "kprobe", "kretprobe", "lsm"),

@@ -14,7 +14,6 @@ import hitless
 from hitless.carry import ITERATE_HASH
 from hitless.errors import UnsupportedError
 from hitless.features import FEATURES
-from hitless.kernel import features
 from meshd.demo.lab import Lab
 from tests.releases import write_release
 from tests.upgrade.conftest import Make, Release
@@ -34,17 +33,6 @@ TYPES = '[object.program.early]\ntype = "netfilter"\n[object.program.local]\ntyp
 Take = Callable[[str], None]
 
 
-@pytest.fixture
-def take(monkeypatch: pytest.MonkeyPatch) -> Take:
-    """Let the kernel have all but one feature."""
-    found = features.absence
-
-    def taken(name: str) -> None:
-        monkeypatch.setattr(features, "absence", lambda asked: "taken away" if asked == name else found(asked))
-
-    return taken
-
-
 @pytest.mark.parametrize(
     ("name", "maps", "attach"),
     [
@@ -54,9 +42,9 @@ def take(monkeypatch: pytest.MonkeyPatch) -> Take:
     ],
 )
 def test_a_release_that_needs_it_is_refused_by_its_name_before_anything_happens(
-    take: Take, name: str, maps: str, attach: str, lab: Lab, node: hitless.Node, tmp_path: Path
+    take_away: Take, name: str, maps: str, attach: str, lab: Lab, node: hitless.Node, tmp_path: Path
 ) -> None:
-    take(name)
+    take_away(name)
     written = write_release(tmp_path / "1", "1.0", maps + PROGRAMS, TYPES + attach)
     bundle = hitless.Bundle.load(written, {"cgroup": str(lab.cgroup), "netns": str(lab.netns)})
     with pytest.raises(UnsupportedError) as caught:
@@ -67,13 +55,13 @@ def test_a_release_that_needs_it_is_refused_by_its_name_before_anything_happens(
 
 
 def test_without_iterators_the_plan_says_that_user_space_copies(
-    take: Take, release: Release, make: Make, node: hitless.Node
+    take_away: Take, release: Release, make: Make, node: hitless.Node
 ) -> None:
     hitless.apply(node, release(1))
     assert {entry.method for entry in hitless.plan(node, release(2)).maps if entry.name == "tally"} == {
         "copy and merge in the kernel"
     }
-    take(ITERATE_HASH)
+    take_away(ITERATE_HASH)
     planned = hitless.plan(node, release(2))
     assert {entry.method for entry in planned.maps if entry.name == "tally"} == {"batch copy, merge in the kernel"}
     assert hitless.apply(node, release(2)).maps

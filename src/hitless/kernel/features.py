@@ -13,8 +13,7 @@ from pathlib import Path
 
 from hitless.carry import ITERATE_HASH, VISITED, visiting
 from hitless.errors import KernelError, UnsupportedError
-from hitless.features import TCX
-from hitless.hooks import SLEEPABLE
+from hitless.hooks import SLEEPABLE, TCX
 from hitless.kernel.barrier import wait_for_sleepable_programs
 from hitless.kernel.codegen import EXIT, MOV_IMM, R0, Assembler
 from hitless.kernel.iterators import Iterator

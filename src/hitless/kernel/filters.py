@@ -35,6 +35,7 @@ _KIND, _OPTIONS, _CHAIN = 1, 2, 11  # TCA_
 _NAME, _FLAGS, _ID = 7, 8, 11  # TCA_BPF_
 _DIRECT_ACTION = 1
 _FIRST_PRIORITY = 0xC000  # which the kernel chooses where nothing is
+_IN_TURN = range(0x1000, 0x8000)  # people give lower numbers, and the kernel chooses higher ones
 _ALL_PROTOCOLS = socket.htons(3)  # ETH_P_ALL
 
 
@@ -171,16 +172,21 @@ def filters(interface: Interface, direction: Direction) -> tuple[FilterInfo, ...
     return tuple(info for answer in answers if (info := _filter(answer, direction)) is not None)
 
 
-def free_place(interface: Interface, direction: Direction, priority: int = 0, handle: int = 0) -> tuple[int, int]:
+def free_place(
+    interface: Interface, direction: Direction, priority: int = 0, handle: int = 0, in_turn: bool = False
+) -> tuple[int, int]:
     """A priority and a handle that no filter has there; what is not 0 is taken as it is.
 
-    As the kernel would, it chooses the priority before all others, and the first handle. Raises GoneError, NodeError if
-    there is no lower priority.
+    As the kernel would, it chooses the priority before all others, and the first handle; or, ``in_turn``, one behind
+    those that were chosen so before, as programs of tcx run, and before those that the kernel chose. Raises GoneError,
+    NodeError if there is no lower priority.
     """
     with interface.entered():
         message = _TCMSG.pack(0, interface.index, 0, _PARENTS[direction], 0)
         answers = listed(_GET_FILTER, message, "RTM_GETTFILTER", f"filters at {direction} of {interface}")
     there = {(info >> 16, taken) for _, _, taken, _, info in map(_TCMSG.unpack_from, answers)}
+    if not priority and in_turn:
+        priority = max((other for other, _ in there if other in _IN_TURN), default=_IN_TURN[0] - 1) + 1
     if not priority:
         priority = min((other for other, _ in there), default=_FIRST_PRIORITY + 1) - 1
         if not priority:

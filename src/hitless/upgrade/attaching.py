@@ -126,7 +126,8 @@ def _attach_noted(hook: HookPlan, program: Program, pin: Path) -> None:
     interface = _interface(hook)
     if hook.hook != "xdp-netlink":
         direction = _direction(hook)
-        priority, handle = free_place(interface, direction, hook.priority, hook.handle)
+        in_turn = hook.instead_of is not None
+        priority, handle = free_place(interface, direction, hook.priority, hook.handle, in_turn)
         with noted(pin, Filter(interface, direction, priority, handle), program):
             Filter.attach(program, interface, direction, priority, handle)
         return

@@ -91,7 +91,8 @@ class HookPlan(msgspec.Struct, frozen=True):
     ``handle`` are those of a tc filter; 0 is one that is free when it is attached. ``moved`` is the running release's
     name of the map of sockets that it is on, if that becomes another: see :mod:`hitless.upgrade.moving`. ``unlinked``
     says that no link is to hold it, where one could, and ``handed`` that the sockets that run another program than its
-    dispatcher are handed over to that: see :mod:`hitless.upgrade.socket_hooks`.
+    dispatcher are handed over to that: see :mod:`hitless.upgrade.socket_hooks`. ``instead_of`` is the hook that the
+    manifest names, if this kernel has none like it.
     """
 
     link: str
@@ -115,6 +116,7 @@ class HookPlan(msgspec.Struct, frozen=True):
     clashes: tuple[int, ...] = ()
     unlinked: bool = False
     handed: bool = False
+    instead_of: str | None = None
 
 
 class PathPlan(msgspec.Struct, frozen=True):

@@ -30,7 +30,7 @@ from hitless.carry import (
 from hitless.errors import BundleError, NodeError, UnsupportedError
 from hitless.features import require
 from hitless.groups import group_of, torn
-from hitless.hooks import HOOKS, SLEEPABLE
+from hitless.hooks import HOOKS, SLEEPABLE, TCX
 from hitless.kernel.links import LinkInfo
 from hitless.kernel.names import in_kernel
 from hitless.kernel.switchboard import KINDS
@@ -45,6 +45,7 @@ from hitless.upgrade.places import Occupant, Place
 
 __all__ = ["awaited", "hook_at", "hooks_of", "late_hooks", "make_plan", "new_hook"]
 
+_WITHOUT_TCX = "tc filter at clsact, since this kernel has no tcx"
 _MOVED = "exact; its sockets keep their hooks, and for a moment of the cutover some may not find each other"
 
 
@@ -137,6 +138,13 @@ def _check_dispatchers(hooks: tuple[HookPlan, ...]) -> None:
                 f"hook {hook.link} is adopted from another tool, whose program knows of no connections: leave out "
                 'consistency = "connection" in this upgrade',
                 feature="adopting by connection",
+                link=hook.link,
+            )
+        if hook.instead_of:
+            raise UnsupportedError(
+                f"hook {hook.link} is a {_WITHOUT_TCX}, and of a filter no connection can keep to its release: leave "
+                'out consistency = "connection", or the hook',
+                feature=TCX,
                 link=hook.link,
             )
         if hook.attach_type not in KINDS:
@@ -685,6 +693,7 @@ def hook_at(
 ) -> HookPlan:
     """The plan of the hook at ``place``: what is done there, with a link that was called ``was``, and what runs now."""
     entry = place.entry
+    method = HOOKS[entry.hook].method if action == "update" else ""
     return HookPlan(
         link=place.link,
         action=action,
@@ -698,10 +707,11 @@ def hook_at(
         mode=entry.mode,
         target_id=place.id,
         matched=entry.is_pattern,
-        method=HOOKS[entry.hook].method if action == "update" else "",
+        method=_WITHOUT_TCX if entry.instead_of else method,
         point=entry.point,
         priority=entry.priority,
         handle=entry.handle,
+        instead_of=entry.instead_of,
     )
 
 

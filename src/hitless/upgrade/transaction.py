@@ -52,6 +52,7 @@ from hitless.upgrade.cutover import detach_hooks, hold_adopted, switch_back, swi
 from hitless.upgrade.drift import interrupted, recovering
 from hitless.upgrade.fingerprint import Asked, fingerprint, require_meant, require_same, require_unchanged
 from hitless.upgrade.finish import finish
+from hitless.upgrade.fitted import fitted
 from hitless.upgrade.handle import Staged
 from hitless.upgrade.model import (
     Cutover,
@@ -99,7 +100,7 @@ def plan(node: Node, bundle: Bundle, allow_loss: Collection[str] = ()) -> Plan:
     """
     if bundle.public is not None:
         node.move_below()
-    return _plan(node, _settled(node), without_refused(bundle), allow_loss)
+    return _plan(node, _settled(node), fitted(without_refused(bundle), features()), allow_loss)
 
 
 def plan_rollback(node: Node, allow_loss: Collection[str] = ()) -> Plan:
@@ -217,7 +218,7 @@ def apply(
     tell = progress or _nobody
     if bundle.public is not None:
         node.move_below()
-    bundle = without_refused(bundle)
+    bundle = fitted(without_refused(bundle), features())
     _plan_first(node, bundle, allow_loss, planned)
     made = not node.root.exists()
     make_directory(node.root, exist_ok=True)
