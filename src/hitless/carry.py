@@ -79,6 +79,15 @@ def visiting(kind: str) -> str:
     return f"visit/{kind}"
 
 
+#: Types of maps that not every kernel of 5.15 or later has, and what has them.
+LATER = {"bloom_filter": "Linux 5.16", "user_ringbuf": "Linux 6.1", "cgrp_storage": "Linux 6.2", "arena": "Linux 6.9"}
+
+
+def having(kind: str) -> str:
+    """Name of the feature that maps of type ``kind``, one of ``LATER``, can be made."""
+    return f"map/{kind}"
+
+
 def way(old: MapSpec, new: MapSpec, rules: MapRules, features: Container[str]) -> Way | str:
     """How ``old`` becomes ``new`` on a kernel with ``features``, or why this version cannot."""
     found = obstacle(old, new, rules)

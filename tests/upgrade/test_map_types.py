@@ -29,6 +29,7 @@ from hitless.layout.answers import ANSWERS, table
 from hitless.layout.btf import Btf
 from hitless.layout.elf import MAP_TYPES
 from hitless.layout.model import Enum, Record
+from hitless.upgrade import transaction
 from hitless.upgrade.model import LeftRing, MapPlan
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
@@ -601,6 +602,16 @@ NOT_CARRIED = [
     pytest.param("USER_RINGBUF", 0, 0, (4096, 8192), "", _nothing, id="user_ringbuf"),
     pytest.param("ARENA", 0, 0, (2, 4), "__uint(map_flags, BPF_F_MMAPABLE);", _memory, id="arena"),
 ]
+
+
+def test_a_map_of_a_type_that_the_kernel_has_not_is_refused_by_name_before_anything_happens(
+    node: hitless.Node, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = make("1.0", sized("ARENA", 0, 0, 2, "__uint(map_flags, BPF_F_MMAPABLE);"))
+    monkeypatch.setattr(transaction, "features", set)
+    with pytest.raises(hitless.UnsupportedError, match="map held is of type arena.*Linux 6.9 or later") as raised:
+        hitless.plan(node, bundle)
+    assert raised.value.facts["feature"] == "map/arena"
 
 
 @pytest.mark.parametrize(("kind", "key", "value", "entries", "more", "fill"), NOT_CARRIED)

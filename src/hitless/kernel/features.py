@@ -7,17 +7,18 @@ import os
 from collections.abc import Container
 from pathlib import Path
 
-from hitless.carry import VISITED, visiting
+from hitless.carry import LATER, VISITED, having, visiting
 from hitless.errors import KernelError, UnsupportedError
 from hitless.hooks import SLEEPABLE
 from hitless.kernel.barrier import can_wait_for_sleepable
 from hitless.kernel.codegen import EXIT, MOV_IMM, R0, Assembler
 from hitless.kernel.iterators import Iterator
-from hitless.kernel.libbpf import PASSING
+from hitless.kernel.libbpf import PASSING, options
 from hitless.kernel.maps import create
 from hitless.kernel.sockets import probe_sockets
-from hitless.kernel.storage import probe_storage
+from hitless.kernel.storage import create_storage, probe_storage
 from hitless.layout.answers import ANSWERS, answer
+from hitless.layout.elf import MAP_TYPES
 
 __all__ = ["ITERATE_HASH", "boot_id", "features", "is_known", "release"]
 
@@ -25,6 +26,13 @@ ITERATE_HASH = "iter/bpf_map_elem"
 """A program of ours can be run for each entry of a hash map."""
 
 _HASH = 1  # BPF_MAP_TYPE_HASH
+_NO_PREALLOC, _MMAPABLE = 1, 1 << 10  # BPF_F_NO_PREALLOC, BPF_F_MMAPABLE
+# Sizes of key and value, entries and flags of maps that are made for a try.
+_SMALLEST = {
+    "bloom_filter": (0, 4, 1, 0),
+    "user_ringbuf": (0, 0, os.sysconf("SC_PAGESIZE"), 0),
+    "arena": (0, 0, 1, _MMAPABLE),
+}
 
 
 def release() -> str:
@@ -89,6 +97,19 @@ def _visits(kind: str) -> bool:
     return True
 
 
+def _makes(kind: str) -> bool:
+    try:
+        if answer(kind).kind == "storage":
+            create_storage(kind, _NO_PREALLOC, "probe", 8).close()
+        else:
+            key, value, entries, flags = _SMALLEST[kind]
+            opts = options("bpf_map_create_opts", map_flags=flags)
+            create(MAP_TYPES.index(kind), "probe", key, value, entries, opts).close()
+    except KernelError as error:
+        return _is_absent(error)
+    return True
+
+
 def _is_absent(error: KernelError | UnsupportedError) -> bool:
     """False, the answer of a probe; but raises ``error`` where it says nothing of what the kernel can do.
 
@@ -102,3 +123,4 @@ def _is_absent(error: KernelError | UnsupportedError) -> bool:
 _PROBES = {ITERATE_HASH: _iterates_hash, SLEEPABLE: can_wait_for_sleepable} | {
     visiting(kind): functools.partial(_visits, kind) for kind, found in ANSWERS.items() if found.kind in VISITED
 }
+_PROBES |= {having(kind): functools.partial(_makes, kind) for kind in LATER}

@@ -14,10 +14,12 @@ import msgspec
 from hitless.bundle import Bundle, CutoverRule, unite_maps
 from hitless.carry import (
     CGROUP_STORAGE,
+    LATER,
     converts,
     emptied,
     fold_obstacles,
     folded,
+    having,
     is_global,
     is_split,
     losses,
@@ -65,6 +67,7 @@ def make_plan(
     for changes that this version cannot make.
     """
     _check_order(bundle)
+    _check_types(bundle, features)
     _check_barrier(state, bundle, features)
     current = state.current
     if current is None:
@@ -153,6 +156,17 @@ def _check_order(bundle: Bundle) -> None:
                 f"map {name} of {bundle.path} is for a {spec.order}-endian processor, and this one is "
                 f"{sys.byteorder}-endian: take the release that was compiled for it",
                 feature=f"{spec.order}-endian objects",
+                map=name,
+            )
+
+
+def _check_types(bundle: Bundle, features: Container[str]) -> None:
+    for name, spec in bundle.maps.items():
+        if spec.type in LATER and having(spec.type) not in features:
+            raise UnsupportedError(
+                f"map {name} is of type {spec.type}, and this kernel, or this process's rights, let none be made: it "
+                f"takes {LATER[spec.type]} or later; leave that map out of the release",
+                feature=having(spec.type),
                 map=name,
             )
 
