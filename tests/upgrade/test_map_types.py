@@ -609,7 +609,7 @@ def test_a_map_of_a_type_that_the_kernel_has_not_is_refused_by_name_before_anyth
 ) -> None:
     bundle = make("1.0", sized("ARENA", 0, 0, 2, "__uint(map_flags, BPF_F_MMAPABLE);"))
     monkeypatch.setattr(transaction, "features", set)
-    with pytest.raises(hitless.UnsupportedError, match="map held is of type arena.*Linux 6.9 or later") as raised:
+    with pytest.raises(hitless.UnsupportedError, match=r"map held is of type arena.*Linux 6\.9 or later") as raised:
         hitless.plan(node, bundle)
     assert raised.value.facts["feature"] == "map/arena"
 
