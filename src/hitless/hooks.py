@@ -11,7 +11,7 @@ import msgspec
 
 from hitless.layout.model import ProgramSpec
 
-__all__ = ["EVENTS", "FAMILIES", "HOOKS", "POINTS", "REFUSED", "SLEEPABLE", "HookKind", "NetfilterPoint"]
+__all__ = ["EVENTS", "FAMILIES", "HOOKS", "POINTS", "REFUSED", "SLEEPABLE", "SOCKMAP_LINK", "HookKind", "NetfilterPoint"]
 
 EVENTS = {
     "cpu-clock": (1, 0), "task-clock": (1, 1), "page-faults": (1, 2), "context-switches": (1, 3), "migrations": (1, 4),
@@ -23,6 +23,9 @@ EVENTS = {
 
 SLEEPABLE = "barrier of sleepable programs"
 """A feature of the kernel: running programs that may sleep can be waited for."""
+
+SOCKMAP_LINK = "sockmap link"
+"""A feature of the kernel, since Linux 6.10: programs are attached to maps of sockets by links."""
 
 FAMILIES = {"ipv4": 2, "ipv6": 10}
 """What netfilter programs may be for, with the kernel's number of it."""

@@ -9,12 +9,15 @@ from pathlib import Path
 
 from hitless.carry import LATER, VISITED, having, visiting
 from hitless.errors import KernelError, UnsupportedError
-from hitless.hooks import SLEEPABLE
+from hitless.hooks import SLEEPABLE, SOCKMAP_LINK
 from hitless.kernel.barrier import can_wait_for_sleepable
 from hitless.kernel.codegen import EXIT, MOV_IMM, R0, Assembler
 from hitless.kernel.iterators import Iterator
 from hitless.kernel.libbpf import PASSING, options
+from hitless.kernel.links import Link
 from hitless.kernel.maps import create
+from hitless.kernel.names import attach_number, program_number
+from hitless.kernel.programs import load_code
 from hitless.kernel.sockets import probe_sockets
 from hitless.kernel.storage import create_storage, probe_storage
 from hitless.layout.answers import ANSWERS, answer
@@ -86,6 +89,21 @@ def _iterates_hash() -> bool:
     return True
 
 
+def _links_sockmaps() -> bool:
+    asm = Assembler()
+    asm.emit(MOV_IMM, R0, imm=1)  # SK_PASS
+    asm.emit(EXIT)
+    verdict = "sk_msg_verdict"
+    with create(MAP_TYPES.index("sockmap"), "probe", 4, 4, 1) as probe:
+        try:
+            kind = {"expected_attach_type": attach_number(verdict)}
+            with load_code(program_number("sk_msg"), "probe", asm.code(), "a probe", **kind) as program:
+                Link.attach(program, probe.fd, verdict, "a probe").close()
+        except KernelError as error:
+            return _is_absent(error)
+    return True
+
+
 def _visits(kind: str) -> bool:
     try:
         if answer(kind).kind == "sockets":
@@ -120,7 +138,11 @@ def _is_absent(error: KernelError | UnsupportedError) -> bool:
     return False
 
 
-_PROBES = {ITERATE_HASH: _iterates_hash, SLEEPABLE: can_wait_for_sleepable} | {
+_PROBES = {
+    ITERATE_HASH: _iterates_hash,
+    SLEEPABLE: can_wait_for_sleepable,
+    SOCKMAP_LINK: _links_sockmaps,
+} | {
     visiting(kind): functools.partial(_visits, kind) for kind, found in ANSWERS.items() if found.kind in VISITED
 }
 _PROBES |= {having(kind): functools.partial(_makes, kind) for kind in LATER}
