@@ -13,7 +13,7 @@ import msgspec
 from hitless.bundle import Bundle
 from hitless.carry import ITERATE_HASH, VISITED, visiting
 from hitless.errors import UnsupportedError
-from hitless.hooks import SLEEPABLE, TCX
+from hitless.hooks import SLEEPABLE, SOCKMAP_LINK, TCX
 from hitless.layout.answers import ANSWERS
 
 __all__ = ["FEATURES", "Feature", "require"]
@@ -37,8 +37,9 @@ _VISITS: Mapping[str, str] = {
     "sk_storage": "Linux 5.9", "sockmap": "Linux 5.10", "sockhash": "Linux 5.10", "task_storage": "Linux 5.11",
     "cgrp_storage": "Linux 6.2",
 }  # fmt: skip
-_VISITED_IF_MADE = ("cgrp_storage",)  # the first kernel that makes one can visit it too
-_MAPS: Mapping[str, str] = {"bloom_filter": "Linux 5.16", "user_ringbuf": "Linux 6.1", "arena": "Linux 6.9"}
+_MAPS: Mapping[str, str] = {
+    "bloom_filter": "Linux 5.16", "user_ringbuf": "Linux 6.1", "cgrp_storage": "Linux 6.2", "arena": "Linux 6.9",
+}  # fmt: skip
 
 FEATURES: tuple[Feature, ...] = (
     Feature(
@@ -52,7 +53,7 @@ FEATURES: tuple[Feature, ...] = (
             visiting(kind),
             f"{_VISITS[kind]} with BTF (CONFIG_DEBUG_INFO_BTF), CAP_SYS_ADMIN",
             "the programs that visit one are loaded",
-            _REFUSED % "maps" if kind in _VISITED_IF_MADE else _NOT_CARRIED,
+            _NOT_CARRIED,
         )
         for kind, found in ANSWERS.items()
         if found.kind in VISITED
@@ -76,10 +77,10 @@ FEATURES: tuple[Feature, ...] = (
         _REFUSED % "hooks",
     ),
     Feature(
-        "sockmap link",
+        SOCKMAP_LINK,
         "Linux 6.10",
         "a link is asked for on a map that does not exist",
-        _REFUSED % "hooks" + ", but for those that another loader attached and hitless adopts",
+        "programs are attached to maps of sockets without a link",
     ),
     Feature(
         "struct_ops link",
@@ -93,13 +94,11 @@ FEATURES: tuple[Feature, ...] = (
         "a program that does nothing is loaded",
         _REFUSED % "hooks",
     ),
-    *(Feature(f"map {kind}", since, "one is made and let go", _REFUSED % "maps") for kind, since in _MAPS.items()),
+    *(Feature(f"map/{kind}", since, "one is made and let go", _REFUSED % "maps") for kind, since in _MAPS.items()),
 )
 """All that can be tried, in the order in which they are told."""
 
-_HOOKS: Mapping[str, str] = {
-    "netfilter": "netfilter link", "sk_msg": "sockmap link", "sk_skb": "sockmap link", "struct_ops": "struct_ops link",
-}  # fmt: skip
+_HOOKS: Mapping[str, str] = {"netfilter": "netfilter link", "struct_ops": "struct_ops link"}
 
 
 def require(bundle: Bundle, features: Container[str]) -> None:
@@ -107,12 +106,11 @@ def require(bundle: Bundle, features: Container[str]) -> None:
     for entry in bundle.attach:
         attach_type = entry.attach_type(bundle.programs[entry.program])
         name = _CGROUP_UNIX if attach_type.startswith("cgroup_unix_") else _HOOKS.get(entry.hook)
-        if name is not None and name not in features and not entry.adopt:
+        if name is not None and name not in features:
             raise _missing(name, f"hook {entry.link} ({entry.hook})")
     for spec in bundle.maps.values():
-        name = visiting(spec.type) if spec.type in _VISITED_IF_MADE else f"map {spec.type}"
-        if (spec.type in _VISITED_IF_MADE or spec.type in _MAPS) and name not in features:
-            raise _missing(name, f"map {spec.name} ({spec.type})")
+        if spec.type in _MAPS and f"map/{spec.type}" not in features:
+            raise _missing(f"map/{spec.type}", f"map {spec.name} ({spec.type})")
 
 
 def _missing(name: str, who: str) -> UnsupportedError:

@@ -12,7 +12,8 @@ import msgspec
 from hitless.layout.model import ProgramSpec
 
 __all__ = [
-    "ELDERS", "EVENTS", "FAMILIES", "HOOKS", "POINTS", "REFUSED", "SLEEPABLE", "TCX", "HookKind", "NetfilterPoint",
+    "ELDERS", "EVENTS", "FAMILIES", "HOOKS", "POINTS", "REFUSED", "SLEEPABLE", "SOCKMAP_LINK", "TCX", "HookKind",
+    "NetfilterPoint",
 ]  # fmt: skip
 
 EVENTS = {
@@ -25,6 +26,9 @@ EVENTS = {
 
 SLEEPABLE = "barrier of sleepable programs"
 """A feature of the kernel: running programs that may sleep can be waited for."""
+
+SOCKMAP_LINK = "sockmap link"
+"""A feature of the kernel, since Linux 6.10: programs are attached to maps of sockets by links."""
 
 TCX = "tcx"
 """A feature of the kernel: links hold programs at the traffic control of an interface."""

@@ -13,6 +13,7 @@ from hitless.cli import main
 from hitless.features import FEATURES
 from hitless.kernel import features
 from hitless.layout.answers import ANSWERS
+from meshd.demo.lab import Lab
 
 
 def doctor(*prefix: str) -> tuple[int, dict[str, object], str]:
@@ -22,16 +23,17 @@ def doctor(*prefix: str) -> tuple[int, dict[str, object], str]:
     return done.returncode, json.loads(done.stdout), done.stderr
 
 
-def test_it_says_that_hitless_can_work_here_and_names_each_feature_and_type_of_map() -> None:
+def test_it_says_that_hitless_can_work_here_and_names_each_feature_and_type_of_map(lab: Lab) -> None:
     done = CliRunner().invoke(main, ["doctor", "--json"])
     told = json.loads(done.stdout)
     assert (done.exit_code, told["schema"], told["problems"]) == (0, 1, [])
+    assert str(lab.bpffs) in told["bpffs"]
     assert [each["name"] for each in told["features"]] == [feature.name for feature in FEATURES]
     assert [each["type"] for each in told["maps"]] == list(ANSWERS)
     assert all((each["why"] is None) == each["there"] for each in told["features"])
 
 
-def test_people_read_it_line_by_line() -> None:
+def test_people_read_it_line_by_line(lab: Lab) -> None:
     lines = CliRunner().invoke(main, ["doctor"]).stdout.splitlines()
     assert lines[0].startswith("Linux ")
     assert any("iter/bpf_map_elem" in line for line in lines)

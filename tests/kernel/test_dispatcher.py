@@ -16,6 +16,8 @@ from hitless.kernel.programs import Program
 from meshd.demo.lab import Lab
 from tests.kernel.connections import CONNECTIONS, Bench, clients
 
+pytestmark = pytest.mark.needs("sockmap link")
+
 HOOKS = [("sk_msg_verdict", "to_peer"), ("sk_skb_stream_verdict", "echo")]
 
 

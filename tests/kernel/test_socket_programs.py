@@ -18,6 +18,8 @@ from hitless.kernel.sockets import Adder, Sockets, create_base, list_sockets
 from meshd.demo.lab import Lab
 from tests.kernel.connections import Bench, attach_the_old_way, clients
 
+pytestmark = pytest.mark.needs("sockmap link")
+
 HOOKS = [("sk_msg_verdict", "to_peer"), ("sk_skb_stream_verdict", "echo")]
 
 

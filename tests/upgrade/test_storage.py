@@ -449,7 +449,7 @@ def test_what_a_kernel_cannot_visit_is_lost_and_the_plan_says_so(
     node: hitless.Node, bundles: dict[int, hitless.Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hitless.apply(node, bundles[1])
-    monkeypatch.setattr(transaction, "features", lambda: {"visit/sk_storage"})
+    monkeypatch.setattr(transaction, "features", lambda: {"map/cgrp_storage", "visit/sk_storage"})
     plans = {entry.name: entry for entry in hitless.plan(node, bundles[2]).maps}
     assert plans["of_sk"].action == "convert"
     for name, kind in (("of_task", "task_storage"), ("of_cgrp", "cgrp_storage")):

@@ -38,7 +38,7 @@ Take = Callable[[str], None]
     [
         ("netfilter link", "", ENTRY + POINT),
         ("cgroup unix hooks", "", LOCAL),
-        ("map bloom_filter", BLOOM, ""),
+        ("map/bloom_filter", BLOOM, ""),
     ],
 )
 def test_a_release_that_needs_it_is_refused_by_its_name_before_anything_happens(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hitless.carry import ITERATE_HASH, VISITED, visiting
 from hitless.errors import KernelError, UnsupportedError
-from hitless.hooks import SLEEPABLE, TCX
+from hitless.hooks import SLEEPABLE, SOCKMAP_LINK, TCX
 from hitless.kernel.barrier import wait_for_sleepable_programs
 from hitless.kernel.codegen import EXIT, MOV_IMM, R0, Assembler
 from hitless.kernel.iterators import Iterator
@@ -22,13 +22,13 @@ from hitless.kernel.maps import create
 from hitless.kernel.names import attach_number, program_number
 from hitless.kernel.programs import Program, load_code
 from hitless.kernel.sockets import probe_sockets
-from hitless.kernel.storage import probe_storage
+from hitless.kernel.storage import create_storage, probe_storage
 from hitless.layout.answers import ANSWERS, answer
 
 __all__ = ["absence", "boot_id", "features", "is_known", "release"]
 
 _HASH, _BLOOM_FILTER, _USER_RINGBUF, _ARENA = 1, 30, 31, 33  # BPF_MAP_TYPE_*
-_F_MMAPABLE = 1 << 10  # BPF_F_MMAPABLE
+_F_NO_PREALLOC, _F_MMAPABLE = 1, 1 << 10  # BPF_F_*
 _NO_INTERFACE = 0x7FFFFFFF
 _NO_FILE = -1
 _TRACE_FENTRY = 24  # BPF_TRACE_FENTRY: libbpf looks for a function by its own name
@@ -127,16 +127,21 @@ def _make(kind: int, value_size: int, max_entries: int, flags: int = 0) -> None:
     create(kind, "probe", 0, value_size, max_entries, options("bpf_map_create_opts", map_flags=flags)).close()
 
 
+def _make_storage(kind: str) -> None:
+    create_storage(kind, _F_NO_PREALLOC, "probe", 8).close()
+
+
 _PROBES: Mapping[str, Callable[[], None]] = {
     ITERATE_HASH: _iterate_hash,
     **{visiting(kind): functools.partial(_visit, kind) for kind, found in ANSWERS.items() if found.kind in VISITED},
     SLEEPABLE: wait_for_sleepable_programs,
     TCX: functools.partial(_link, "sched_cls", "tcx_ingress", "", _NO_INTERFACE, errno.ENODEV),
     "netfilter link": functools.partial(_load_only, "netfilter", "netfilter"),
-    "sockmap link": functools.partial(_link, "sk_msg", "sk_msg_verdict", "sk_msg_verdict", _NO_FILE, errno.EBADF),
+    SOCKMAP_LINK: functools.partial(_link, "sk_msg", "sk_msg_verdict", "sk_msg_verdict", _NO_FILE, errno.EBADF),
     "struct_ops link": functools.partial(_search, "bpf_struct_ops_link_create"),
     "cgroup unix hooks": functools.partial(_load_only, "cgroup_sock_addr", "cgroup_unix_connect"),
-    "map bloom_filter": functools.partial(_make, _BLOOM_FILTER, 4, 1),
-    "map user_ringbuf": functools.partial(_make, _USER_RINGBUF, 0, os.sysconf("SC_PAGE_SIZE")),
-    "map arena": functools.partial(_make, _ARENA, 0, 1, _F_MMAPABLE),
+    "map/bloom_filter": functools.partial(_make, _BLOOM_FILTER, 4, 1),
+    "map/user_ringbuf": functools.partial(_make, _USER_RINGBUF, 0, os.sysconf("SC_PAGE_SIZE")),
+    "map/cgrp_storage": functools.partial(_make_storage, "cgrp_storage"),
+    "map/arena": functools.partial(_make, _ARENA, 0, 1, _F_MMAPABLE),
 }

@@ -56,7 +56,7 @@ from hitless.kernel.maps import Map, Rows, create
 from hitless.kernel.merger import _EXTREMES, Mode, _extreme, _merge_leaf, _Record
 from hitless.layout.conversion import Leaf
 
-__all__ = ["Settler", "Teller", "Told", "create_base", "probe_storage"]
+__all__ = ["Settler", "Teller", "Told", "create_base", "create_storage", "probe_storage"]
 
 
 Flags = npt.NDArray[np.bool_]
@@ -96,20 +96,21 @@ def create_base(source: Map, name: str, size: int) -> Map:
 
     Raises KernelError.
     """
-    return _create(source.info.type, source.info.flags, name, size)
+    return create_storage(source.info.type, source.info.flags, name, size)
 
 
 def probe_storage(kind: str) -> None:
     """Load the programs for a map of type ``kind``. Raises KernelError, UnsupportedError: not all works here."""
     with (
-        _create(kind, _NO_PREALLOC, "probe", 8) as source,
+        create_storage(kind, _NO_PREALLOC, "probe", 8) as source,
         create_base(source, "probe_base", source.info.value_size) as base,
     ):
         Teller("probe", source, base, differing=True).close()
         Settler("probe", source, base, (Leaf("value", 0, 8, merge="sum"),)).close()
 
 
-def _create(kind: str, flags: int, name: str, size: int) -> Map:
+def create_storage(kind: str, flags: int, name: str, size: int) -> Map:
+    """A map of local storage of this ``kind``, with values of ``size`` bytes and the head of a base before them."""
     btf = _byte_types(_VALUE + size)
     types = check(lib().bpf_btf_load(btf, len(btf), ffi.NULL), "BPF_BTF_LOAD", f"the types of {name}")
     try:

@@ -48,7 +48,9 @@ def attach(hook: HookPlan, program: Program, links: Path, maps: Path) -> None:
                 if hook.unlinked:
                     place = MapPlace(held.info.id, hook.attach_type)
                     note(pin, place)
-                    SocketHook(place, slot_of(links, hook.link), links.parent).take(program)
+                    taken = SocketHook(place, slot_of(links, hook.link), links.parent)
+                    taken.take(program)
+                    give_all(held, hook.attach_type, taken.program_id)
                 else:
                     _attach_dispatcher(held, hook, program, links)
             return

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable
 
 import msgspec
 
 from hitless.attach import Attach
 from hitless.errors import KernelError, NodeError, UnsupportedError
-from hitless.hooks import HOOKS
+from hitless.hooks import HOOKS, SOCKMAP_LINK
 from hitless.kernel.links import LinkInfo, all_links
 from hitless.kernel.map_places import MapPlace
 from hitless.kernel.maps import Map
@@ -26,33 +26,42 @@ __all__ = ["with_socket_hooks"]
 _METHOD = "slot of its dispatcher, attached without a link"
 
 
-def with_socket_hooks(node: Node, state: NodeState, decided: Plan, attach: Iterable[Attach]) -> Plan:
+def with_socket_hooks(
+    node: Node, state: NodeState, decided: Plan, attach: Iterable[Attach], features: Container[str]
+) -> Plan:
     """The plan with what is to become of hooks of maps that entries of ``attach`` adopt, or that no link holds.
 
+    None holds one where the kernel, with ``features``, has no such links.
     Raises NodeError if a program of another loader is there that is not to be replaced, UnsupportedError for what such
     a hook cannot do, KernelError.
     """
-    looking = _Look(node, state, decided, {entry.link for entry in attach if entry.adopt})
+    looking = _Look(node, state, decided, {entry.link for entry in attach if entry.adopt}, features)
     return msgspec.structs.replace(decided, hooks=tuple(looking.planned(hook) for hook in decided.hooks))
 
 
 class _Look:
     """One plan, and what it is made for."""
 
-    def __init__(self, node: Node, state: NodeState, decided: Plan, adopting: Collection[str]) -> None:
+    def __init__(
+        self, node: Node, state: NodeState, decided: Plan, adopting: Collection[str], features: Container[str]
+    ) -> None:
         self._node = node
         self._state = state
         self._maps = {entry.name: entry for entry in decided.maps}
         self._by_connection = decided.cutover.consistency == "connection"
         self._release = decided.to_version
         self._adopting = adopting
+        self._features = features
 
     def planned(self, hook: HookPlan) -> HookPlan:
         """What becomes of a hook, whichever it is."""
         link, current = self._state.links.get(hook.was or hook.link), self._state.current
         if hook.action == "attach":
-            adopts = hook.link in self._adopting and HOOKS[hook.hook].on == "map"
-            return self._attached(hook, current) if adopts else hook
+            if HOOKS[hook.hook].on != "map":
+                return hook
+            if hook.link in self._adopting:
+                return self._attached(hook, current)
+            return hook if SOCKMAP_LINK in self._features else self._without_link(hook, current)
         if current is None or link is None or (link.type, link.id) != ("sockmap", 0) or link.is_dead:
             return hook
         if hook.action == "update":
@@ -73,6 +82,19 @@ class _Look:
         with Program.by_id(there) as program:
             taken = msgspec.structs.replace(unlinked, action="adopt", expected=there, adopted=program.info.name)
         return self._with_strays(taken, place, current)
+
+    def _without_link(self, hook: HookPlan, current: Generation | None) -> HookPlan:
+        found = self._attached(hook, current)
+        if found.action == "adopt":
+            raise NodeError(
+                f"link {hook.link}: map {hook.target} has program {found.expected} ({found.adopted}), which hitless "
+                "did not attach: let who did take it off, or let this release take it over (adopt = true); nothing was "
+                "changed",
+                link=hook.link,
+                map=hook.target,
+                programs=[found.expected],
+            )
+        return msgspec.structs.replace(found, method=_METHOD)
 
     def _updated(self, hook: HookPlan, link: LinkInfo, current: Generation) -> HookPlan:
         place = MapPlace(link.target_id, link.attach_type)

@@ -147,7 +147,7 @@ def _plan(
     refuse_taken_paths(node, bundle, state.current.record if state.current is not None else None)
     refuse_left_out(bundle, state.current.record if state.current is not None else None)
     decided = make_plan(state, bundle, places, asked, allow_loss)
-    decided = with_socket_hooks(node, state, decided, bundle.attach)
+    decided = with_socket_hooks(node, state, decided, bundle.attach, asked)
     if planned is not None:
         require_same(planned, decided)
     refuse_overfull(node, state, bundle, decided)
@@ -183,7 +183,7 @@ def _plan_back(node: Node, state: NodeState, allow_loss: Collection[str]) -> tup
         state, release, find_places(release.attach, release.programs), features(), allow_loss, last
     )
     refuse_frozen(node.previous, decided)
-    decided = with_socket_hooks(node, state, decided, release.attach)
+    decided = with_socket_hooks(node, state, decided, release.attach, features())
     refuse_overfull(node, state, release, decided)
     refuse_exclusive(decided)
     refuse_taken_names(decided)
