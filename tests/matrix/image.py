@@ -27,7 +27,7 @@ _DISTRIBUTIONS = ("hitless", "pytest", "hypothesis")
 
 _TOOLS = (
     "bash", "sh", "mount", "umount", "modprobe", "ip", "tc", "nsenter", "unshare", "setpriv", "stty", "tar", "gzip",
-    "cat", "cp", "env", "id", "kill", "ln", "ls", "mkdir", "mv", "rm", "sleep", "timeout", "true", "false", "uname",
+    "cat", "chmod", "cp", "env", "id", "kill", "ln", "ls", "mkdir", "mv", "rm", "sleep", "timeout", "true", "false", "uname",
 )  # fmt: skip
 _TOOLS_IF_THERE = ("bpftool", "nginx", "ss", "sysctl", "ethtool")
 _FILES = ("/etc/passwd", "/etc/group", "/etc/nsswitch.conf", "/etc/protocols", "/etc/services", "/etc/nginx/mime.types")
