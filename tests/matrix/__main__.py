@@ -112,7 +112,7 @@ def _run(chosen: argparse.Namespace) -> Results:
 
     base = STATE / "base.cpio"
     write_base(base, objects)
-    _say(f"The root of guests has {base.stat().st_size >> 20} MiB. They emulate: expect {12 * here / 60:.0f} minutes.")
+    _say(f"The root of guests has {base.stat().st_size >> 20} MiB. They emulate, and take about ten times as long.")
     guests = []
     for kernel in kernels:
         initrd = STATE / f"{kernel.name}.cpio"

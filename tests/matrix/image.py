@@ -26,8 +26,9 @@ _DISTRIBUTIONS = ("hitless", "pytest", "hypothesis")
 """With all that they depend on. Extras of hitless are for control planes, which have no part in kernel tests."""
 
 _TOOLS = (
-    "bash", "sh", "mount", "umount", "modprobe", "ip", "tc", "nsenter", "unshare", "setpriv", "stty", "tar", "gzip",
-    "cat", "chmod", "cp", "env", "id", "kill", "ln", "ls", "mkdir", "mv", "rm", "sleep", "timeout", "true", "false", "uname",
+    "bash", "sh", "true", "false", "mount", "umount", "modprobe", "ip", "tc", "nsenter", "unshare", "setpriv", "stty",
+    "tar", "gzip", "cat", "chmod", "cp", "env", "id", "kill", "ln", "ls", "mkdir", "mv", "rm", "sleep", "timeout",
+    "uname",
 )  # fmt: skip
 _TOOLS_IF_THERE = ("bpftool", "nginx", "ss", "sysctl", "ethtool")
 _FILES = ("/etc/passwd", "/etc/group", "/etc/nsswitch.conf", "/etc/protocols", "/etc/services", "/etc/nginx/mime.types")
