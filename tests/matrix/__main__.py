@@ -83,8 +83,9 @@ class _Matrix:
             brought = run.brought()
             row = read(run.name, brought.junit, brought.code)
         except MatrixError as error:
-            self.problems[run.name] = error.message
-            _say(f"  {error.message}")
+            told = error.message if str(run.log) in error.message else f"{error.message}; see {run.log}"
+            self.problems[run.name] = told
+            _say(f"  {told}")
             return True
         self.rows.append(row)
         if brought.doctor is not None:
@@ -108,7 +109,9 @@ def _run(chosen: argparse.Namespace) -> Results:
     matrix = _Matrix()
     _say("The same tests on this machine first, which compiles what guests have no compiler for.")
     matrix.run([Here(STATE / "here", tests, objects)])
-    here = matrix.rows[0].seconds if matrix.rows else 0.0
+    if matrix.problems:
+        return Results((), matrix.problems)  # guests could only say the same, and later
+    here = matrix.rows[0].seconds
 
     base = STATE / "base.cpio"
     write_base(base, objects)
