@@ -86,8 +86,9 @@ class _Matrix:
             brought = run.brought()
             row = read(run.name, brought.junit, brought.code)
         except MatrixError as error:
-            self.problems[run.name] = error.message
-            _say(f"  {error.message}")
+            told = error.message if str(run.log) in error.message else f"{error.message}; see {run.log}"
+            self.problems[run.name] = told
+            _say(f"  {told}")
             return True
         self.rows.append(row)
         if brought.doctor is not None:
@@ -131,11 +132,13 @@ def _kernels(chosen: argparse.Namespace, matrix: _Matrix, objects: Path) -> None
         _say(f"Linux {name} is Debian's {kernels[-1].release}.")
     _say("The same tests on this machine first, which compiles what guests have no compiler for.")
     matrix.run([Here(STATE / "here", tests, objects)])
-    here = next((row.seconds for row in matrix.rows if row.name == "here"), 0.0)
+    here = next((row.seconds for row in matrix.rows if row.name == "here"), None)
+    if here is None:
+        return  # guests could only say the same, and later
 
     base = STATE / "base.cpio"
     write_base(base, objects)
-    _say(f"The root of guests has {base.stat().st_size >> 20} MiB. They emulate: expect {12 * here / 60:.0f} minutes.")
+    _say(f"The root of guests has {base.stat().st_size >> 20} MiB. They emulate, and take about ten times as long.")
     guests = []
     for kernel in kernels:
         initrd = STATE / f"{kernel.name}.cpio"

@@ -9,7 +9,9 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mkdir -p /dev/pts /dev/shm
 mount -t devpts pts /dev/pts
-for each in /dev/shm /tmp /run; do mount -t tmpfs tmp $each; done
+mount -t tmpfs shm /dev/shm
+mount -t tmpfs run /run
+chmod 1777 /tmp # no mount: this tree may be below it
 mount -t cgroup2 cgroup /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
 mount -t tracefs tracing /sys/kernel/tracing

@@ -26,11 +26,13 @@ _DISTRIBUTIONS = ("hitless", "pytest", "hypothesis")
 """With all that they depend on. Extras of hitless are for control planes, which have no part in kernel tests."""
 
 _TOOLS = (
-    "bash", "sh", "mount", "umount", "modprobe", "ip", "tc", "nsenter", "unshare", "setpriv", "stty", "tar", "gzip",
-    "cat", "cp", "env", "id", "kill", "ln", "ls", "mkdir", "mv", "rm", "sleep", "timeout", "true", "false", "uname",
+    "bash", "sh", "true", "false", "mount", "umount", "modprobe", "ip", "tc", "nsenter", "unshare", "setpriv", "stty",
+    "tar", "gzip", "cat", "chmod", "cp", "env", "id", "kill", "ln", "ls", "mkdir", "mv", "rm", "sleep", "timeout",
+    "uname",
 )  # fmt: skip
 _TOOLS_IF_THERE = ("bpftool", "nginx", "ss", "sysctl", "ethtool")
 _FILES = ("/etc/passwd", "/etc/group", "/etc/nsswitch.conf", "/etc/protocols", "/etc/services", "/etc/nginx/mime.types")
+_LINKS = ("/bin", "/sbin", "/lib", "/lib64")  # the kernel itself asks for /sbin/modprobe
 _EMPTY = tuple(map(Path, ("/proc", "/sys", "/dev", "/tmp", "/run", "/var", "/var/tmp", "/root", "/mnt", "/back")))
 _LOADED_BY_NAME = ("libbpf.so.1", "libgcc_s.so.1", "libnss_files.so.2")  # ldd cannot know
 
@@ -151,7 +153,7 @@ def _tools() -> Iterable[Path]:
             raise MatrixError(f"`{name}` is not installed, and guests need it: `make matrix` installs what is missing")
         if found:
             yield Path(found)
-    yield from (Path(each) for each in _FILES if Path(each).exists())
+    yield from (Path(each) for each in (*_FILES, *_LINKS) if Path(each).exists())
     folders = (Path("/usr/lib", f"{os.uname().machine}-linux-gnu"), Path("/usr/lib"), Path("/usr/lib64"))
     for library in _LOADED_BY_NAME:
         yield from [folder / library for folder in folders if (folder / library).exists()][:1]
