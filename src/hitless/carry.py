@@ -11,8 +11,8 @@ import msgspec
 from hitless.layout.answers import answer
 from hitless.layout.conversion import Move, leaves
 from hitless.layout.diff import Change, MapDiff, diff_inner, diff_map, sources_of
-from hitless.layout.members import SPECIAL, lock_offset
-from hitless.layout.model import Array, MapSpec, Pointer, Record, Type
+from hitless.layout.members import holds_object, lock_offset
+from hitless.layout.model import MapSpec
 from hitless.layout.rules import FieldRule, MapRules, inner_rules, inner_spec
 from hitless.layout.variables import Pair, Part, SectionDiff, make_part
 
@@ -100,18 +100,9 @@ def _in_kernel(old: MapSpec, new: MapSpec, rules: MapRules) -> bool:
     if any(spec.value is None or lock_offset(spec.value) is not None for spec in (old, new)):
         return False
     diff = diff_map(old, new, rules)
-    if diff.value is None and new.value is not None and _holds_object(new.value):
+    if diff.value is None and new.value is not None and holds_object(new.value):
         return False  # a program may not read the whole value; a conversion leaves those bytes out
     return all(conversion is None or conversion.in_kernel for conversion in (diff.key, diff.value))
-
-
-def _holds_object(layout: Type) -> bool:
-    """Whether some bytes of it belong to the kernel: a timer, a list head, a pointer to one of its objects."""
-    if isinstance(layout, Array):
-        return _holds_object(layout.element)
-    if isinstance(layout, Record):
-        return layout.name in SPECIAL or any(_holds_object(field.type) for field in layout.fields)
-    return isinstance(layout, Pointer) and layout.kernel
 
 
 def _queue(_old: MapSpec, _new: MapSpec, _rules: MapRules, _features: Container[str]) -> Way:

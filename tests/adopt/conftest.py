@@ -95,7 +95,7 @@ class Loader:
                 assert (seen.key_size, seen.value_size, seen.max_entries) == (
                     one.key_size, one.value_size, one.max_entries,
                 ), f"{path} is another map: its contents are gone"  # fmt: skip
-        sections = {name: one.value_size for name, one in unite_maps([spec]).items() if "." in name}
+        sections = {name: one for name, one in unite_maps([spec]).items() if "." in name}
         loaded = load_object(data, "tally", there, sections)
         for name, held in loaded.maps.items():
             if "." not in name and name not in there:

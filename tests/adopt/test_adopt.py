@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 import hitless
+from hitless.bundle import unite_maps
 from hitless.kernel.links import Link, LinkInfo, all_links
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program, load_object
@@ -194,8 +195,9 @@ def test_a_program_that_uses_these_maps_and_that_nobody_named_is_asked_for_by_na
     source += "    bpf_map_lookup_elem(&tally, &key); return 1; }\n"
     path = write_release(tmp_path / "two", "1.0", source, MANIFEST)
     bundle = hitless.Bundle.load(path, {"cgroup": str(lab.cgroup_of("clients"))})
+    sections = {"tally.bss": unite_maps([bundle.objects[0].spec])["tally.bss"]}
     with Map(pinned(loader.root / "map" / "tally")) as held:
-        loaded = load_object(bundle.objects[0].data, "tally", {"tally": held}, {"tally.bss": 16})
+        loaded = load_object(bundle.objects[0].data, "tally", {"tally": held}, sections)
         fd = os.open(lab.cgroup_of("clients"), os.O_RDONLY)
         with Link.attach(loaded.programs["count6"], fd, "cgroup_inet6_connect", "it") as link:
             link.pin(loader.root / "sockconn" / "other")

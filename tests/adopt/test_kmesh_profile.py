@@ -94,7 +94,7 @@ class Loader:
             spec = read_object(file.read_bytes(), file.stem)
             known = [one if one.type else self.typed(one) for one in spec.programs]
             there = {path.name: opened(path) for path in (self.root / "map").iterdir()}
-            sections = {name: one.value_size for name, one in unite_maps([spec]).items() if is_global(name)}
+            sections = {name: one for name, one in unite_maps([spec]).items() if is_global(name)}
             own = {one.name: there[one.name] for one in spec.maps if one.name in there}
             loaded = load_object(file.read_bytes(), file.stem, own, sections, known)
             for name, held in loaded.maps.items():

@@ -81,7 +81,7 @@ def _start(old: hitless.Bundle, root: Path, cgroup: Path, kind: Kind) -> None:
     """As another loader does it: maps pinned by their names, links as well, and the rest forgotten."""
     (root / "map").mkdir(parents=True)
     for item in old.objects:
-        sections = {name: spec.value_size for name, spec in unite_maps([item.spec]).items() if "." in name}
+        sections = {name: spec for name, spec in unite_maps([item.spec]).items() if "." in name}
         loaded = load_object(item.data, item.spec.name, {}, sections, item.spec.programs)
         for name, held in loaded.maps.items():
             for key, value in kind.before.get(name, {}).items():

@@ -190,7 +190,7 @@ class AdoptedWorld(Ground):
             for one in item.spec.maps
             if "." not in one.name and (self.root / "map" / one.name).exists()
         }
-        sections = {name: one.value_size for name, one in unite_maps([item.spec]).items() if "." in name}
+        sections = {name: one for name, one in unite_maps([item.spec]).items() if "." in name}
         loaded = load_object(item.data, item.spec.name, there, sections)
         for name, held in loaded.maps.items():
             if name not in there and name not in sections:

@@ -92,6 +92,16 @@ def test_global_data_are_maps_with_each_variable_at_its_place(spec: ObjectSpec) 
     assert (maps[".data"].flags, maps[".rodata"].flags, maps[".bss"].value_size) == (0x400, 0x480, 36)
 
 
+def test_global_data_with_a_lock_are_not_to_be_mapped_into_memory(read: Read) -> None:
+    spec = read(
+        "struct bpf_spin_lock { int val; }; long other = 1;\n"
+        'long held SEC(".data.a") = 1; struct bpf_spin_lock lock SEC(".data.a");'
+        'struct { __uint(type, 1); __uint(max_entries, 1); __type(key, int); __type(value, int); } m SEC(".maps");'
+    )
+    maps = {one.name: one for one in spec.maps}
+    assert (maps[".data.a"].flags, maps[".data"].flags) == (0, 0x400)
+
+
 def test_programs_have_the_type_that_libbpf_gives_their_section(spec: ObjectSpec) -> None:
     assert spec.programs == (
         ProgramSpec("connect4", "cgroup/connect4", "cgroup_sock_addr", "cgroup_inet4_connect"),

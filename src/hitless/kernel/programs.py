@@ -12,11 +12,11 @@ import msgspec
 
 from hitless.errors import KernelError, NodeError, UnsupportedError
 from hitless.kernel.libbpf import Object, check, ffi, lib, messages, options, pinned_kind
-from hitless.kernel.maps import Map, btf_bytes
+from hitless.kernel.maps import Map, btf_bytes, create
 from hitless.kernel.names import attach_number, in_kernel, program_name, program_number
 from hitless.layout.btf import Btf
 from hitless.layout.elf import for_old_libbpf
-from hitless.layout.model import ProgramSpec
+from hitless.layout.model import MapSpec, ProgramSpec
 from hitless.layout.sections import program_type
 
 __all__ = ["Loaded", "Program", "ProgramInfo", "all_programs", "is_loaded", "load_code", "load_object"]
@@ -24,7 +24,7 @@ __all__ = ["Loaded", "Program", "ProgramInfo", "all_programs", "is_loaded", "loa
 _LOG_BYTES = 1 << 20
 _STRUCT_OPS = 26  # BPF_MAP_TYPE_STRUCT_OPS
 _F_LINK = 1 << 13  # BPF_F_LINK
-_LIBBPF = (1, 1)  # a later one attaches what is only to be filled
+_ARRAY = 2  # BPF_MAP_TYPE_ARRAY
 
 
 class ProgramInfo(msgspec.Struct, frozen=True):
@@ -152,13 +152,13 @@ def load_object(
     data: bytes,
     name: str,
     reuse: Mapping[str, Map],
-    sections: Mapping[str, int],
+    sections: Mapping[str, MapSpec],
     programs: Iterable[ProgramSpec] = (),
 ) -> Loaded:
     """Load the ELF object ``data`` called ``name``; maps named in ``reuse`` are used, the others created.
 
-    ``sections`` are the maps of its global data in the order of the object: their names, as in ``reuse``, and sizes in
-    bytes. ``programs`` are those whose types are known, and which of them to leave out; of others libbpf decides both.
+    ``sections`` are the maps of its global data in the order of the object, under their names as in ``reuse``.
+    ``programs`` are those whose types are known, and which of them to leave out; of others libbpf decides both.
     Nothing is pinned or attached; struct_ops maps are ready to be. Raises KernelError whose message ends in the
     verifier's last words and whose fact ``log`` is all that libbpf and the verifier printed, UnsupportedError for
     sections that only libbpf knows.
@@ -178,7 +178,8 @@ def load_object(
             while entry:
                 title = ffi.string(lib().bpf_map__name(entry)).decode()
                 if lib().bpf_map__is_internal(entry):  # libbpf's name for it is cut to what the kernel takes
-                    title = _section(title, lib().bpf_map__value_size(entry), data_maps, name)
+                    title, spec = _section(title, lib().bpf_map__value_size(entry), data_maps, name)
+                    check(lib().bpf_map__set_map_flags(entry, spec.flags), "bpf_map__set_map_flags", title)
                 maps[title] = entry
                 check(lib().bpf_map__set_pin_path(entry, ffi.NULL), "bpf_map__set_pin_path", title)
                 if lib().bpf_map__type(entry) == _STRUCT_OPS:
@@ -211,20 +212,33 @@ def load_object(
 
 
 def _make_ready(entry: Any, name: str, heard: list[str]) -> None:
-    """Fill a struct_ops map with its programs, by which the kernel checks it."""
-    found = lib().libbpf_major_version(), lib().libbpf_minor_version()
-    if found != _LIBBPF:
-        raise UnsupportedError(
-            f"object {name}: struct_ops maps are supported with libbpf {'.'.join(map(str, _LIBBPF))}, and this is "
-            f"{'.'.join(map(str, found))}, which would attach them while the old release still runs",
-            feature="struct_ops with this libbpf",
-            object=name,
-        )
-    link = lib().bpf_map__attach_struct_ops(entry)
-    if not link:
-        _fail(-ffi.errno, f"filling struct_ops map {ffi.string(lib().bpf_map__name(entry)).decode()} of", name, heard)
-    lib().bpf_link__disconnect(link)  # else it would be emptied
-    lib().bpf_link__destroy(link)
+    """Fill a struct_ops map with its programs, by which the kernel checks it.
+
+    What belongs into it only libbpf knows, and what it has for that attaches the map as well since 1.2, while the old
+    release still runs. So it gets an array in the map's place, which takes the value and cannot be attached.
+    """
+    title = ffi.string(lib().bpf_map__name(entry)).decode()
+    place, key = lib().bpf_map__fd(entry), bytes(4)
+    with Map(os.dup(place), title) as ops, create(_ARRAY, title, 4, ops.info.value_size, 1) as array:
+        os.dup2(array.fd, place, inheritable=False)
+        try:
+            link = lib().bpf_map__attach_struct_ops(entry)
+        finally:
+            os.dup2(ops.fd, place, inheritable=False)
+        if link:  # of libbpf 1.1, where this is no more than a place to remember the map
+            lib().bpf_link__disconnect(link)
+            lib().bpf_link__destroy(link)
+        value = array.lookup(key) or b""
+        if not any(value):
+            raise UnsupportedError(
+                f"object {name}: this libbpf ({lib().libbpf_major_version()}.{lib().libbpf_minor_version()}) does not "
+                f"give what belongs into struct_ops map {title}: use libbpf 1.1 to 1.7",
+                feature="struct_ops with this libbpf",
+                object=name,
+            )
+        result = lib().bpf_map_update_elem(ops.fd, key, value, 0)
+    if result < 0:
+        _fail(result, f"filling struct_ops map {title} of", name, heard)
 
 
 def _settle(program: Any, spec: ProgramSpec | None) -> None:
@@ -243,12 +257,12 @@ def _settle(program: Any, spec: ProgramSpec | None) -> None:
         check(result, "bpf_program__set_expected_attach_type", attach)
 
 
-def _section(title: str, size: int, sections: Iterator[tuple[str, int]], name: str) -> str:
-    found, expected = next(sections, ("", 0))
-    if size != expected:
+def _section(title: str, size: int, sections: Iterator[tuple[str, MapSpec]], name: str) -> tuple[str, MapSpec]:
+    found = next(sections, None)
+    if found is None or size != found[1].value_size:
         raise UnsupportedError(
-            f"object {name}: libbpf makes a map {title} of {size} bytes where {found or 'none'} was expected: a "
-            "section that this version does not know",
+            f"object {name}: libbpf makes a map {title} of {size} bytes where {found[0] if found else 'none'} was "
+            "expected: a section that this version does not know",
             feature=f"section {title}",
             object=name,
         )

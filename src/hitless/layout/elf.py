@@ -17,7 +17,7 @@ from hitless.errors import LayoutError, UnsupportedError
 from hitless.layout.btf import Btf, Section, Variable
 from hitless.layout.dwarf import DAMAGE, Dwarf
 from hitless.layout.infer import fitting
-from hitless.layout.members import overlapping, repeated
+from hitless.layout.members import holds_object, overlapping, repeated
 from hitless.layout.model import Array, Field, Int, MapSpec, ObjectSpec, Ops, Order, ProgramSpec, Record, Type
 from hitless.layout.sections import program_type
 
@@ -305,9 +305,11 @@ def _data_maps(elf: _Elf, btf: Btf, sections: dict[str, Section], name: str) -> 
         section = sections.get(part.name)
         value = _data_layout(elf, btf, section, index, part, name) if section else None
         flags = _RDONLY_PROG if base == "rodata" else 0
-        # As libbpf has it: only a map with a variable that others may see can be mapped into memory.
+        # As libbpf has it: only a map with a variable that others may see can be mapped into memory. But the kernel
+        # maps none with a lock or the like, and a newer libbpf, which maps all that have this flag, fails on it.
         hidden = {symbol.name for symbol in elf.symbols if symbol.section == index and symbol.hidden}
-        if section and any(var.exported and var.name not in hidden for var in section.variables):
+        seen = section is not None and any(var.exported and var.name not in hidden for var in section.variables)
+        if seen and value is not None and not holds_object(value):
             flags |= _MMAPABLE
         out.append(MapSpec(part.name, "array", 4, part.size, 1, flags, Int("int", 4, True), value))
     if ".kconfig" in sections:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from hitless.layout.model import Array, Field, Int, Record, Type
+from hitless.layout.model import Array, Field, Int, Pointer, Record, Type
 
 __all__ = [
-    "SPECIAL", "Member", "inside", "is_bytes", "is_text", "join", "lock_offset", "members", "overlapping", "repeated",
-    "singles",
+    "SPECIAL", "Member", "holds_object", "inside", "is_bytes", "is_text", "join", "lock_offset", "members",
+    "overlapping", "repeated", "singles",
 ]  # fmt: skip
 
 #: Records whose bytes belong to the kernel, and what is lost when an entry moves to another map (None: nothing).
@@ -44,6 +44,15 @@ class Member(NamedTuple):
     bits: bool = False
     width: int = 0
     shift: int = 0
+
+
+def holds_object(layout: Type) -> bool:
+    """Whether some bytes of it belong to the kernel: a lock, a timer, a list head, a pointer to one of its objects."""
+    if isinstance(layout, Array):
+        return holds_object(layout.element)
+    if isinstance(layout, Record):
+        return layout.name in SPECIAL or any(holds_object(field.type) for field in layout.fields)
+    return isinstance(layout, Pointer) and layout.kernel
 
 
 def lock_offset(made: Type) -> int | None:

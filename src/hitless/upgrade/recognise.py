@@ -375,7 +375,7 @@ class _Look:
             if not self._runs(item.spec) or self.public.unproven == "accept":
                 continue
             given = {name: held for name, held in self.maps.items() if not answer(held.info.type).anew}
-            sections = {name: spec.value_size for name, spec in unite_maps([item.spec]).items() if is_global(name)}
+            sections = {name: spec for name, spec in unite_maps([item.spec]).items() if is_global(name)}
             own = {name: held for name, held in given.items() if name not in sections}
             try:
                 loaded = load_object(item.data, item.spec.name, own, sections, item.spec.programs)

@@ -67,7 +67,7 @@ def _load(item: BundleObject, maps: dict[str, Map], optional: Collection[str], r
 
     Nothing of one that cannot be loaded for another reason, as a map of maps that only its daemon can make.
     """
-    sections = {name: spec.value_size for name, spec in unite_maps([item.spec]).items() if is_global(name)}
+    sections = {name: spec for name, spec in unite_maps([item.spec]).items() if is_global(name)}
     while True:
         programs = [
             msgspec.structs.replace(one, autoload=one.autoload and one.name not in refused)

@@ -70,7 +70,7 @@ def build_next(node: Node, bundle: Bundle, decided: Plan, current: Generation | 
         if entry.action == "keep":
             maps[entry.name] = Map.open(map_pin(node.current, entry.was or entry.name))
     for item in bundle.objects:
-        sections = {name: spec.value_size for name, spec in unite_maps([item.spec]).items() if is_global(name)}
+        sections = {name: spec for name, spec in unite_maps([item.spec]).items() if is_global(name)}
         loaded = load_object(item.data, item.spec.name, maps, sections, item.spec.programs)
         maps = {**loaded.maps, **maps}
         programs.update(loaded.programs)

@@ -42,7 +42,7 @@ def prove_unwritten(item: BundleObject, rules: Mapping[str, MapRules], maps: Map
     }  # fmt: skip
     # libbpf writes the slots of an array of programs that it is given, so it makes one of its own.
     given = {name: held for name, held in maps.items() if name in specs and not answer(held.info.type).anew}
-    sections = {name: spec.value_size for name, spec in specs.items() if is_global(name)}
+    sections = {name: spec for name, spec in specs.items() if is_global(name)}
     try:
         loaded = load_object(item.data, item.spec.name, {**given, **twins}, sections, item.spec.programs)
     except KernelError as error:
