@@ -10,11 +10,13 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import msgspec
 
 from tests.matrix import HOUSE, STATE, MatrixError
+from tests.matrix.environments import ENVIRONMENTS, Elsewhere, prepare
 from tests.matrix.image import write_base, write_initrd
 from tests.matrix.machine import Guest, Here, Run, look_for_qemu, settings
 from tests.matrix.packages import KERNELS, obtain
@@ -32,6 +34,7 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description="Run kernel tests on other kernels.")
     parser.add_argument("--kernel", choices=KERNELS, help="only this one (all of them)")
     parser.add_argument("--sample", action="store_true", help="a few tests on the oldest kernel, in three minutes")
+    parser.add_argument("--host", action="store_true", help="no kernels, only the Pythons and libbpfs on this one's")
     parser.add_argument(
         "--accel",
         choices=("tcg", "kvm"),
@@ -94,7 +97,31 @@ class _Matrix:
         return True
 
 
+def _environments(matrix: _Matrix, objects: Path) -> list[Elsewhere]:
+    """Those that can be had; why the others cannot is a problem of the matrix."""
+    _say("The Pythons and libbpfs for this machine's own kernel are made ready.")
+    ready = []
+    for environment in ENVIRONMENTS:
+        try:
+            ready.append(prepare(environment, STATE, objects))
+        except MatrixError as error:
+            matrix.problems[environment.name] = error.message
+            _say(f"  {error.message}")
+    return ready
+
+
 def _run(chosen: argparse.Namespace) -> Results:
+    objects = STATE / "objects"
+    objects.mkdir(parents=True, exist_ok=True)
+    matrix = _Matrix()
+    if not chosen.sample and not chosen.kernel:
+        matrix.run(_environments(matrix, objects))
+    if not chosen.host:
+        _kernels(chosen, matrix, objects)
+    return Results(tuple(matrix.rows), matrix.problems, matrix.doctor)
+
+
+def _kernels(chosen: argparse.Namespace, matrix: _Matrix, objects: Path) -> None:
     names = KERNELS[:1] if chosen.sample else (chosen.kernel,) if chosen.kernel else KERNELS
     tests = SAMPLE if chosen.sample else TESTS
     look_for_qemu()
@@ -102,13 +129,9 @@ def _run(chosen: argparse.Namespace) -> Results:
     for name in names:
         kernels.append(obtain(name, STATE / "packages"))
         _say(f"Linux {name} is Debian's {kernels[-1].release}.")
-    objects = STATE / "objects"
-    objects.mkdir(parents=True, exist_ok=True)
-
-    matrix = _Matrix()
     _say("The same tests on this machine first, which compiles what guests have no compiler for.")
     matrix.run([Here(STATE / "here", tests, objects)])
-    here = matrix.rows[0].seconds if matrix.rows else 0.0
+    here = next((row.seconds for row in matrix.rows if row.name == "here"), 0.0)
 
     base = STATE / "base.cpio"
     write_base(base, objects)
@@ -119,7 +142,6 @@ def _run(chosen: argparse.Namespace) -> Results:
         write_initrd(initrd, base, kernel, settings(tests, objects))
         guests.append(Guest(kernel, initrd, STATE / kernel.name, _REST + SLOWNESS * here, chosen.accel))
     matrix.run(guests)
-    return Results(tuple(matrix.rows), matrix.problems, matrix.doctor)
 
 
 def _document() -> None:

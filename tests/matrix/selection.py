@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SAMPLE", "SLOWNESS", "TESTS", "arguments"]
+__all__ = ["ENVIRONMENT_TESTS", "SAMPLE", "SLOWNESS", "TESTS", "arguments"]
 
 TESTS = (
     "tests/kernel",
@@ -32,6 +32,24 @@ SAMPLE = (
     "tests/upgrade/test_under_fire.py::test_no_increment_is_lost_or_gained_while_upgrades_go_back_and_forth",
 )
 """What fits into three minutes."""
+
+ENVIRONMENT_TESTS = (
+    "tests/kernel",
+    "tests/layout",
+    "tests/cli/test_check.py",
+    "tests/cli/test_commands.py",
+    "tests/cli/test_init.py",
+    "tests/hooks/test_struct_ops.py",
+    "tests/upgrade/test_apply.py",
+    "tests/upgrade/test_globals.py",
+    "tests/upgrade/test_map_types.py::test_what_cannot_be_carried_is_a_loss_that_somebody_must_allow",
+    "tests/upgrade/test_program_types.py",
+    SAMPLE[-1],
+)
+"""What runs with each Python and each libbpf on this machine's kernel: what they could change, in about three minutes.
+
+Readers of objects, the commands, and what libbpf does: loading, global data, arenas, types of programs, struct_ops.
+"""
 
 SLOWNESS = 20.0
 """How many times longer an emulated machine may take, when two of them share two CPUs."""

@@ -165,6 +165,11 @@ ffi.cdef(
     int bpf_map__reuse_fd(struct bpf_map *map, int fd);
     int bpf_map__type(const struct bpf_map *map);
     int bpf_map__set_map_flags(struct bpf_map *map, __u32 flags);
+    __u32 bpf_map__map_flags(const struct bpf_map *map);
+    __u32 bpf_map__max_entries(const struct bpf_map *map);
+    __u32 bpf_map__numa_node(const struct bpf_map *map);
+    __u64 bpf_map__map_extra(const struct bpf_map *map);
+    void *bpf_map__initial_value(const struct bpf_map *map, size_t *psize);
     struct bpf_link;
     struct bpf_link *bpf_map__attach_struct_ops(const struct bpf_map *map);
     void bpf_link__disconnect(struct bpf_link *link);

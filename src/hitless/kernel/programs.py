@@ -24,7 +24,7 @@ __all__ = ["Loaded", "Program", "ProgramInfo", "all_programs", "is_loaded", "loa
 _LOG_BYTES = 1 << 20
 _STRUCT_OPS = 26  # BPF_MAP_TYPE_STRUCT_OPS
 _F_LINK = 1 << 13  # BPF_F_LINK
-_ARRAY = 2  # BPF_MAP_TYPE_ARRAY
+_ARRAY, _ARENA = 2, 33  # BPF_MAP_TYPE_*
 
 
 class ProgramInfo(msgspec.Struct, frozen=True):
@@ -187,6 +187,8 @@ def load_object(
                     ops.append(entry)
                 if title in reuse:
                     check(lib().bpf_map__reuse_fd(entry, reuse[title].fd), "bpf_map__reuse_fd", title)
+                elif lib().bpf_map__type(entry) == _ARENA:
+                    _make_arena(entry, title)
                 entry = lib().bpf_object__next_map(handle, entry)
             settled = {program.name: program for program in programs}
             program = lib().bpf_object__next_program(handle, ffi.NULL)
@@ -209,6 +211,23 @@ def load_object(
             return Loaded({title: Map(os.dup(lib().bpf_map__fd(entry))) for title, entry in maps.items()}, loaded)
         finally:
             lib().bpf_object__close(handle)
+
+
+def _make_arena(entry: Any, title: str) -> None:
+    """Make an arena here, since libbpf maps its own into memory, and nobody can map it at another address after that.
+
+    One that holds variables is libbpf's to make and to fill.
+    """
+    if lib().bpf_map__initial_value(entry, ffi.new("size_t *")):
+        return
+    opts = options(
+        "bpf_map_create_opts",
+        map_flags=lib().bpf_map__map_flags(entry),
+        map_extra=lib().bpf_map__map_extra(entry),
+        numa_node=lib().bpf_map__numa_node(entry),
+    )
+    with create(_ARENA, title, 0, 0, lib().bpf_map__max_entries(entry), opts) as made:
+        check(lib().bpf_map__reuse_fd(entry, made.fd), "bpf_map__reuse_fd", title)
 
 
 def _make_ready(entry: Any, name: str, heard: list[str]) -> None:
