@@ -133,7 +133,8 @@ def venv_of(python: Path, folder: Path) -> Path:
     _run([python, "-m", "venv", folder], log, f"{python} cannot make a venv in {folder}")
     pip: list[str | Path] = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     packages = [*pip, "--require-hashes", "--only-binary", ":all:", "-r", HOUSE / "requirements.txt"]
-    _run(packages, log, f"{inside} could not install requirements.txt")
+    refused = f"{inside} could not install requirements.txt, so see whether the registry answers"
+    _run(packages, log, refused)
     _run([*pip, "--no-deps", "--no-build-isolation", "-e", HOUSE], log, f"{inside} could not install the project")
     done.write_text(wanted)
     return inside
