@@ -66,9 +66,9 @@ faults: setup
 bench: setup
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-# Kernel tests on other kernels of Debian's, in virtual machines that are emulated, and one table of what came of it: most
-# of an hour. MATRIX_ARGS="--sample" takes three minutes.
-MATRIX_DEBIAN := qemu-system-x86 kmod
+# Kernel tests with each Python and with the newest libbpf here, then on other kernels of Debian's, in virtual machines that
+# are emulated, and one table of what came of it: most of an hour. MATRIX_ARGS="--sample" takes three minutes.
+MATRIX_DEBIAN := qemu-system-x86 kmod libelf-dev zlib1g-dev debian-archive-keyring
 matrix: DEBIAN += $(MATRIX_DEBIAN)
 matrix: setup
 	@$(BIN)/python -m tests.matrix $(MATRIX_ARGS)

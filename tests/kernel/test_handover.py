@@ -123,7 +123,7 @@ def test_sockets_beside_come_back_with_the_program_that_they_have(lab: Lab, hand
         handover = handing.begin()
         handing.put_beside(handover)
         held.say("wait 2")
-        handover.run(patient(0.2))
+        handover.run(patient(1))
         assert handover.left() == {"are in the middle of a call, such as a read that waits": 2}
         handover.put_back(handing.aside())
         held.say("wake")
@@ -139,7 +139,7 @@ def test_a_socket_that_somebody_waits_on_does_not_leave_its_map(lab: Lab, handin
         keys = list_sockets(handing.peers)
         held.say("wait 2")
         handover = handing.begin()
-        handover.run(patient(0.1))
+        handover.run(patient(1))
         assert list_sockets(handing.peers) == keys
         assert handing.run_by() == {handing.programs[0].info.id: 2, handing.programs[1].info.id: 2}
         handover.put_back(handing.aside())

@@ -48,6 +48,8 @@ ffi.cdef(
     int btf__resolve_type(const struct btf *btf, __u32 type_id);
 
     struct bpf_object_open_opts { size_t sz; const char *object_name; bool relaxed_maps; };
+    __u32 libbpf_major_version(void);
+    __u32 libbpf_minor_version(void);
     void *libbpf_set_print(void *fn);
     struct bpf_object *bpf_object__open_mem(const void *buf, size_t size, const struct bpf_object_open_opts *opts);
     void bpf_object__close(struct bpf_object *obj);

@@ -19,7 +19,7 @@ from tests.matrix import HOUSE, STATE, MatrixError
 from tests.matrix.environments import ENVIRONMENTS, Elsewhere, prepare
 from tests.matrix.image import write_base, write_initrd
 from tests.matrix.machine import Guest, Here, Run, look_for_qemu, settings
-from tests.matrix.packages import KERNELS, obtain
+from tests.matrix.packages import KERNELS, Kernel, obtain
 from tests.matrix.report import Results, Row, document, load, read, save, table
 from tests.matrix.selection import SAMPLE, SLOWNESS, TESTS
 
@@ -115,21 +115,26 @@ def _run(chosen: argparse.Namespace) -> Results:
     objects = STATE / "objects"
     objects.mkdir(parents=True, exist_ok=True)
     matrix = _Matrix()
+    kernels = [] if chosen.host else _obtained(chosen)
     if not chosen.sample and not chosen.kernel:
         matrix.run(_environments(matrix, objects))
-    if not chosen.host:
-        _kernels(chosen, matrix, objects)
+    if kernels:
+        _guests(kernels, chosen, matrix, objects)
     return Results(tuple(matrix.rows), matrix.problems, matrix.doctor)
 
 
-def _kernels(chosen: argparse.Namespace, matrix: _Matrix, objects: Path) -> None:
-    names = KERNELS[:1] if chosen.sample else (chosen.kernel,) if chosen.kernel else KERNELS
-    tests = SAMPLE if chosen.sample else TESTS
+def _obtained(chosen: argparse.Namespace) -> list[Kernel]:
+    """The kernels that are wanted; that they cannot be had is said before anything runs."""
     look_for_qemu()
     kernels = []
-    for name in names:
+    for name in KERNELS[:1] if chosen.sample else (chosen.kernel,) if chosen.kernel else KERNELS:
         kernels.append(obtain(name, STATE / "packages"))
         _say(f"Linux {name} is Debian's {kernels[-1].release}.")
+    return kernels
+
+
+def _guests(kernels: Sequence[Kernel], chosen: argparse.Namespace, matrix: _Matrix, objects: Path) -> None:
+    tests = SAMPLE if chosen.sample else TESTS
     _say("The same tests on this machine first, which compiles what guests have no compiler for.")
     matrix.run([Here(STATE / "here", tests, objects)])
     here = next((row.seconds for row in matrix.rows if row.name == "here"), None)

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -133,7 +132,8 @@ def venv_of(python: Path, folder: Path) -> Path:
     _run([python, "-m", "venv", folder], log, f"{python} cannot make a venv in {folder}")
     pip: list[str | Path] = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     packages = [*pip, "--require-hashes", "--only-binary", ":all:", "-r", HOUSE / "requirements.txt"]
-    _run(packages, log, f"{inside} could not install requirements.txt")
+    refused = f"{inside} could not install requirements.txt, so see whether the registry answers"
+    _run(packages, log, refused)
     _run([*pip, "--no-deps", "--no-build-isolation", "-e", HOUSE], log, f"{inside} could not install the project")
     done.write_text(wanted)
     return inside
@@ -182,9 +182,8 @@ def _source(debian: str, work: Path, log: Path) -> Path:
     archives = sorted(work.glob("libbpf_*.orig.tar.*"))
     if not archives:
         raise MatrixError(f"{refused}: what apt-get downloaded has no libbpf_*.orig.tar; see {log}")
-    with tarfile.open(archives[0]) as archive:
-        archive.extractall(work / "source", filter="data")
-    (makefile,) = (work / "source").glob("*/src/Makefile")
+    _run(["tar", "-xf", archives[0]], log, f"{archives[0]} could not be unpacked", work)
+    (makefile,) = work.glob("*/src/Makefile")
     return makefile.parent
 
 

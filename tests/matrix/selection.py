@@ -37,7 +37,6 @@ ENVIRONMENT_TESTS = (
     "tests/kernel",
     "tests/layout",
     "tests/cli/test_check.py",
-    "tests/cli/test_commands.py",
     "tests/cli/test_init.py",
     "tests/hooks/test_struct_ops.py",
     "tests/upgrade/test_apply.py",
