@@ -11,7 +11,9 @@ import msgspec
 
 from hitless.layout.model import ProgramSpec
 
-__all__ = ["EVENTS", "FAMILIES", "HOOKS", "POINTS", "REFUSED", "SLEEPABLE", "SOCKMAP_LINK", "HookKind", "NetfilterPoint"]
+__all__ = [
+    "EVENTS", "FAMILIES", "HOOKS", "POINTS", "REFUSED", "SLEEPABLE", "SOCKMAP_LINK", "HookKind", "NetfilterPoint",
+]  # fmt: skip
 
 EVENTS = {
     "cpu-clock": (1, 0), "task-clock": (1, 1), "page-faults": (1, 2), "context-switches": (1, 3), "migrations": (1, 4),
