@@ -19,6 +19,7 @@ from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.adopt.conftest import MANIFEST, NEW, OLD, Loader, pinned
 from tests.adopt.test_adopt import identity
+from tests.patience import patient
 from tests.releases import write_release
 
 UPGRADES = int(os.environ.get("HITLESS_UPGRADES", "8"))
@@ -57,7 +58,7 @@ def test_no_path_is_ever_missing_and_a_round_over_all_of_them_sees_one_release_o
                     hitless.apply(node, new)
                 if number % 3 == 0:
                     loader.start((old if number % 2 else new).objects[0].data, "1.0" if number % 2 else "2.0")
-            seen = json.loads(reader.communicate(timeout=30)[0])
+            seen = json.loads(reader.communicate(timeout=patient(30))[0])
         finally:
             reader.kill()
     assert seen["missing"] == []

@@ -14,6 +14,7 @@ from hitless.kernel.programs import Program
 from hitless.kernel.xdp import quick
 from hitless.upgrade.status import status
 from meshd.demo.pods import Pods
+from tests.patience import often, patient
 from tests.releases import write_release
 
 # Counts UDP packets to port 4242 by the number of their pod, which is the third byte of the address.
@@ -108,7 +109,7 @@ def test_all_interfaces_of_fifty_pods_are_replaced_and_what_comes_and_goes_meanw
     first, second = (bundle(tmp_path, number, pattern) for number in (1, 2))
     assert len(hitless.apply(node, first).hooks) == 100
     goes, stays = numbers[-1], numbers[:-1]
-    sending = pods.send(stays, 30, 400_000)
+    sending = pods.send(stays, patient(30), 400_000)
     came = []
 
     def meanwhile(event: hitless.Progress) -> None:
@@ -127,7 +128,7 @@ def test_all_interfaces_of_fifty_pods_are_replaced_and_what_comes_and_goes_meanw
         assert sum(old.values()) > 0
         assert all(new.get(pod, 0) > 0 for pod in stays)
     (late,) = came
-    again = pods.send([late], 5, 100).all()
+    again = pods.send([late], patient(5), 100).all()
     assert (counted(node, "by_xdp")[1][late], counted(node, "by_tcx")[1][late]) == (*again, *again)
     links = {path.name for path in node.links.iterdir()}
     assert links == {f"{link}@{_path(pods, pod)}@eth0" for link in ("early", "late") for pod in (*stays, late)}
@@ -177,7 +178,7 @@ def test_in_the_mode_by_connection_packets_without_a_socket_go_over_with_the_sam
     node = hitless.Node(pods.lab.bpffs / "store")
     releases = [bundle(tmp_path, number, str(pods.directory / "*"), BY_CONNECTION) for number in (1, 2)]
     hitless.apply(node, releases[0])
-    sending = pods.send(numbers, 30, 400_000)
+    sending = pods.send(numbers, patient(30), 400_000)
     for turn in range(1, 7):
         hitless.apply(node, releases[turn % 2])
     sent = dict(zip(numbers, sending.stop(), strict=True))
@@ -216,16 +217,16 @@ def test_each_packet_is_counted_by_one_of_two_programs_that_took_turns_a_thousan
     for number in (1, 2):
         result = hitless.apply(node, bundle(tmp_path, number, str(pods.directory / f"pod{pod}")))
     (update,) = (one for one in result.hooks if one.hook == hook)
-    sending = pods.send([pod], 60, 2_000_000)
+    sending = pods.send([pod], patient(60), 2_000_000)
     programs = [Program.open(generation / "progs" / program) for generation in (node.current, node.previous)]
     with quick(programs) if hook == "xdp" else nullcontext(), Link.open(node.links / update.link) as link:
-        for turn in range(1000):
+        for turn in range(often(1000)):
             link.update(programs[(turn + 1) % 2], programs[turn % 2])
             time.sleep(0.001)
     (sent,) = sending.stop()
     old, new = counted(node, seen)
     assert old[pod] + new[pod] == sent
-    assert min(old[pod], new[pod]) > 1000
+    assert min(old[pod], new[pod]) > often(1000)
 
 
 def test_an_interface_named_in_full_that_vanishes_is_an_error_and_everything_is_as_before(

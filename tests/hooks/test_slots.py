@@ -18,9 +18,10 @@ from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from meshd.demo.pods import Pods
 from tests.kills import kill_upgrade
+from tests.patience import often, patient
 from tests.releases import write_release
 
-REPLACEMENTS = 1000
+REPLACEMENTS = often(1000)
 
 # Every datagram passes input once; every name that the sender gives itself is one passage of the tracepoint.
 ADDRESS = 0x7E1200000000
@@ -155,7 +156,7 @@ def start(lab: Lab, tmp_path: Path, hook: str) -> subprocess.Popen[str]:
 
 
 def stop(sender: subprocess.Popen[str]) -> int:
-    return int(sender.communicate("\n", timeout=10)[0])
+    return int(sender.communicate("\n", timeout=patient(10))[0])
 
 
 @pytest.mark.parametrize("hook", SOURCES)
@@ -179,7 +180,7 @@ def test_each_event_is_counted_by_one_of_two_programs_that_took_turns_a_thousand
     sent = stop(sender)
     counted = [node.map("seen").get(number) for number in (1, 2)]
     assert sum(counted) == sent
-    assert min(counted) > 100
+    assert min(counted) > often(100)
     assert status(node).problems == ()
     assert hitless.verify(node).problems == ()
 
@@ -233,7 +234,7 @@ def test_netfilter_of_all_pods_is_replaced_and_follows_a_path_to_another_namespa
     numbers = pods.add(3)
     releases = {number: bundle(tmp_path, "netfilter", number, str(pods.directory / "*")) for number in (1, 2)}
     assert len(hitless.apply(node, releases[1]).hooks) == 3
-    sending = pods.send(numbers, 30, 100_000)
+    sending = pods.send(numbers, patient(30), 100_000)
     hitless.apply(node, releases[2])
     sent = sum(sending.stop())
     counted = [node.map("seen").get(number) for number in (1, 2)]
@@ -247,7 +248,7 @@ def test_netfilter_of_all_pods_is_replaced_and_follows_a_path_to_another_namespa
     again = hitless.apply(node, releases[2])
     assert sorted(hook.action for hook in again.hooks) == ["attach", "keep", "keep"]
     assert status(node).problems == ()
-    sent += sum(pods.send([late], 5, 100).all())
+    sent += sum(pods.send([late], patient(5), 100).all())
     assert sum(node.map("seen").get(number) for number in (1, 2)) == sent
 
 

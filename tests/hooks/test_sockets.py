@@ -22,10 +22,11 @@ from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.bpf import ids
 from tests.kernel.connections import CONNECTIONS, SERVER, attach_the_old_way, clients
+from tests.patience import often, patient
 from tests.releases import write_release
 
-UPGRADES = 100
-RESHAPED = int(os.environ.get("HITLESS_UPGRADES", "50"))
+UPGRADES = often(100)
+RESHAPED = int(os.environ.get("HITLESS_UPGRADES", often(50)))
 
 # Every connection is noted by its ports, both ends; what one end sends goes straight to the other end's queue.
 SOURCE = """
@@ -120,7 +121,7 @@ def bundle(
     return hitless.Bundle.load(path, {"cgroup": str(lab.cgroup)})
 
 
-@pytest.mark.parametrize(("rule", "upgrades"), [("", UPGRADES), (BY_CONNECTION, UPGRADES // 10)])
+@pytest.mark.parametrize(("rule", "upgrades"), [("", UPGRADES), (BY_CONNECTION, often(10))])
 def test_five_hundred_connections_are_served_through_a_hundred_upgrades_by_the_release_that_runs(
     lab: Lab, tmp_path: Path, rule: str, upgrades: int
 ) -> None:
@@ -139,7 +140,7 @@ def test_five_hundred_connections_are_served_through_a_hundred_upgrades_by_the_r
         assert node.map("counted").get(SERVER)["calls"] == calls
         assert sum(node.map("by_release").get(number) for number in (1, 2)) == calls
         before = node.map("by_release").get(2)
-        assert before > 1000
+        assert before > often(1000)
         held.say("rounds 3")
         assert node.map("by_release").get(2) == before
         assert node.map("counted").get(SERVER)["calls"] == calls + 6 * CONNECTIONS
@@ -235,7 +236,7 @@ def test_connections_that_come_and_go_while_the_map_changes_its_shape_are_served
     with clients(lab, answers=True) as held:
         held.say("connect 50")
         held.say("run 2 5")
-        for _ in range(10):
+        for _ in range(often(10)):
             for release in (second, first):
                 hitless.apply(node, release, allow_loss=LOSS)
         held.say("stop")
@@ -258,7 +259,7 @@ def test_verdicts_on_received_data_go_to_a_map_of_another_shape_and_every_byte_i
     with clients(lab, answers=False) as held:
         held.say("connect 100")
         held.say("run 0")
-        for _ in range(5):
+        for _ in range(often(5)):
             for release in (second, first):
                 hitless.apply(node, release, LOSS)
         sent = held.say("stop")
@@ -440,7 +441,7 @@ def test_nothing_is_left_of_maps_of_other_shapes_when_their_sockets_are_closed(l
         held.say("rounds 1")
         assert len(using(number)) > 5
     hitless.gc(node, allow_loss=LOSS)
-    until = time.monotonic() + 5
+    until = time.monotonic() + patient(5)
     # The kernel gives programs and maps back a moment after their last user is gone.
     while (len(using(number)) > 1 or status(node).remnants) and time.monotonic() < until:
         time.sleep(0.02)

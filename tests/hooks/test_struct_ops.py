@@ -21,9 +21,10 @@ from hitless.kernel.struct_ops import StructOps, congestion_controls
 from hitless.upgrade.attached import open_attached
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
+from tests.patience import often, patient
 from tests.releases import write_release
 
-REPLACEMENTS = 1000
+REPLACEMENTS = often(1000)
 
 # What its calls were is counted by release: begun, ended, and of that how often the window was to grow.
 SOURCE = """
@@ -70,7 +71,7 @@ link = "cc"
 """
 
 # Connects and closes until stdin says stop, by as many threads as asked; tells how many connections there were.
-CLIENT = """
+CLIENT = f"""
 import socket, sys, threading
 name, threads, told = sys.argv[1].encode(), int(sys.argv[2]), []
 stop = threading.Event()
@@ -92,7 +93,7 @@ for one in running: one.start()
 print("go", flush=True)
 sys.stdin.readline()
 stop.set()
-for one in running: one.join(20)
+for one in running: one.join({patient(20)})
 assert len(told) == threads
 print(sum(told), flush=True)
 """
@@ -135,7 +136,7 @@ class World:
 
     def sums(self) -> tuple[int, int]:
         """Connections begun and ended, over both releases, once the kernel has let go of the last socket."""
-        until = time.monotonic() + 5
+        until = time.monotonic() + patient(5)
         while True:
             found = self.counted().values()
             begun, ended = (sum(one[key] for one in found) for key in ("begun", "ended"))
@@ -181,10 +182,10 @@ def test_each_connection_is_counted_by_one_of_two_releases_that_took_turns_a_tho
         with open_attached(node.links, "cc") as link:
             link.update(comes, there)
     hitless.rollback(node)
-    done = int(client.communicate("\n", timeout=20)[0])
+    done = int(client.communicate("\n", timeout=patient(20))[0])
     assert client.returncode == 0
     assert world.sums() == (done, done)
-    assert min(one["begun"] for one in world.counted().values()) > 100
+    assert min(one["begun"] for one in world.counted().values()) > often(100)
     assert status(node).problems == ()
     assert hitless.verify(node).problems == ()
 
@@ -273,7 +274,7 @@ def test_converting_and_back_under_traffic_loses_no_connection(world: World) -> 
     for _ in range(5):
         hitless.apply(world.node, second)
         hitless.rollback(world.node, allow_loss=["seen"])
-    done = int(client.communicate("\n", timeout=20)[0])
+    done = int(client.communicate("\n", timeout=patient(20))[0])
     assert client.returncode == 0
     assert world.sums() == (done, done)
     assert status(world.node).problems == ()
@@ -346,7 +347,7 @@ def test_a_killed_upgrade_is_finished_or_taken_back(world: World, step: str, bac
     assert hitless.recover(world.node, back=back) is not None
     assert hitless.verify(world.node).problems == ()
     assert hitless.verify(world.node).version == ("1.0" if back or step == "copy" else "2.0")
-    done = int(client.communicate("\n", timeout=20)[0])
+    done = int(client.communicate("\n", timeout=patient(20))[0])
     assert client.returncode == 0
     assert world.sums() == (done, done)
 
@@ -390,7 +391,7 @@ def test_a_killed_rollback_is_finished_or_undone(world: World, step: str) -> Non
     assert hitless.recover(world.node) is not None
     assert hitless.verify(world.node).problems == ()
     assert hitless.verify(world.node).version == ("2.0" if step == "copy" else "1.0")
-    done = int(client.communicate("\n", timeout=20)[0])
+    done = int(client.communicate("\n", timeout=patient(20))[0])
     assert client.returncode == 0
     assert world.sums() == (done, done)
 
@@ -404,7 +405,7 @@ def test_what_is_taken_off_is_gone_from_the_kernel_and_a_restart_puts_back_what_
     first = world.bundle(1)
     hitless.apply(world.node, first)
     (world.node.links / "cc").unlink()
-    until = time.monotonic() + 5  # the kernel lets go of a pin a little later
+    until = time.monotonic() + patient(5)  # the kernel lets go of a pin a little later
     while world.name in congestion_controls() and time.monotonic() < until:
         time.sleep(0.01)
     assert any("cc is gone" in problem for problem in status(world.node).problems)
@@ -475,7 +476,7 @@ def test_the_last_release_goes_and_leaves_nothing(world: World) -> None:
         number = old.info.id
     garbage = hitless.gc(world.node)
     assert number in {item.id for item in garbage.items}
-    until = time.monotonic() + 5  # the kernel frees it when no task can be in its trampolines
+    until = time.monotonic() + patient(5)  # the kernel frees it when no task can be in its trampolines
     while status(world.node).remnants and time.monotonic() < until:
         time.sleep(0.02)
     assert status(world.node).remnants == ()

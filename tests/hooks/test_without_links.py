@@ -25,6 +25,7 @@ from hitless.kernel.xdp import Xdp
 from hitless.upgrade.status import status
 from meshd.demo.pods import Pods
 from tests.hooks.test_interfaces import SOURCE, counted
+from tests.patience import patient
 from tests.releases import compile_object, write_release
 
 EARLY = """
@@ -154,7 +155,7 @@ def test_upgrades_count_each_packet_once_while_an_interface_comes_and_another_go
     goes, stays = numbers[-1], numbers[:-1]
     first, second = make(1), make(2)
     hitless.apply(node, first)
-    sending = pods.send(stays, 30, 400_000)
+    sending = pods.send(stays, patient(30), 400_000)
     came = []
 
     def meanwhile(event: hitless.Progress) -> None:
@@ -182,7 +183,7 @@ def test_filters_of_packets_that_leave_are_upgraded_too(pods: Pods, node: hitles
     leaving = LATE.replace("ingress", "egress").replace('"eth*"', '"veth*"').replace("${pods}", str(pods.lab.netns))
     releases = [make(number, leaving) for number in (1, 2)]
     hitless.apply(node, releases[0])
-    sending = pods.send(numbers, 20, 100_000)
+    sending = pods.send(numbers, patient(20), 100_000)
     for release in (releases[1], *releases):
         hitless.apply(node, release)
     sent = sending.stop()
@@ -196,7 +197,7 @@ def test_a_rollback_takes_every_interface_back(pods: Pods, node: hitless.Node, m
     hitless.apply(node, make(1))
     before = own(node)
     hitless.apply(node, make(2))
-    sending = pods.send(numbers, 20, 100_000)
+    sending = pods.send(numbers, patient(20), 100_000)
     hitless.rollback(node)
     sent = sending.stop()
     assert [running(pods, number) for number in numbers] == [before, before]
@@ -210,7 +211,7 @@ def test_an_upgrade_that_fails_after_the_cutover_puts_the_old_programs_back(
     (number,) = pods.add(1)
     hitless.apply(node, make(1, EARLY))
     before = running(pods, number)
-    sending = pods.send([number], 20, 100_000)
+    sending = pods.send([number], patient(20), 100_000)
 
     def fail(event: hitless.Progress) -> None:
         if event.step == "commit":
@@ -234,7 +235,7 @@ def test_what_a_kill_left_is_finished_or_taken_back(
     (number,) = pods.add(1)
     hitless.apply(node, make(1, EARLY))
     before = running(pods, number)
-    sending = pods.send([number], 20, 100_000)
+    sending = pods.send([number], patient(20), 100_000)
     killed(step, node, make(2))
     if back and step == "clean-up":
         with pytest.raises(hitless.InterruptedUpgradeError, match="committed before it was interrupted"):
@@ -297,7 +298,7 @@ def test_a_hook_that_goes_is_detached_with_its_last_counts(pods: Pods, node: hit
     first = WIDENED.replace("BEFORE", "")
     second = WIDENED.replace("BEFORE", "__u64 since;")
     hitless.apply(node, make(1, source=first))
-    sending = pods.send([number], 20, 100_000)
+    sending = pods.send([number], patient(20), 100_000)
     hitless.apply(node, make(2, EARLY, source=second))
     assert running(pods, number)[1] == []
     filtered = node.map("by_tcx").get(256 + number)["n"]
@@ -321,7 +322,7 @@ def test_programs_of_another_tool_are_adopted_without_a_gap(
     assert {(hook.action, hook.expected, hook.adopted) for hook in plan.hooks} == {
         ("adopt", tool.ids["early"], "early"), ("adopt", tool.ids["late"], "late")
     }  # fmt: skip
-    sending = pods.send(numbers, 20, 100_000)
+    sending = pods.send(numbers, patient(20), 100_000)
     hitless.apply(node, release)
     hitless.apply(node, make(2, ADOPTING))
     sent = sending.stop()
@@ -373,7 +374,7 @@ def test_an_undo_gives_an_adopted_hook_back_though_nothing_else_holds_its_progra
     tool.leave()
     theirs = running(pods, number)
     release = make(1, ADOPTING)
-    sending = pods.send([number], 20, 100_000)
+    sending = pods.send([number], patient(20), 100_000)
     if how == "kill":
         killed("commit", node, release)
         assert running(pods, number) != theirs
@@ -541,7 +542,7 @@ def test_the_command_shows_what_is_adopted_and_needs_no_more_rights_for_it(
 
     def hitless_says(command: str, *arguments: object) -> str:
         line = [sys.executable, "-m", "hitless", command, *map(str, arguments), "--root", str(node.root)]
-        return subprocess.run(line, capture_output=True, text=True, timeout=30, check=False).stdout
+        return subprocess.run(line, capture_output=True, text=True, timeout=patient(30), check=False).stdout
 
     options = (release, "--set", f"pods={pods.directory}/*")
     planned = hitless_says("plan", *options)
