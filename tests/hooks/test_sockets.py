@@ -375,6 +375,7 @@ def die_amid(node: hitless.Node, release: hitless.Bundle, step: str) -> None:
 STEPS = ["verify", "moved", "aside", "again", "merge", "commit", "finished", "back", "dropped"]
 
 
+@pytest.mark.needs("sockmap link")
 @pytest.mark.parametrize("step", STEPS)
 def test_connections_outlive_whoever_changes_the_shape_of_their_map_and_is_killed(
     lab: Lab, tmp_path: Path, step: str

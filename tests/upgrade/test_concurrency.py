@@ -110,7 +110,7 @@ def test_status_shows_what_runs_and_who_upgrades_it(
 def waiting(command: list[object], root: Path) -> subprocess.Popen[str]:
     """The command, when it has come to the lock that somebody holds: until it has that it cannot end."""
     process = started(*command, "--wait", "40")
-    until = time.monotonic() + 30
+    until = time.monotonic() + patient(30)
     while process.poll() is None and not has_open(process.pid, root) and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(0.1)
@@ -217,7 +217,7 @@ def test_a_holder_that_is_stopped_is_named_with_what_lets_it_go_on(
     hitless.apply(node, release(1))
     with upgrading(node, releases[2], lab) as holder:
         holder.send_signal(signal.SIGSTOP)
-        until = time.monotonic() + 10
+        until = time.monotonic() + patient(10)
         while not is_stopped(holder.pid) and time.monotonic() < until:
             time.sleep(0.01)
         code, found = run("unload", "--root", node.root, "--wait", "0")

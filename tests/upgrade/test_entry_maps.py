@@ -10,6 +10,7 @@ import pytest
 import hitless
 from hitless.kernel.maps import Map
 from meshd.demo.lab import Lab
+from tests.patience import often
 from tests.upgrade.conftest import Make
 from tests.upgrade.test_under_fire import clients
 
@@ -77,7 +78,7 @@ def test_a_per_cpu_counter_is_exact_under_fire(node: hitless.Node, make: Make, l
     old, new = (make(version, store(fields, kind), BY_CPU) for version, fields in (("1", OLD), ("2", NEW)))
     hitless.apply(node, old)
     with clients(lab) as tries:
-        for _ in range(10):
+        for _ in range(often(10)):
             result = hitless.apply(node, new)
             assert (result.maps[0].action, result.maps[0].exactness) == ("convert", "exact")
             hitless.apply(node, old, allow_loss=["held"])
@@ -113,7 +114,7 @@ def test_what_a_lock_guards_is_exact_and_stays_consistent(node: hitless.Node, ma
     for port in range(16):
         node.map("held")[port] = {"lock": {"val": 0}, "count": 0, "twice": 0}
     with clients(lab) as tries:
-        for _ in range(10):
+        for _ in range(often(10)):
             hitless.apply(node, bundles[1])
             hitless.apply(node, bundles[0], allow_loss=["held"])
     assert sums(node) == tries

@@ -18,6 +18,7 @@ from hitless.upgrade.section import SectionCarrier
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.kills import kill_upgrade, kill_while_undoing
+from tests.patience import often, patient
 from tests.releases import ATTACH, compile_object, write_release
 from tests.upgrade.test_under_fire import STEPS, clients
 
@@ -108,13 +109,13 @@ def test_counters_are_exact_while_they_are_moved_widened_and_renamed_back_and_fo
     hitless.apply(node, one)
     rounds = 0
     with clients(lab) as tries:
-        until = time.monotonic() + 60
-        while (rounds <= 10 or counted(node)[0] <= 5_000) and time.monotonic() < until:
+        until = time.monotonic() + patient(60)
+        while (rounds <= often(10) or counted(node)[0] <= often(5_000)) and time.monotonic() < until:
             hitless.apply(node, two, allow_loss=THERE)
             hitless.apply(node, one, allow_loss=BACK)
             rounds += 1
         hitless.apply(node, two, allow_loss=THERE)
-    assert rounds > 10
+    assert rounds > often(10)
     assert sum(tries.values()) > 5_000
     assert counted(node) == expected(tries)
 
@@ -126,7 +127,7 @@ def test_without_the_catch_up_increments_are_lost(
     one, two = make("1", FIRST), make("2", SECOND)
     hitless.apply(node, one)
     with clients(lab) as tries:
-        for _ in range(10):
+        for _ in range(often(10)):
             hitless.apply(node, two, allow_loss=THERE)
             hitless.apply(node, one, allow_loss=BACK)
     assert counted(node)[0] < sum(tries.values())

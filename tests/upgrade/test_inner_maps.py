@@ -22,7 +22,7 @@ from hitless.upgrade.inner_maps import slots_of
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.kills import kill_upgrade, kill_while_undoing
-from tests.patience import patient
+from tests.patience import often, patient
 from tests.releases import ATTACH, write_release
 from tests.upgrade.test_under_fire import CLIENT, STEPS, clients
 
@@ -166,7 +166,7 @@ def test_no_increment_in_an_inner_map_is_lost_or_gained_while_upgrades_go_back_a
     put(node, [7])
     put(node, [9])
     with clients(lab) as tries:
-        for _ in range(10):
+        for _ in range(often(10)):
             hitless.apply(node, new)
             hitless.apply(node, old, allow_loss=BACK)
     assert sum(tries.values()) > 2000

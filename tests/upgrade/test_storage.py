@@ -25,6 +25,7 @@ from hitless.upgrade.status import status
 from hitless.upgrade.storage import Storage
 from meshd.demo.lab import Lab
 from tests.kills import die, exit_code_of
+from tests.patience import often
 from tests.releases import ATTACH, write_release
 
 TYPES = ("sk", "task", "cgrp")
@@ -231,11 +232,11 @@ def test_no_count_of_any_owner_is_lost_while_upgrades_go_back_and_forth(
 ) -> None:
     hitless.apply(node, bundles[1])
     with clients(lab) as running:
-        for _ in range(15):
+        for _ in range(often(15)):
             hitless.apply(node, bundles[2])
             hitless.apply(node, bundles[1], allow_loss=BACK)
         running.stop()
-        assert min(running.counts.values()) > 100
+        assert min(running.counts.values()) > often(100)
         assert running.counted(node) == running.counts
 
 

@@ -22,7 +22,7 @@ from hitless.upgrade.copy import Carriage
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.kills import die, exit_code_of, kill_upgrade, kill_while_undoing
-from tests.patience import SLOWNESS, patient
+from tests.patience import often, patient
 from tests.releases import ATTACH, COUNTING, FIRST, write_release
 from tests.upgrade.conftest import Release
 
@@ -151,17 +151,16 @@ def lose(work: Callable[[], object], killed: str) -> None:
 def test_no_increment_is_lost_or_gained_while_upgrades_go_back_and_forth(
     node: hitless.Node, release: Release, lab: Lab
 ) -> None:
-    fewest, enough = 20 / SLOWNESS, 20_000 / SLOWNESS
     hitless.apply(node, release(1))
     with clients(lab) as tries:
         until = time.monotonic() + patient(60)
         rounds = 0
-        while (rounds <= fewest or sum(counted(node).values()) <= enough) and time.monotonic() < until:
+        while (rounds <= often(20) or sum(counted(node).values()) <= often(20_000)) and time.monotonic() < until:
             hitless.apply(node, release(2))
             hitless.apply(node, release(1), allow_loss=BACK)
             rounds += 1
-    assert rounds > fewest
-    assert sum(tries.values()) > enough
+    assert rounds > often(20)
+    assert sum(tries.values()) > often(20_000)
     assert counted(node) == tries
 
 
@@ -172,7 +171,7 @@ def test_without_the_catch_up_increments_are_lost(
     monkeypatch.setattr(Carriage, "verify", lambda carriage: None)
     hitless.apply(node, release(1))
     with clients(lab) as tries:
-        for _ in range(10):
+        for _ in range(often(10)):
             hitless.apply(node, release(2))
             hitless.apply(node, release(1), allow_loss=BACK)
     assert sum(counted(node).values()) < sum(tries.values())

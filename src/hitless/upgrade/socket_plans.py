@@ -61,7 +61,7 @@ class _Look:
                 return hook
             if hook.link in self._adopting:
                 return self._attached(hook, current)
-            return hook if SOCKMAP_LINK in self._features else self._without_link(hook, current)
+            return self._without_link(hook, current) if self._lacks_links else hook
         if current is None or link is None or (link.type, link.id) != ("sockmap", 0) or link.is_dead:
             return hook
         if hook.action == "update":
@@ -83,18 +83,14 @@ class _Look:
             taken = msgspec.structs.replace(unlinked, action="adopt", expected=there, adopted=program.info.name)
         return self._with_strays(taken, place, current)
 
+    @property
+    def _lacks_links(self) -> bool:
+        return SOCKMAP_LINK not in self._features
+
     def _without_link(self, hook: HookPlan, current: Generation | None) -> HookPlan:
-        found = self._attached(hook, current)
-        if found.action == "adopt":
-            raise NodeError(
-                f"link {hook.link}: map {hook.target} has program {found.expected} ({found.adopted}), which hitless "
-                "did not attach: let who did take it off, or let this release take it over (adopt = true); nothing was "
-                "changed",
-                link=hook.link,
-                map=hook.target,
-                programs=[found.expected],
-            )
-        return msgspec.structs.replace(found, method=_METHOD)
+        # Whether somebody else's program is there is looked at for hooks of all maps (refuse_sockets).
+        self._refuse(hook, changed=current is not None and self._maps[hook.target].action == "convert")
+        return msgspec.structs.replace(hook, unlinked=True, method=_METHOD)
 
     def _updated(self, hook: HookPlan, link: LinkInfo, current: Generation) -> HookPlan:
         place = MapPlace(link.target_id, link.attach_type)
@@ -185,6 +181,16 @@ class _Look:
         ]
 
     def _refuse(self, hook: HookPlan, changed: bool) -> None:
+        if (self._by_connection or changed) and hook.link not in self._adopting and self._lacks_links:
+            raise UnsupportedError(
+                f"hook {hook.link} ({hook.hook}) is on map {hook.target} without a link, since this kernel has none "
+                "for maps of sockets, as Linux 6.10 and later have: so the map cannot become another one, and no "
+                "connection can keep to its release; keep the definition of the map, and leave out "
+                'consistency = "connection"',
+                feature=SOCKMAP_LINK,
+                link=hook.link,
+                map=hook.target,
+            )
         if self._by_connection:
             raise UnsupportedError(
                 f"hook {hook.link} is adopted from another tool, whose program knows of no connections: leave out "
