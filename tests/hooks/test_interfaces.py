@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import hitless
+from hitless.hooks import TCX
 from hitless.kernel.links import Link
 from hitless.kernel.programs import Program
 from hitless.kernel.xdp import quick
@@ -208,7 +209,13 @@ def _path(pods: Pods, pod: int) -> str:
     return str(pods.directory / f"pod{pod}").replace("/", "~2f")
 
 
-@pytest.mark.parametrize(("hook", "program", "seen"), [("xdp", "early", "by_xdp"), ("tcx-ingress", "late", "by_tcx")])
+@pytest.mark.parametrize(
+    ("hook", "program", "seen"),
+    [
+        ("xdp", "early", "by_xdp"),
+        pytest.param("tcx-ingress", "late", "by_tcx", marks=pytest.mark.needs(TCX)),
+    ],
+)
 def test_each_packet_is_counted_by_one_of_two_programs_that_took_turns_a_thousand_times(
     pods: Pods, tmp_path: Path, hook: str, program: str, seen: str
 ) -> None:

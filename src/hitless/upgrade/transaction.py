@@ -100,7 +100,7 @@ def plan(node: Node, bundle: Bundle, allow_loss: Collection[str] = ()) -> Plan:
     """
     if bundle.public is not None:
         node.move_below()
-    return _plan(node, _settled(node), fitted(without_refused(bundle), features()), allow_loss)
+    return _plan(node, _settled(node), without_refused(bundle), allow_loss)
 
 
 def plan_rollback(node: Node, allow_loss: Collection[str] = ()) -> Plan:
@@ -137,6 +137,7 @@ def _plan(
     if planned is not None:
         require_meant(planned, state.root, bundle)
         allow_loss = {entry.name for entry in planned.maps if entry.allowed}
+    bundle = fitted(bundle, asked)
     places = find_places(bundle.attach, bundle.programs)
     targets = _targets(places, state)
     if planned is not None and planned.fingerprint is not None:
@@ -218,7 +219,7 @@ def apply(
     tell = progress or _nobody
     if bundle.public is not None:
         node.move_below()
-    bundle = fitted(without_refused(bundle), features())
+    bundle = without_refused(bundle)
     _plan_first(node, bundle, allow_loss, planned)
     made = not node.root.exists()
     make_directory(node.root, exist_ok=True)
@@ -236,7 +237,7 @@ def apply(
             if decided.start_type == "restart":
                 result = upgrade.restart(prepare)
             else:
-                upgrade.build(lambda: build_next(node, bundle, decided, state.current), prepare)
+                upgrade.build(lambda: build_next(node, fitted(bundle, features()), decided, state.current), prepare)
                 result = upgrade.switch()
             return msgspec.structs.replace(result, recovered=recovered)
         except BaseException:
