@@ -27,7 +27,6 @@ __all__ = ["SCHEMA", "Doctor", "FeatureFound", "MapMethod", "examine"]
 SCHEMA = 1
 """Of the JSON: another number, another meaning."""
 
-_BTF = Path("/sys/kernel/btf/vmlinux")
 _HASH = 1  # BPF_MAP_TYPE_HASH
 _INNER = ("array_of_maps", "hash_of_maps")
 
@@ -83,11 +82,6 @@ def examine() -> Doctor:
     except UnsupportedError as error:
         libbpf = None
         problems.append(error.message)
-    if not _BTF.exists():
-        problems.append(
-            f"{_BTF} is not there, so that this kernel tells nothing of its types (CONFIG_DEBUG_INFO_BTF): no map that "
-            "programs write can be merged, and no iterator be loaded; take a kernel that has it"
-        )
     bpffs, cgroup2 = _mounted("bpf"), _mounted("cgroup2")
     if not bpffs:
         problems.append("no bpffs is mounted, where maps and links are pinned: mount -t bpf bpf /sys/fs/bpf")

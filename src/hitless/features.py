@@ -18,6 +18,7 @@ from hitless.layout.answers import ANSWERS
 
 __all__ = ["FEATURES", "Feature", "require"]
 
+_FILTERS = "tc filters"
 _CGROUP_UNIX = "cgroup unix hooks"
 
 
@@ -71,6 +72,12 @@ FEATURES: tuple[Feature, ...] = (
         "tcx hooks are tc filters at clsact",
     ),
     Feature(
+        _FILTERS,
+        "CONFIG_NET_CLS_BPF and CONFIG_NET_SCH_INGRESS (modules cls_bpf and sch_ingress), CAP_NET_ADMIN",
+        "one is attached in a network namespace that is made for it",
+        _REFUSED % "hooks" + ", and one with tcx hooks too if there is no tcx",
+    ),
+    Feature(
         "netfilter link",
         "Linux 6.4 (CONFIG_NETFILTER_BPF_LINK)",
         "a program that does nothing is loaded",
@@ -98,7 +105,9 @@ FEATURES: tuple[Feature, ...] = (
 )
 """All that can be tried, in the order in which they are told."""
 
-_HOOKS: Mapping[str, str] = {"netfilter": "netfilter link", "struct_ops": "struct_ops link"}
+_HOOKS: Mapping[str, str] = {
+    "netfilter": "netfilter link", "struct_ops": "struct_ops link", "tc-egress": _FILTERS, "tc-ingress": _FILTERS,
+}  # fmt: skip
 
 
 def require(bundle: Bundle, features: Container[str]) -> None:

@@ -5,6 +5,10 @@ Here the feature is taken away from what hitless is told of the kernel; tests/ma
 
 from __future__ import annotations
 
+import json
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from hitless.features import FEATURES
 from meshd.demo.lab import Lab
 from tests.releases import write_release
 from tests.upgrade.conftest import Make, Release
+from tests.upgrade.test_under_fire import clients, counted
 
 PROGRAMS = """
 MAP(tally, ARRAY, 1, __u32, __u64);
@@ -31,6 +36,9 @@ POINT = 'family = "ipv4"\npoint = "input"\npriority = 7\n'
 LOCAL = '[[attach]]\nprogram = "local"\nhook = "cgroup"\ntarget = "${cgroup}"\nlink = "local"\n'
 TYPES = '[object.program.early]\ntype = "netfilter"\n[object.program.local]\ntype = "cgroup/connect_unix"\n'
 Take = Callable[[str], None]
+
+# Run in mounts of its own, where the kernel tells nobody of its types, so that no iterator can be loaded.
+BLIND = "mount -t tmpfs none /sys/kernel/btf && exec "
 
 
 @pytest.mark.parametrize(
@@ -65,3 +73,22 @@ def test_without_iterators_the_plan_says_that_user_space_copies(
     planned = hitless.plan(node, release(2))
     assert {entry.method for entry in planned.maps if entry.name == "tally"} == {"batch copy, merge in the kernel"}
     assert hitless.apply(node, release(2)).maps
+
+
+def test_without_the_types_of_the_kernel_counters_are_exact_and_the_plan_says_how(
+    release: Release, releases: dict[int, Path], node: hitless.Node, lab: Lab
+) -> None:
+    hitless.apply(node, release(1))
+    args = [str(releases[2]), "--root", str(node.root), "--set", f"cgroup={lab.cgroup}", "--json"]
+    with clients(lab) as tries:
+        done = []
+        for verb in ("plan", "apply"):
+            command = BLIND + shlex.join([sys.executable, "-m", "hitless", verb, *args])
+            asked = ["unshare", "--mount", "sh", "-c", command]
+            done.append(subprocess.run(asked, capture_output=True, text=True, check=False))
+    assert [one.stderr for one in done] == ["", ""]
+    planned, applied = (json.loads(one.stdout) for one in done)
+    tally = next(entry for entry in planned["maps"] if entry["name"] == "tally")
+    assert (tally["method"], tally["exactness"][:6]) == ("batch copy, merge in the kernel", "exact,")
+    assert applied["committed"]
+    assert counted(node) == tries

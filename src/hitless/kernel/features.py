@@ -16,6 +16,7 @@ from hitless.errors import KernelError, UnsupportedError
 from hitless.hooks import SLEEPABLE, SOCKMAP_LINK, TCX
 from hitless.kernel.barrier import wait_for_sleepable_programs
 from hitless.kernel.codegen import EXIT, MOV_IMM, R0, Assembler
+from hitless.kernel.filters import probe_filters
 from hitless.kernel.iterators import Iterator
 from hitless.kernel.libbpf import PASSING, check, ffi, lib, options
 from hitless.kernel.maps import create
@@ -31,6 +32,7 @@ _HASH, _BLOOM_FILTER, _USER_RINGBUF, _ARENA = 1, 30, 31, 33  # BPF_MAP_TYPE_*
 _F_NO_PREALLOC, _F_MMAPABLE = 1, 1 << 10  # BPF_F_*
 _NO_INTERFACE = 0x7FFFFFFF
 _NO_FILE = -1
+_WITH_ELDERS = (TCX, SOCKMAP_LINK)  # what else would be done because of who asks, and be said to be for the kernel
 _TRACE_FENTRY = 24  # BPF_TRACE_FENTRY: libbpf looks for a function by its own name
 
 
@@ -66,7 +68,8 @@ def absence(name: str) -> str | None:
     try:
         _PROBES[name]()
     except (KernelError, UnsupportedError) as error:
-        if error.facts.get("errno") in PASSING:
+        number = error.facts.get("errno")
+        if number in PASSING or (number == errno.EPERM and name in _WITH_ELDERS):
             raise  # a plan made without the feature would promise less than this kernel can keep
         return error.message.partition("\n")[0].rstrip(":")
     return None
@@ -136,6 +139,7 @@ _PROBES: Mapping[str, Callable[[], None]] = {
     **{visiting(kind): functools.partial(_visit, kind) for kind, found in ANSWERS.items() if found.kind in VISITED},
     SLEEPABLE: wait_for_sleepable_programs,
     TCX: functools.partial(_link, "sched_cls", "tcx_ingress", "", _NO_INTERFACE, errno.ENODEV),
+    "tc filters": probe_filters,
     "netfilter link": functools.partial(_load_only, "netfilter", "netfilter"),
     SOCKMAP_LINK: functools.partial(_link, "sk_msg", "sk_msg_verdict", "sk_msg_verdict", _NO_FILE, errno.EBADF),
     "struct_ops link": functools.partial(_search, "bpf_struct_ops_link_create"),

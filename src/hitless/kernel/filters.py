@@ -10,17 +10,19 @@ import itertools
 import socket
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import msgspec
 
 from hitless.errors import GoneError, KernelError, NodeError
+from hitless.kernel.codegen import EXIT, MOV_IMM, R0, Assembler
 from hitless.kernel.interfaces import Interface
-from hitless.kernel.libbpf import options
-from hitless.kernel.programs import Program
+from hitless.kernel.libbpf import check, libc, options
+from hitless.kernel.programs import Program, load_code
 from hitless.kernel.rtnetlink import ask, attributes, listed, request
 
-__all__ = ["Direction", "Filter", "FilterInfo", "filters", "free_place"]
+__all__ = ["Direction", "Filter", "FilterInfo", "filters", "free_place", "probe_filters"]
 
 Direction = Literal["ingress", "egress"]
 
@@ -28,6 +30,9 @@ _POINTS = {"ingress": 1, "egress": 2}  # BPF_TC_INGRESS, BPF_TC_EGRESS
 _PARENTS = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
 _CLSACT = 0xFFFFFFF1
 _F_REPLACE = 1  # BPF_TC_F_REPLACE
+_SCHED_CLS = 3  # BPF_PROG_TYPE_SCHED_CLS
+_CLONE_NEWNET = 0x40000000
+_LOOPBACK = 1  # its index in every network namespace
 
 _GET_QDISC, _GET_FILTER = 38, 46  # RTM_
 _TCMSG = struct.Struct("=BxxxiIII")  # family, interface, handle, parent, priority << 16 | protocol
@@ -246,3 +251,20 @@ def _hook(interface: Interface, direction: Direction) -> Any:
 
 def _number(data: bytes) -> int:
     return int.from_bytes(data, sys.byteorder)
+
+
+def probe_filters() -> None:
+    """Attach a filter in a network namespace that is made for it, which goes with it. Raises KernelError."""
+    with ThreadPoolExecutor(1) as alone:  # the namespace is one thread's
+        alone.submit(_try).result()
+
+
+def _try() -> None:
+    check(libc().unshare(_CLONE_NEWNET), "unshare", "a network namespace (CLONE_NEWNET)")
+    loopback = options("bpf_tc_hook", ifindex=_LOOPBACK, attach_point=_POINTS["ingress"])
+    asm = Assembler()
+    asm.emit(MOV_IMM, R0, imm=-1)  # TC_ACT_UNSPEC
+    asm.emit(EXIT)
+    with load_code(_SCHED_CLS, "probe", asm.code(), "a filter that does nothing") as program:
+        request("bpf_tc_hook_create", "clsact of a loopback", loopback)
+        request("bpf_tc_attach", "ingress of a loopback", loopback, options("bpf_tc_opts", prog_fd=program.fd))
