@@ -21,7 +21,7 @@ from tests.matrix.image import write_base, write_initrd
 from tests.matrix.machine import Guest, Here, Run, look_for_qemu, settings
 from tests.matrix.packages import KERNELS, Kernel, obtain
 from tests.matrix.report import Results, Row, document, load, read, save, table
-from tests.matrix.selection import SAMPLE, SLOWNESS, TESTS
+from tests.matrix.selection import LESS, SAMPLE, SLOWNESS, TESTS
 
 _DOCUMENT = HOUSE / "docs" / "kernels.md"
 _AT_ONCE = 2
@@ -146,9 +146,13 @@ def _guests(kernels: Sequence[Kernel], chosen: argparse.Namespace, matrix: _Matr
     _say(f"The root of guests has {base.stat().st_size >> 20} MiB. They emulate, and take about ten times as long.")
     guests = []
     for kernel in kernels:
-        initrd = STATE / f"{kernel.name}.cpio"
+        initrd, folder, limit = STATE / f"{kernel.name}.cpio", STATE / kernel.name, _REST + SLOWNESS * here
         write_initrd(initrd, base, kernel, settings(tests, objects))
-        guests.append(Guest(kernel, initrd, STATE / kernel.name, _REST + SLOWNESS * here, chosen.accel))
+        guests.append(Guest(kernel, initrd, folder, limit, chosen.accel))
+    if not chosen.sample:
+        initrd, folder = STATE / "less.cpio", STATE / "less"
+        write_initrd(initrd, base, kernels[-1], settings(SAMPLE, objects))
+        guests.append(Guest(kernels[-1], initrd, folder, limit, chosen.accel, LESS, ", locked down"))
     matrix.run(guests)
 
 

@@ -160,11 +160,17 @@ class Here(Run):
 
 
 class Guest(Run):
-    """A kernel in a virtual machine, which boots, runs its tests and switches itself off."""
+    """A kernel in a virtual machine, which boots, runs its tests and switches itself off.
 
-    def __init__(self, kernel: Kernel, initrd: Path, folder: Path, limit: float, accel: str) -> None:
-        super().__init__(f"Linux {kernel.name}", folder, limit)
+    ``parameters`` are for its command line, and ``less`` is what the name of the row says of them.
+    """
+
+    def __init__(
+        self, kernel: Kernel, initrd: Path, folder: Path, limit: float, accel: str, parameters: str = "", less: str = ""
+    ) -> None:
+        super().__init__(f"Linux {kernel.name}{less}", folder, limit)
         self._kernel = kernel
+        self._parameters = parameters
         self._initrd = initrd
         self._accel = accel
         self._back = folder / "back.tar.gz"
@@ -177,7 +183,7 @@ class Guest(Run):
         devices = ["-display", "none", "-nic", "none", "-no-reboot"]
         serial = ["-serial", f"file:{self.log}", "-serial", f"file:{self._back}"]
         boot = ["-kernel", str(self._kernel.image), "-initrd", str(self._initrd)]
-        line = ["-append", "console=ttyS0 panic=-1 quiet"]
+        line = ["-append", f"console=ttyS0 panic=-1 quiet {self._parameters}"]
         return [QEMU, "-M", "q35", *accel, "-m", str(_MEMORY), "-smp", "2", *devices, *serial, *boot, *line]
 
     def reached(self) -> str:

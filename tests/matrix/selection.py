@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ENVIRONMENT_TESTS", "SAMPLE", "SLOWNESS", "TESTS", "arguments"]
+__all__ = ["ENVIRONMENT_TESTS", "LESS", "SAMPLE", "SLOWNESS", "TESTS", "arguments"]
 
 TESTS = (
     "tests/kernel",
@@ -10,16 +10,18 @@ TESTS = (
         f"tests/hooks/test_{name}.py"
         for name in (
             "adopted_sockets", "cgroup", "interfaces", "iterators", "namespaces", "old_attachments", "sleepable",
-            "struct_ops", "without_links",
+            "struct_ops", "without_links", "without_tcx",
         )
     ),
     *(
         f"tests/upgrade/test_{name}.py"
         for name in (
             "apply", "cgroup_storage", "copy", "copy_errors", "folds", "map_types", "mirror", "plans", "program_types",
-            "recover", "secure", "sockets", "split_maps", "storage", "taken_back", "under_fire", "verify",
+            "recover", "secure", "sockets", "split_maps", "storage", "taken_away", "taken_back", "under_fire",
+            "verify",
         )
     ),
+    "tests/cli/test_doctor.py",
 )  # fmt: skip
 """What a whole matrix runs, chosen for what differs between kernels and for what an emulated one does in 25 minutes.
 
@@ -27,11 +29,17 @@ The main job, an upgrade under traffic with exact counters, is test_under_fire.p
 """
 
 SAMPLE = (
+    "tests/cli/test_doctor.py",
     "tests/kernel/test_base.py",
     "tests/kernel/test_copier.py",
+    "tests/upgrade/test_taken_away.py",
     "tests/upgrade/test_under_fire.py::test_no_increment_is_lost_or_gained_while_upgrades_go_back_and_forth",
 )
 """What fits into three minutes."""
+
+LESS = "lockdown=confidentiality sysctl.kernel.modules_disabled=1 sysctl.net.core.bpf_jit_harden=2"
+"""The command line of a kernel that has less: it tells nobody what is in its memory, takes no modules, and hides the
+constants of programs. What runs on it is the sample."""
 
 ENVIRONMENT_TESTS = (
     "tests/kernel",

@@ -18,6 +18,7 @@ import hitless
 from hitless.carry import ITERATE_HASH
 from hitless.errors import UnsupportedError
 from hitless.features import FEATURES
+from hitless.kernel.features import features
 from meshd.demo.lab import Lab
 from tests.releases import write_release
 from tests.upgrade.conftest import Make, Release
@@ -27,6 +28,7 @@ PROGRAMS = """
 MAP(tally, ARRAY, 1, __u32, __u64);
 SEC("netfilter") int early(void *ctx) { return 1; }
 SEC("cgroup/connect_unix") int local(struct bpf_sock_addr *ctx) { return 1; }
+SEC("tc") int late(struct __sk_buff *ctx) { return -1; }
 SEC("cgroup/connect4") int count4(struct bpf_sock_addr *ctx) { return 1; }
 char _license[] SEC("license") = "GPL";
 """
@@ -34,6 +36,7 @@ BLOOM = 'struct { __uint(type, 30); __uint(max_entries, 8); __type(value, __u32)
 ENTRY = '[[attach]]\nprogram = "early"\nhook = "netfilter"\ntarget = "${netns}"\nlink = "early"\n'
 POINT = 'family = "ipv4"\npoint = "input"\npriority = 7\n'
 LOCAL = '[[attach]]\nprogram = "local"\nhook = "cgroup"\ntarget = "${cgroup}"\nlink = "local"\n'
+FILTER = '[[attach]]\nprogram = "late"\nhook = "tc-ingress"\ntarget = "lo"\nnetns = "${netns}"\nlink = "late"\n'
 TYPES = '[object.program.early]\ntype = "netfilter"\n[object.program.local]\ntype = "cgroup/connect_unix"\n'
 Take = Callable[[str], None]
 
@@ -47,12 +50,14 @@ BLIND = "mount -t tmpfs none /sys/kernel/btf && exec "
         ("netfilter link", "", ENTRY + POINT),
         ("cgroup unix hooks", "", LOCAL),
         ("map/bloom_filter", BLOOM, ""),
+        ("tc filters", "", FILTER),
     ],
 )
 def test_a_release_that_needs_it_is_refused_by_its_name_before_anything_happens(
     take_away: Take, name: str, maps: str, attach: str, lab: Lab, node: hitless.Node, tmp_path: Path
 ) -> None:
-    take_away(name)
+    if name in features():
+        take_away(name)
     written = write_release(tmp_path / "1", "1.0", maps + PROGRAMS, TYPES + attach)
     bundle = hitless.Bundle.load(written, {"cgroup": str(lab.cgroup), "netns": str(lab.netns)})
     with pytest.raises(UnsupportedError) as caught:
