@@ -16,8 +16,9 @@ from hitless.errors import UnsupportedError
 from hitless.hooks import SLEEPABLE, SOCKMAP_LINK, TCX
 from hitless.layout.answers import ANSWERS
 
-__all__ = ["FEATURES", "Feature", "require"]
+__all__ = ["FEATURES", "MEMBARRIER", "Feature", "require"]
 
+MEMBARRIER = "membarrier"
 _FILTERS = "tc filters"
 _CGROUP_UNIX = "cgroup unix hooks"
 
@@ -58,6 +59,12 @@ FEATURES: tuple[Feature, ...] = (
         )
         for kind, found in ANSWERS.items()
         if found.kind in VISITED
+    ),
+    Feature(
+        MEMBARRIER,
+        "CONFIG_MEMBARRIER, and no nohz_full= on the kernel's command line",
+        "it is called for all CPUs",
+        "running programs are waited for by an update of a map of maps",
     ),
     Feature(
         SLEEPABLE,

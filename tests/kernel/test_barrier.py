@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hitless.hooks import SLEEPABLE
 from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.libbpf import check, lib
 from hitless.kernel.links import Link
@@ -58,6 +59,7 @@ def reading(link: Link) -> threading.Thread:
     return thread
 
 
+@pytest.mark.needs(SLEEPABLE)
 def test_it_waits_for_a_program_that_sleeps(lab: Lab, tmp_path: Path, page: Page) -> None:
     loaded = load_object(compile_object(SOURCE, tmp_path / "sleeper.o").read_bytes(), "sleeper", {}, {})
     loaded.maps["where"].update(bytes(4), struct.pack("=Q", page.address))

@@ -107,8 +107,8 @@ def document(results: Results) -> str:
         "Which kernels run hitless' own tests, what each of them can do, and what hitless does where it cannot.",
         "`make matrix` boots Debian's kernels in virtual machines and runs the same tests in each and on the machine",
         "itself, whose kernel is the row *here*; `python -m tests.matrix --docs` then writes this page of what came of",
-        "it, and nobody else does. A test skips only where a feature is missing that it names. *Locked down* was booted with",
-        f"`{LESS}`.",
+        "it, and nobody else does. A test skips only where a feature is missing that it names. *Locked down* was",
+        f"booted with `{LESS}`.",
         "",
         *_markdown(
             ("", "kernel", "Python", "libbpf", "passed", "skipped", "failed"),
@@ -118,7 +118,8 @@ def document(results: Results) -> str:
     for row in results.rows:
         lines += [f"- {row.name} failed `{test}`" for test in row.failed]
     lines += [f"- no results: {problem}" for problem in results.problems.values()]
-    told = {name: {each["name"]: each for each in doctor.get("features", ())} for name, doctor in results.doctor.items()}
+    doctors = results.doctor.items()
+    told = {name: {each["name"]: each for each in doctor.get("features", ())} for name, doctor in doctors}
     features = {name: feature for each in told.values() for name, feature in each.items()}
     if features:
         lines += ["", "## Features", "", *_features(told, features)]

@@ -5,6 +5,7 @@ Here the feature is taken away from what hitless is told of the kernel; tests/ma
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 import subprocess
@@ -16,13 +17,15 @@ import pytest
 
 import hitless
 from hitless.carry import ITERATE_HASH
-from hitless.errors import UnsupportedError
-from hitless.features import FEATURES
+from hitless.errors import KernelError, UnsupportedError
+from hitless.features import FEATURES, MEMBARRIER
+from hitless.kernel import barrier
 from hitless.kernel.features import features
 from meshd.demo.lab import Lab
+from tests.patience import often
 from tests.releases import write_release
 from tests.upgrade.conftest import Make, Release
-from tests.upgrade.test_under_fire import clients, counted
+from tests.upgrade.test_under_fire import BACK, clients, counted
 
 PROGRAMS = """
 MAP(tally, ARRAY, 1, __u32, __u64);
@@ -96,4 +99,21 @@ def test_without_the_types_of_the_kernel_counters_are_exact_and_the_plan_says_ho
     tally = next(entry for entry in planned["maps"] if entry["name"] == "tally")
     assert (tally["method"], tally["exactness"][:6]) == ("batch copy, merge in the kernel", "exact,")
     assert applied["committed"]
+    assert counted(node) == tries
+
+
+def test_without_membarrier_counters_are_exact_and_the_plan_says_how(
+    monkeypatch: pytest.MonkeyPatch, take_away: Take, release: Release, node: hitless.Node, lab: Lab
+) -> None:
+    def refused() -> None:
+        raise KernelError("membarrier: EINVAL", errno=errno.EINVAL)
+
+    take_away(MEMBARRIER)
+    monkeypatch.setattr(barrier, "call_membarrier", refused)
+    hitless.apply(node, release(1))
+    assert "an update of a map of maps" in (hitless.plan(node, release(2)).barrier or "")
+    with clients(lab) as tries:
+        for _ in range(often(6)):
+            hitless.apply(node, release(2))
+            hitless.apply(node, release(1), allow_loss=BACK)
     assert counted(node) == tries

@@ -172,6 +172,8 @@ def show_plan(plan: Plan) -> None:
             "  connections that are open stay with the running release on all hooks until they end, at most for "
             f"{plan.cutover.deadline:g} s"
         )
+    if plan.barrier is not None:
+        click.echo(f"  running programs are waited for by {plan.barrier}")
     for path in plan.paths:
         click.echo(f"  {path.action} {path.path}, a path of the daemon's own loader")
     _show_left_out(plan.left_out)

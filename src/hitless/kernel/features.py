@@ -13,8 +13,9 @@ from pathlib import Path
 
 from hitless.carry import ITERATE_HASH, VISITED, visiting
 from hitless.errors import KernelError, UnsupportedError
+from hitless.features import MEMBARRIER
 from hitless.hooks import SLEEPABLE, SOCKMAP_LINK, TCX
-from hitless.kernel.barrier import wait_for_sleepable_programs
+from hitless.kernel.barrier import call_membarrier, wait_for_sleepable_programs
 from hitless.kernel.codegen import EXIT, MOV_IMM, R0, Assembler
 from hitless.kernel.filters import probe_filters
 from hitless.kernel.iterators import Iterator
@@ -137,6 +138,7 @@ def _make_storage(kind: str) -> None:
 _PROBES: Mapping[str, Callable[[], None]] = {
     ITERATE_HASH: _iterate_hash,
     **{visiting(kind): functools.partial(_visit, kind) for kind, found in ANSWERS.items() if found.kind in VISITED},
+    MEMBARRIER: call_membarrier,
     SLEEPABLE: wait_for_sleepable_programs,
     TCX: functools.partial(_link, "sched_cls", "tcx_ingress", "", _NO_INTERFACE, errno.ENODEV),
     "tc filters": probe_filters,

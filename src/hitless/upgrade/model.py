@@ -174,7 +174,8 @@ class Plan(msgspec.Struct, frozen=True):
     ``start_type`` is ``normal``, ``restart``, ``update`` or ``rollback``. ``digest`` is the bundle's. ``fingerprint``
     is of the node; None in a plan of a rollback, or of a hitless that took none. ``cutover`` says how hooks go over,
     ``paths`` which of the paths of an adopted daemon's own loader come and go. ``left_out`` are programs that this
-    kernel refuses, and that the release can do without.
+    kernel refuses, and that the release can do without. ``barrier`` is how running programs are waited for, if
+    not by membarrier(2).
     """
 
     root: str
@@ -190,6 +191,7 @@ class Plan(msgspec.Struct, frozen=True):
     cutover: CutoverRule = CutoverRule()
     paths: tuple[PathPlan, ...] = ()
     left_out: tuple[str, ...] = ()
+    barrier: str | None = None
     schema: int = 1
 
     @property

@@ -28,7 +28,7 @@ from hitless.carry import (
     way,
 )
 from hitless.errors import BundleError, NodeError, UnsupportedError
-from hitless.features import require
+from hitless.features import MEMBARRIER, require
 from hitless.groups import group_of, torn
 from hitless.hooks import HOOKS, SLEEPABLE, TCX
 from hitless.kernel.links import LinkInfo
@@ -45,6 +45,7 @@ from hitless.upgrade.places import Occupant, Place
 
 __all__ = ["awaited", "hook_at", "hooks_of", "late_hooks", "make_plan", "new_hook"]
 
+_OTHER_BARRIER = "an update of a map of maps, since this kernel has no membarrier(2) for all CPUs"
 _WITHOUT_TCX = "tc filter at clsact, since this kernel has no tcx"
 _MOVED = "exact; its sockets keep their hooks, and for a moment of the cutover some may not find each other"
 
@@ -115,6 +116,7 @@ def make_plan(
         cutover=bundle.cutover if start_type in ("update", "rollback") else CutoverRule(),
         paths=_paths(current, bundle, hooks) if start_type != "restart" else (),
         left_out=tuple(bundle.left_out),
+        barrier=None if start_type in ("normal", "restart") or MEMBARRIER in features else _OTHER_BARRIER,
     )
 
 
