@@ -19,6 +19,7 @@ from hitless.layout.answers import ANSWERS
 __all__ = ["FEATURES", "MEMBARRIER", "Feature", "require"]
 
 MEMBARRIER = "membarrier"
+_KERNEL_MEMORY = "reading kernel memory"
 _FILTERS = "tc filters"
 _CGROUP_UNIX = "cgroup unix hooks"
 
@@ -97,6 +98,12 @@ FEATURES: tuple[Feature, ...] = (
         "programs are attached to maps of sockets without a link",
     ),
     Feature(
+        _KERNEL_MEMORY,
+        "BTF (CONFIG_DEBUG_INFO_BTF), CAP_SYS_ADMIN, and no lockdown=confidentiality on the kernel's command line",
+        "an iterator that reads some is loaded",
+        _REFUSED % "hooks of maps of sockets",
+    ),
+    Feature(
         "struct_ops link",
         "Linux 6.4 with BTF (CONFIG_DEBUG_INFO_BTF)",
         "the kernel's BTF is searched for what makes one",
@@ -113,7 +120,8 @@ FEATURES: tuple[Feature, ...] = (
 """All that can be tried, in the order in which they are told."""
 
 _HOOKS: Mapping[str, str] = {
-    "netfilter": "netfilter link", "struct_ops": "struct_ops link", "tc-egress": _FILTERS, "tc-ingress": _FILTERS,
+    "netfilter": "netfilter link", "sk_msg": _KERNEL_MEMORY, "sk_skb": _KERNEL_MEMORY, "struct_ops": "struct_ops link",
+    "tc-egress": _FILTERS, "tc-ingress": _FILTERS,
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ mount -t bpf bpf /sys/fs/bpf
 mount -t tracefs tracing /sys/kernel/tracing
 mount -t debugfs debug /sys/kernel/debug
 ip link set lo up
+ulimit -n 65536 # as many as systemd gives to whoever asks
 
 echo "guest: up"
 cd "$HOUSE" || exit

@@ -16,7 +16,7 @@ from hitless.errors import KernelError, UnsupportedError
 from hitless.features import MEMBARRIER
 from hitless.hooks import SLEEPABLE, SOCKMAP_LINK, TCX
 from hitless.kernel.barrier import call_membarrier, wait_for_sleepable_programs
-from hitless.kernel.codegen import EXIT, MOV_IMM, R0, Assembler
+from hitless.kernel.codegen import EXIT, FP, MOV_IMM, R0, R1, R2, R3, Assembler
 from hitless.kernel.filters import probe_filters
 from hitless.kernel.iterators import Iterator
 from hitless.kernel.libbpf import PASSING, check, ffi, lib, options
@@ -31,6 +31,7 @@ __all__ = ["absence", "boot_id", "features", "is_known", "release"]
 
 _HASH, _BLOOM_FILTER, _USER_RINGBUF, _ARENA = 1, 30, 31, 33  # BPF_MAP_TYPE_*
 _F_NO_PREALLOC, _F_MMAPABLE = 1, 1 << 10  # BPF_F_*
+_PROBE_READ_KERNEL = 113  # bpf_probe_read_kernel
 _NO_INTERFACE = 0x7FFFFFFF
 _NO_FILE = -1
 _WITH_ELDERS = (TCX, SOCKMAP_LINK)  # what else would be done because of who asks, and be said to be for the kernel
@@ -104,6 +105,17 @@ def _visit(kind: str) -> None:
         probe_storage(kind)
 
 
+def _read_kernel_memory() -> None:
+    asm = Assembler()
+    asm.pointer(R1, FP, -8)
+    asm.emit(MOV_IMM, R2, imm=8)
+    asm.emit(MOV_IMM, R3, imm=0)
+    asm.call(_PROBE_READ_KERNEL)
+    asm.emit(MOV_IMM, R0, imm=0)
+    asm.emit(EXIT)
+    Iterator.load("task", asm.code(), "probe").close()
+
+
 def _load(program: str, attach_type: str) -> Program:
     what = f"a {program} program that does nothing"
     fields = {"expected_attach_type": attach_number(attach_type)} if attach_type else {}
@@ -144,6 +156,7 @@ _PROBES: Mapping[str, Callable[[], None]] = {
     "tc filters": probe_filters,
     "netfilter link": functools.partial(_load_only, "netfilter", "netfilter"),
     SOCKMAP_LINK: functools.partial(_link, "sk_msg", "sk_msg_verdict", "sk_msg_verdict", _NO_FILE, errno.EBADF),
+    "reading kernel memory": _read_kernel_memory,
     "struct_ops link": functools.partial(_search, "bpf_struct_ops_link_create"),
     "cgroup unix hooks": functools.partial(_load_only, "cgroup_sock_addr", "cgroup_unix_connect"),
     "map/bloom_filter": functools.partial(_make, _BLOOM_FILTER, 4, 1),

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 import msgspec
 import numpy as np
 
+from hitless.hooks import SOCKMAP_LINK
 from hitless.kernel.codegen import (
     AND_IMM,
     EXIT,
@@ -40,8 +41,10 @@ from hitless.kernel.codegen import (
     STORE_IMM,
     Assembler,
 )  # fmt: skip
+from hitless.kernel.features import features
 from hitless.kernel.iterators import Iterator as Pass
 from hitless.kernel.links import Link
+from hitless.kernel.map_places import MapPlace
 from hitless.kernel.maps import ANY, Map, create
 from hitless.kernel.programs import Program
 from hitless.kernel.sockets import Adder, Sockets, create_base, list_sockets
@@ -135,9 +138,18 @@ def _beside(sockets: Sockets) -> Iterator[Map]:
 
 @contextmanager
 def _attached(held: Map, program: Program, attach_type: str) -> Iterator[None]:
-    # Detached before the map goes: a socket that leaves a map with a verdict loses its own.
-    with Link.attach(program, held.fd, attach_type, f"map {held.info.label}"):
+    # Detached before the map goes: a socket that leaves a map with a verdict loses its own. A link does so even if this
+    # process is killed; where the kernel has none (before Linux 6.10), who is killed right here leaves sockets without.
+    if SOCKMAP_LINK in features():
+        with Link.attach(program, held.fd, attach_type, f"map {held.info.label}"):
+            yield
+        return
+    place = MapPlace(held.info.id, attach_type)
+    place.put(program)
+    try:
         yield
+    finally:
+        place.take_off(program)
 
 
 def _add(held: Map, sockets: Sockets, target: Map) -> list[int | None]:
