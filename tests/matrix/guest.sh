@@ -13,6 +13,7 @@ mount -t tmpfs shm /dev/shm
 mount -t tmpfs run /run
 chmod 1777 /tmp # no mount: this tree may be below it
 mount -t cgroup2 cgroup /sys/fs/cgroup
+echo +memory >/sys/fs/cgroup/cgroup.subtree_control
 mount -t bpf bpf /sys/fs/bpf
 mount -t tracefs tracing /sys/kernel/tracing
 mount -t debugfs debug /sys/kernel/debug

@@ -16,7 +16,7 @@ TESTS = (
     *(
         f"tests/upgrade/test_{name}.py"
         for name in (
-            "apply", "cgroup_storage", "copy", "copy_errors", "folds", "map_types", "mirror", "plans", "program_types",
+            "apply", "cgroup_storage", "copy_errors", "folds", "map_types", "mirror", "plans", "program_types",
             "recover", "secure", "sockets", "split_maps", "storage", "taken_away", "taken_back", "under_fire",
             "verify",
         )
