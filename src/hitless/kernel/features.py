@@ -135,8 +135,8 @@ def _link(program: str, attach_type: str, loaded_as: str, target: int, answered:
 
 
 def _search(function: str) -> None:
-    what = f"{function} in the kernel's BTF (/sys/kernel/btf/vmlinux)"
-    check(lib().libbpf_find_vmlinux_btf_id(function.encode(), _TRACE_FENTRY), "looking for", what)
+    what = f"{function} of the kernel's BTF (/sys/kernel/btf/vmlinux)"
+    check(lib().libbpf_find_vmlinux_btf_id(function.encode(), _TRACE_FENTRY), "libbpf_find_vmlinux_btf_id", what)
 
 
 def _make(kind: int, value_size: int, max_entries: int, flags: int = 0) -> None:

@@ -27,6 +27,7 @@ from hitless.kernel.bpffs import (
     require_private,
     require_writable,
 )
+from hitless.kernel.features import features
 from hitless.kernel.libbpf import system_call
 from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
@@ -35,6 +36,7 @@ from hitless.upgrade import attaching
 from hitless.upgrade.describe import describe
 from hitless.upgrade.drift import half_done, loaded_again, other_release, recovering, with_ids
 from hitless.upgrade.finish import finish, pin_as_noted
+from hitless.upgrade.fitted import fitted
 from hitless.upgrade.model import NodeState, PinnedProgram, Record, ReplacedProgram
 from hitless.upgrade.node import PUBLIC, Node, live_map
 from hitless.upgrade.public import path_problems, pins_of, require_room
@@ -62,7 +64,7 @@ class Adopted(msgspec.Struct, frozen=True):
 def recognise_running(node: Node, bundle: Bundle) -> Adopted:
     """What :func:`adopt` would take over; looks only. Raises as that does."""
     _require_daemon(node)
-    with _recognised(node, without_refused(bundle)) as found:
+    with _recognised(node, fitted(without_refused(bundle), features())) as found:
         return _told(node, found, adopted=False)
 
 
@@ -76,7 +78,7 @@ def adopt(node: Node, bundle: Bundle, wait: float = 10.0) -> Adopted:
     """
     _require_daemon(node)
     require_writable(node.root)
-    bundle = without_refused(bundle)
+    bundle = fitted(without_refused(bundle), features())
     try:
         made = _beside(node)
         with made.lock(wait), _removed_by_error(made.root):
