@@ -12,7 +12,8 @@ import pytest
 
 from meshd.demo.lab import leftovers
 
-CONFTEST = Path(__file__).parents[1] / "conftest.py"
+HOUSE = Path(__file__).parents[2]
+CONFTEST = HOUSE / "tests" / "conftest.py"
 
 SKIPPED_TEST = """
 import pytest
@@ -38,7 +39,7 @@ def run(folder: Path, test: str, ci: str) -> subprocess.CompletedProcess[str]:
     shutil.copy(CONFTEST, folder)
     (folder / "test_one.py").write_text(test)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder)]
-    env = os.environ | {"CI": ci}
+    env = os.environ | {"CI": ci, "PYTHONPATH": str(HOUSE)}
     return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
 
 
