@@ -15,6 +15,7 @@ from hitless.kernel.maps import Map
 from hitless.kernel.programs import Program
 from meshd.demo.lab import Lab
 from tests.kernel.connections import CONNECTIONS, Bench, clients
+from tests.patience import often
 
 pytestmark = pytest.mark.needs("sockmap link")
 
@@ -34,7 +35,7 @@ def test_500_redirected_connections_go_through_switches_and_no_message_is_lost(
         current = bench.switch(dispatcher, name, times, seconds=1.5)
         sent = traffic.say("stop")
         during = bench.tallies()
-        assert sent > 10 * CONNECTIONS
+        assert sent > often(10 * CONNECTIONS)
         assert sum(size for _, size in during) == 2 * 16 * sent
         assert sum(calls for calls, _ in during) == 2 * sent
         assert all(calls for calls, _ in during)
