@@ -12,7 +12,7 @@ import select
 import sys
 from pathlib import Path
 
-from tests.bpf import pin_below
+from tests.bpf import pin_below_by_proc
 
 
 def _look(path: str) -> str:
@@ -20,7 +20,7 @@ def _look(path: str) -> str:
     directory, name = os.path.split(path)
     there = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fd = pin_below(there, name)
+        fd = pin_below_by_proc(there, name)
     finally:
         os.close(there)
     try:

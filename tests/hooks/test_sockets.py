@@ -408,6 +408,7 @@ def test_connections_outlive_whoever_changes_the_shape_of_their_map_and_is_kille
         assert node.map("by_release").get(3 - runs) == before[3 - runs] + 200
 
 
+@pytest.mark.needs("sockmap link")
 def test_an_upgrade_that_was_killed_behind_its_cutover_is_taken_back_with_its_new_connections(
     lab: Lab, tmp_path: Path
 ) -> None:

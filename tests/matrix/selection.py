@@ -10,7 +10,7 @@ TESTS = (
         f"tests/hooks/test_{name}.py"
         for name in (
             "adopted_sockets", "cgroup", "interfaces", "iterators", "namespaces", "old_attachments", "sleepable",
-            "struct_ops", "without_links", "without_tcx",
+            "sockets", "struct_ops", "without_links", "without_tcx",
         )
     ),
     *(
@@ -21,6 +21,7 @@ TESTS = (
             "verify",
         )
     ),
+    "tests/adopt",
     "tests/cli/test_doctor.py",
 )  # fmt: skip
 """What a whole matrix runs, chosen for what differs between kernels and for what an emulated one does in 25 minutes.
