@@ -16,12 +16,17 @@ from hitless.errors import UnsupportedError
 from hitless.hooks import SLEEPABLE, SOCKMAP_LINK, TCX
 from hitless.layout.answers import ANSWERS
 
-__all__ = ["FEATURES", "MEMBARRIER", "Feature", "require"]
+__all__ = [
+    "CGROUP_UNIX", "FEATURES", "FILTERS", "KERNEL_MEMORY", "MEMBARRIER", "NETFILTER_LINK", "STRUCT_OPS_LINK", "Feature",
+    "require",
+]  # fmt: skip
 
+CGROUP_UNIX = "cgroup unix hooks"
+FILTERS = "tc filters"
+KERNEL_MEMORY = "reading kernel memory"
 MEMBARRIER = "membarrier"
-_KERNEL_MEMORY = "reading kernel memory"
-_FILTERS = "tc filters"
-_CGROUP_UNIX = "cgroup unix hooks"
+NETFILTER_LINK = "netfilter link"
+STRUCT_OPS_LINK = "struct_ops link"
 
 
 class Feature(msgspec.Struct, frozen=True):
@@ -80,13 +85,13 @@ FEATURES: tuple[Feature, ...] = (
         "tcx hooks are tc filters at clsact",
     ),
     Feature(
-        _FILTERS,
+        FILTERS,
         "CONFIG_NET_CLS_BPF and CONFIG_NET_SCH_INGRESS (modules cls_bpf and sch_ingress), CAP_NET_ADMIN",
         "one is attached in a network namespace that is made for it",
         _REFUSED % "hooks" + ", and one with tcx hooks too if there is no tcx",
     ),
     Feature(
-        "netfilter link",
+        NETFILTER_LINK,
         "Linux 6.4 (CONFIG_NETFILTER_BPF_LINK)",
         "a program that does nothing is loaded",
         _REFUSED % "hooks",
@@ -98,19 +103,19 @@ FEATURES: tuple[Feature, ...] = (
         "programs are attached to maps of sockets without a link",
     ),
     Feature(
-        _KERNEL_MEMORY,
+        KERNEL_MEMORY,
         "BTF (CONFIG_DEBUG_INFO_BTF), CAP_SYS_ADMIN, and no lockdown=confidentiality on the kernel's command line",
         "an iterator that reads some is loaded",
         _REFUSED % "hooks of maps of sockets",
     ),
     Feature(
-        "struct_ops link",
+        STRUCT_OPS_LINK,
         "Linux 6.4 with BTF (CONFIG_DEBUG_INFO_BTF)",
         "the kernel's BTF is searched for what makes one",
         _REFUSED % "hooks",
     ),
     Feature(
-        _CGROUP_UNIX,
+        CGROUP_UNIX,
         "Linux 6.7",
         "a program that does nothing is loaded",
         _REFUSED % "hooks",
@@ -120,8 +125,8 @@ FEATURES: tuple[Feature, ...] = (
 """All that can be tried, in the order in which they are told."""
 
 _HOOKS: Mapping[str, str] = {
-    "netfilter": "netfilter link", "sk_msg": _KERNEL_MEMORY, "sk_skb": _KERNEL_MEMORY, "struct_ops": "struct_ops link",
-    "tc-egress": _FILTERS, "tc-ingress": _FILTERS,
+    "netfilter": NETFILTER_LINK, "sk_msg": KERNEL_MEMORY, "sk_skb": KERNEL_MEMORY, "struct_ops": STRUCT_OPS_LINK,
+    "tc-egress": FILTERS, "tc-ingress": FILTERS,
 }  # fmt: skip
 
 
@@ -129,7 +134,7 @@ def require(bundle: Bundle, features: Container[str]) -> None:
     """Raise UnsupportedError for the first hook or map of ``bundle`` that takes a feature which is not there."""
     for entry in bundle.attach:
         attach_type = entry.attach_type(bundle.programs[entry.program])
-        name = _CGROUP_UNIX if attach_type.startswith("cgroup_unix_") else _HOOKS.get(entry.hook)
+        name = CGROUP_UNIX if attach_type.startswith("cgroup_unix_") else _HOOKS.get(entry.hook)
         if name is not None and name not in features:
             raise _missing(name, f"hook {entry.link} ({entry.hook})")
     for spec in bundle.maps.values():

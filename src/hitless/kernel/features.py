@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hitless.carry import ITERATE_HASH, VISITED, visiting
 from hitless.errors import KernelError, UnsupportedError
-from hitless.features import MEMBARRIER
+from hitless.features import CGROUP_UNIX, FILTERS, KERNEL_MEMORY, MEMBARRIER, NETFILTER_LINK, STRUCT_OPS_LINK
 from hitless.hooks import SLEEPABLE, SOCKMAP_LINK, TCX
 from hitless.kernel.barrier import call_membarrier, wait_for_sleepable_programs
 from hitless.kernel.codegen import EXIT, FP, MOV_IMM, R0, R1, R2, R3, Assembler
@@ -153,12 +153,12 @@ _PROBES: Mapping[str, Callable[[], None]] = {
     MEMBARRIER: call_membarrier,
     SLEEPABLE: wait_for_sleepable_programs,
     TCX: functools.partial(_link, "sched_cls", "tcx_ingress", "", _NO_INTERFACE, errno.ENODEV),
-    "tc filters": probe_filters,
-    "netfilter link": functools.partial(_load_only, "netfilter", "netfilter"),
+    FILTERS: probe_filters,
+    NETFILTER_LINK: functools.partial(_load_only, "netfilter", "netfilter"),
     SOCKMAP_LINK: functools.partial(_link, "sk_msg", "sk_msg_verdict", "sk_msg_verdict", _NO_FILE, errno.EBADF),
-    "reading kernel memory": _read_kernel_memory,
-    "struct_ops link": functools.partial(_search, "bpf_struct_ops_link_create"),
-    "cgroup unix hooks": functools.partial(_load_only, "cgroup_sock_addr", "cgroup_unix_connect"),
+    KERNEL_MEMORY: _read_kernel_memory,
+    STRUCT_OPS_LINK: functools.partial(_search, "bpf_struct_ops_link_create"),
+    CGROUP_UNIX: functools.partial(_load_only, "cgroup_sock_addr", "cgroup_unix_connect"),
     "map/bloom_filter": functools.partial(_make, _BLOOM_FILTER, 4, 1),
     "map/user_ringbuf": functools.partial(_make, _USER_RINGBUF, 0, os.sysconf("SC_PAGE_SIZE")),
     "map/cgrp_storage": functools.partial(_make_storage, "cgrp_storage"),
