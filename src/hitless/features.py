@@ -39,7 +39,7 @@ class Feature(msgspec.Struct, frozen=True):
 
 
 _NOT_CARRIED = "such a map is kept if it did not change; else its contents are lost, which has to be allowed"
-_REFUSED = "a release with such %s is refused"
+_REFUSED = "a release with %s is refused"
 
 _VISITS: Mapping[str, str] = {
     "sk_storage": "Linux 5.9", "sockmap": "Linux 5.10", "sockhash": "Linux 5.10", "task_storage": "Linux 5.11",
@@ -88,13 +88,13 @@ FEATURES: tuple[Feature, ...] = (
         FILTERS,
         "CONFIG_NET_CLS_BPF and CONFIG_NET_SCH_INGRESS (modules cls_bpf and sch_ingress), CAP_NET_ADMIN",
         "one is attached in a network namespace that is made for it",
-        _REFUSED % "hooks" + ", and one with tcx hooks too if there is no tcx",
+        _REFUSED % "tc hooks" + ", and one with tcx hooks too if there is no tcx",
     ),
     Feature(
         NETFILTER_LINK,
         "Linux 6.4 (CONFIG_NETFILTER_BPF_LINK)",
         "a program that does nothing is loaded",
-        _REFUSED % "hooks",
+        _REFUSED % "netfilter hooks",
     ),
     Feature(
         SOCKMAP_LINK,
@@ -112,15 +112,15 @@ FEATURES: tuple[Feature, ...] = (
         STRUCT_OPS_LINK,
         "Linux 6.4 with BTF (CONFIG_DEBUG_INFO_BTF)",
         "the kernel's BTF is searched for what makes one",
-        _REFUSED % "hooks",
+        _REFUSED % "struct_ops hooks",
     ),
     Feature(
         CGROUP_UNIX,
         "Linux 6.7",
         "a program that does nothing is loaded",
-        _REFUSED % "hooks",
+        _REFUSED % "hooks of Unix sockets",
     ),
-    *(Feature(f"map/{kind}", since, "one is made and let go", _REFUSED % "maps") for kind, since in _MAPS.items()),
+    *(Feature(f"map/{kind}", since, "one is made and let go", _REFUSED % "such maps") for kind, since in _MAPS.items()),
 )
 """All that can be tried, in the order in which they are told."""
 
