@@ -100,7 +100,8 @@ def plan(node: Node, bundle: Bundle, allow_loss: Collection[str] = ()) -> Plan:
     """
     if bundle.public is not None:
         node.move_below()
-    return _plan(node, _settled(node), without_refused(bundle), allow_loss)
+    state = _settled(node)
+    return _plan(node, state, *_for_this_kernel(bundle), allow_loss)
 
 
 def plan_rollback(node: Node, allow_loss: Collection[str] = ()) -> Plan:
@@ -129,15 +130,26 @@ def _settled(node: Node) -> NodeState:
 
 
 @in_step("plan")
+def _for_this_kernel(bundle: Bundle) -> tuple[Bundle, Asked]:
+    """The release as this kernel can have it, to be planned and built, and what the kernel was asked for that."""
+    asked = Asked(features())
+    return fitted(without_refused(bundle), asked), asked
+
+
+@in_step("plan")
 def _plan(
-    node: Node, state: NodeState, bundle: Bundle, allow_loss: Collection[str], planned: Plan | None = None
+    node: Node,
+    state: NodeState,
+    bundle: Bundle,
+    asked: Asked,
+    allow_loss: Collection[str],
+    planned: Plan | None = None,
 ) -> Plan:
     """What is to be done; with a plan made before that or nothing, decided anew and not taken from it."""
-    asked, machine = Asked(features()), (release(), boot_id())
+    machine = release(), boot_id()
     if planned is not None:
         require_meant(planned, state.root, bundle)
         allow_loss = {entry.name for entry in planned.maps if entry.allowed}
-    bundle = fitted(bundle, asked)
     places = find_places(bundle.attach, bundle.programs)
     targets = _targets(places, state)
     if planned is not None and planned.fingerprint is not None:
@@ -219,8 +231,8 @@ def apply(
     tell = progress or _nobody
     if bundle.public is not None:
         node.move_below()
-    bundle = without_refused(bundle)
-    _plan_first(node, bundle, allow_loss, planned)
+    bundle, asked = _for_this_kernel(bundle)
+    _plan_first(node, bundle, asked, allow_loss, planned)
     made = not node.root.exists()
     make_directory(node.root, exist_ok=True)
     with node.lock(wait):
@@ -231,13 +243,13 @@ def apply(
             recovered = _recover(node, tell, wait)
             renew(node)
             state = node.observe()
-            decided = _plan(node, state, bundle, allow_loss, planned)
+            decided = _plan(node, state, bundle, asked, allow_loss, planned)
             refuse_loss(decided)
             upgrade = _Upgrade(node, decided, state.current, tell, wait, pace)
             if decided.start_type == "restart":
                 result = upgrade.restart(prepare)
             else:
-                upgrade.build(lambda: build_next(node, fitted(bundle, features()), decided, state.current), prepare)
+                upgrade.build(lambda: build_next(node, bundle, decided, state.current), prepare)
                 result = upgrade.switch()
             return msgspec.structs.replace(result, recovered=recovered)
         except BaseException:
@@ -247,7 +259,9 @@ def apply(
 
 
 @in_step("plan")
-def _plan_first(node: Node, bundle: Bundle, allow_loss: Collection[str], planned: Plan | None) -> None:
+def _plan_first(
+    node: Node, bundle: Bundle, asked: Asked, allow_loss: Collection[str], planned: Plan | None
+) -> None:
     """Find what is wrong before anything is locked, made or recovered."""
     if planned is not None and allow_loss:
         raise LossNotAllowedError(
@@ -259,7 +273,7 @@ def _plan_first(node: Node, bundle: Bundle, allow_loss: Collection[str], planned
     require_writable(node.root)
     state = node.observe()
     if state.recovery == "nothing":
-        refuse_loss(_plan(node, as_renewed(node, state), bundle, allow_loss, planned))
+        refuse_loss(_plan(node, as_renewed(node, state), bundle, asked, allow_loss, planned))
 
 
 def _refuse_unfinished(node: Node) -> None:
