@@ -130,8 +130,12 @@ _HOOKS: Mapping[str, str] = {
 }  # fmt: skip
 
 
-def require(bundle: Bundle, features: Container[str]) -> None:
-    """Raise UnsupportedError for the first hook or map of ``bundle`` that takes a feature which is not there."""
+def require(bundle: Bundle, features: Container[str], running_may_sleep: bool) -> None:
+    """Raise UnsupportedError for the first hook or map of ``bundle`` that takes a feature which is not there.
+
+    So does a program of it that may sleep, or one of what runs now (``running_may_sleep``): before the last merge of
+    what it wrote, it has to have ended.
+    """
     for entry in bundle.attach:
         attach_type = entry.attach_type(bundle.programs[entry.program])
         name = CGROUP_UNIX if attach_type.startswith("cgroup_unix_") else _HOOKS.get(entry.hook)
@@ -140,13 +144,18 @@ def require(bundle: Bundle, features: Container[str]) -> None:
     for spec in bundle.maps.values():
         if spec.type in _MAPS and f"map/{spec.type}" not in features:
             raise _missing(f"map/{spec.type}", f"map {spec.name} ({spec.type})")
+    sleeping = [program.name for program in bundle.programs.values() if program.may_sleep]
+    if (sleeping or running_may_sleep) and SLEEPABLE not in features:
+        who = f"waiting for {', '.join(sleeping) or 'programs of what runs'}, which may sleep,"
+        raise _missing(SLEEPABLE, who, programs=sleeping)
 
 
-def _missing(name: str, who: str) -> UnsupportedError:
+def _missing(name: str, who: str, **facts: object) -> UnsupportedError:
     feature = next(one for one in FEATURES if one.name == name)
     return UnsupportedError(
         f"{who} takes the feature {name!r}, which this kernel, or this process's rights, do not give: it needs "
         f"{feature.needs}; leave it out of the release, or run it on such a kernel (`hitless doctor` tells more)",
         feature=name,
         needs=feature.needs,
+        **facts,
     )

@@ -19,6 +19,7 @@ import hitless
 from hitless.carry import ITERATE_HASH
 from hitless.errors import KernelError, UnsupportedError
 from hitless.features import FEATURES, MEMBARRIER
+from hitless.hooks import SLEEPABLE
 from hitless.kernel import barrier
 from hitless.kernel.features import features
 from meshd.demo.lab import Lab
@@ -35,6 +36,7 @@ SEC("tc") int late(struct __sk_buff *ctx) { return -1; }
 SEC("cgroup/connect4") int count4(struct bpf_sock_addr *ctx) { return 1; }
 char _license[] SEC("license") = "GPL";
 """
+ASLEEP = 'SEC("iter.s/task") int asleep(void *ctx) { return 0; }\n'
 BLOOM = 'struct { __uint(type, 30); __uint(max_entries, 8); __type(value, __u32); } seen SEC(".maps");\n'
 ENTRY = '[[attach]]\nprogram = "early"\nhook = "netfilter"\ntarget = "${netns}"\nlink = "early"\n'
 POINT = 'family = "ipv4"\npoint = "input"\npriority = 7\n'
@@ -48,26 +50,42 @@ BLIND = "mount -t tmpfs none /sys/kernel/btf && exec "
 
 
 @pytest.mark.parametrize(
-    ("name", "maps", "attach"),
+    ("name", "more", "attach"),
     [
         ("netfilter link", "", ENTRY + POINT),
         ("cgroup unix hooks", "", LOCAL),
         ("map/bloom_filter", BLOOM, ""),
         ("tc filters", "", FILTER),
+        (SLEEPABLE, ASLEEP, ""),
     ],
 )
 def test_a_release_that_needs_it_is_refused_by_its_name_before_anything_happens(
-    take_away: Take, name: str, maps: str, attach: str, lab: Lab, node: hitless.Node, tmp_path: Path
+    take_away: Take, name: str, more: str, attach: str, lab: Lab, node: hitless.Node, tmp_path: Path
 ) -> None:
     if name in features():
         take_away(name)
-    written = write_release(tmp_path / "1", "1.0", maps + PROGRAMS, TYPES + attach)
+    written = write_release(tmp_path / "1", "1.0", more + PROGRAMS, TYPES + attach)
     bundle = hitless.Bundle.load(written, {"cgroup": str(lab.cgroup), "netns": str(lab.netns)})
     with pytest.raises(UnsupportedError) as caught:
         hitless.plan(node, bundle)
     assert caught.value.facts["feature"] == name
     assert caught.value.facts["needs"] == next(one.needs for one in FEATURES if one.name == name)
     assert not node.root.exists()
+
+
+def test_programs_that_may_sleep_are_named_whether_the_release_has_them_or_the_one_before(
+    take_away: Take, node: hitless.Node, tmp_path: Path
+) -> None:
+    sleeping, other = (
+        hitless.Bundle.load(write_release(tmp_path / version, version, source + PROGRAMS, TYPES), {})
+        for version, source in (("1.0", ASLEEP), ("2.0", ""))
+    )
+    hitless.apply(node, sleeping)
+    take_away(SLEEPABLE)
+    for bundle, words, names in ((sleeping, "asleep", ["asleep"]), (other, "programs of what runs", [])):
+        with pytest.raises(UnsupportedError, match=f"^waiting for {words}, which may sleep,") as caught:
+            hitless.plan(node, bundle)
+        assert (caught.value.facts["feature"], caught.value.facts["programs"]) == (SLEEPABLE, names)
 
 
 def test_without_iterators_the_plan_says_that_user_space_copies(

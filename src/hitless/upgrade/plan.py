@@ -30,7 +30,7 @@ from hitless.carry import (
 from hitless.errors import BundleError, NodeError, UnsupportedError
 from hitless.features import MEMBARRIER, require
 from hitless.groups import group_of, torn
-from hitless.hooks import HOOKS, SLEEPABLE, TCX
+from hitless.hooks import HOOKS, TCX
 from hitless.kernel.links import LinkInfo
 from hitless.kernel.names import in_kernel
 from hitless.kernel.switchboard import KINDS
@@ -68,9 +68,8 @@ def make_plan(
     for changes that this version cannot make.
     """
     _check_order(bundle)
-    require(bundle, features)
-    _check_barrier(state, bundle, features)
     current = state.current
+    require(bundle, features, current is not None and current.record.may_sleep)
     if current is None:
         start_type = "normal"
         maps = tuple(_created(name) for name in bundle.maps)
@@ -167,19 +166,6 @@ def _check_order(bundle: Bundle) -> None:
                 feature=f"{spec.order}-endian objects",
                 map=name,
             )
-
-
-def _check_barrier(state: NodeState, bundle: Bundle, features: Container[str]) -> None:
-    """Programs that may sleep end when they like; without a way to wait for them nothing could be said to be exact."""
-    sleeping = [program.name for program in bundle.programs.values() if program.may_sleep]
-    if (sleeping or (state.current and state.current.record.may_sleep)) and SLEEPABLE not in features:
-        raise UnsupportedError(
-            f"{', '.join(sleeping) or 'a program of the running release'} may sleep, and this kernel has no way to "
-            "wait until such a program has ended, before the last merge of what it wrote: it takes Linux 6.13 or "
-            "later with CONFIG_UPROBES; leave those programs out of the release",
-            feature=SLEEPABLE,
-            programs=sleeping,
-        )
 
 
 def _check_socket_hooks(
