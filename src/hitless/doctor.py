@@ -5,6 +5,7 @@ Nothing is changed: what is made to try a feature is let go at once.
 
 from __future__ import annotations
 
+import errno
 import platform
 from collections.abc import Container
 from pathlib import Path
@@ -13,7 +14,7 @@ import msgspec
 
 from hitless.carry import Way, way
 from hitless.errors import KernelError, UnsupportedError
-from hitless.features import FEATURES
+from hitless.features import FEATURES, Feature
 from hitless.kernel import capabilities
 from hitless.kernel.features import absence, features, release
 from hitless.kernel.libbpf import lib
@@ -27,12 +28,17 @@ __all__ = ["SCHEMA", "Doctor", "FeatureFound", "MapMethod", "examine"]
 SCHEMA = 1
 """Of the JSON: another number, another meaning."""
 
+_NO_PLAN = "a plan that asks for it ends with that error"
 _HASH = 1  # BPF_MAP_TYPE_HASH
 _INNER = ("array_of_maps", "hash_of_maps")
 
 
 class FeatureFound(msgspec.Struct, frozen=True):
-    """One feature, as in :class:`hitless.features.Feature`; ``why`` it is not ``there``, in the kernel's words."""
+    """One feature, as in :class:`hitless.features.Feature`; ``why`` it is not ``there``, in the kernel's words.
+
+    Not ``permitted`` is what this process may not even try, though the kernel may have it: then no plan is made that
+    asks for it.
+    """
 
     name: str
     there: bool
@@ -40,6 +46,7 @@ class FeatureFound(msgspec.Struct, frozen=True):
     needs: str
     probed: str
     without: str
+    permitted: bool = True
 
 
 class MapMethod(msgspec.Struct, frozen=True):
@@ -89,7 +96,7 @@ def examine() -> Doctor:
     if able and (refused := _refused()) is not None:
         able = False
         problems.append(refused)
-    found = tuple(_found(one.name, one.needs, one.probed, one.without) for one in FEATURES) if able else ()
+    found = tuple(map(_found, FEATURES)) if able else ()
     return Doctor(
         kernel=release(),
         machine=platform.machine(),
@@ -123,9 +130,16 @@ def _mounted(kind: str) -> tuple[str, ...]:
     return tuple(line[4] for line in lines if line[line.index("-") + 1] == kind)
 
 
-def _found(name: str, needs: str, probed: str, without: str) -> FeatureFound:
-    why = absence(name)
-    return FeatureFound(name, why is None, why, needs, probed, without)
+def _found(feature: Feature) -> FeatureFound:
+    try:
+        why = absence(feature.name)
+    except KernelError as error:
+        if error.facts["errno"] != errno.EPERM:
+            raise
+        said = error.message.partition("\n")[0].rstrip(":")
+        why = f"not permitted: {said}"
+        return FeatureFound(feature.name, False, why, feature.needs, feature.probed, _NO_PLAN, permitted=False)
+    return FeatureFound(feature.name, why is None, why, feature.needs, feature.probed, feature.without)
 
 
 def _method(kind: str, there: Container[str]) -> MapMethod:

@@ -345,7 +345,11 @@ def show_doctor(found: Doctor) -> None:
     without = [name for name, held in found.capabilities.items() if not held]
     click.echo(f"capabilities: {'not held: ' + ', '.join(without) if without else 'all that hitless uses'}")
     rows = [
-        ("ok" if one.there else "no", one.name, "" if one.there else f"needs {one.needs}; {one.without}")
+        (
+            "ok" if one.there else "no",
+            one.name,
+            "" if one.there else f"{f'needs {one.needs}' if one.permitted else one.why}; {one.without}",
+        )
         for one in found.features
     ]
     _table("features", ("", "feature", "without it"), rows)
