@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import signal
 import time
 from collections import Counter
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 
+from hitless.kernel import socket_programs
 from hitless.kernel.barrier import wait_for_running_programs
 from hitless.kernel.dispatcher import Dispatcher, attached_program
 from hitless.kernel.maps import ANY, Map
@@ -17,6 +21,7 @@ from hitless.kernel.socket_programs import give, programs_of_sockets
 from hitless.kernel.sockets import Adder, Sockets, create_base, list_sockets
 from meshd.demo.lab import Lab
 from tests.kernel.connections import Bench, attach_the_old_way, clients
+from tests.kills import die, exit_code_of
 
 pytestmark = pytest.mark.needs("sockmap link")
 
@@ -63,6 +68,28 @@ def test_sockets_that_came_before_the_program_are_given_it_while_messages_go(lab
             traffic.say("rounds 1")
             assert bench.tallies()[0][0] - before == 200
         assert counted(bench.peers, hook) == Counter({dispatcher.program_id: 200})
+
+
+@pytest.mark.parametrize(("hook", "name"), HOOKS)
+def test_who_is_killed_while_giving_leaves_sockets_what_they_were_given(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, hook: str, name: str
+) -> None:
+    bench = Bench(lab, releases=1)
+    add = socket_programs._add
+
+    def add_and_die(*args: Any) -> None:
+        add(*args)
+        die()
+
+    with clients(lab, answers=True) as traffic:
+        traffic.say("connect 50")
+        dispatcher = bench.dispatch(hook, name)
+        monkeypatch.setattr(socket_programs, "_add", add_and_die)
+        with Program.by_id(dispatcher.program_id) as program:
+            assert exit_code_of(partial(give, bench.peers, hook, program)) == -signal.SIGKILL
+        for _ in range(10):  # the kernel frees the map of who was killed when it comes to it
+            time.sleep(0.05)
+            assert counted(bench.peers, hook) == Counter({dispatcher.program_id: 100})
 
 
 def carry(source: Map, target: Map, wanted: Sockets) -> list[int | None]:

@@ -21,7 +21,6 @@ from contextlib import contextmanager
 import msgspec
 import numpy as np
 
-from hitless.hooks import SOCKMAP_LINK
 from hitless.kernel.codegen import (
     AND_IMM,
     EXIT,
@@ -41,9 +40,7 @@ from hitless.kernel.codegen import (
     STORE_IMM,
     Assembler,
 )  # fmt: skip
-from hitless.kernel.features import features
 from hitless.kernel.iterators import Iterator as Pass
-from hitless.kernel.links import Link
 from hitless.kernel.map_places import MapPlace
 from hitless.kernel.maps import ANY, Map, create
 from hitless.kernel.programs import Program
@@ -117,7 +114,8 @@ def give(held: Map, attach_type: str, program: Program) -> Given:
     """
     running = programs_of_sockets(held, attach_type)
     sockets = {key: cookie for key, cookie in list_sockets(held).items() if not running.get(cookie)}
-    with _beside(sockets) as giver, _attached(giver, program, attach_type):
+    with _beside(sockets) as giver:
+        MapPlace(giver.info.id, attach_type).put(program)
         outcomes = _add(held, sockets, giver)
     return _told(outcome for outcome in outcomes if outcome != -errno.EBUSY)  # it came with one after the look
 
@@ -132,24 +130,10 @@ def _told(outcomes: Iterable[int | None]) -> Given:
 @contextmanager
 def _beside(sockets: Sockets) -> Iterator[Map]:
     """A sockmap with room for as many; freed, it leaves sockets the programs that they have by then."""
+    # A socket that leaves a map with a verdict loses its own. But the kernel takes the programs of a map off when its
+    # last descriptor goes, also that of one who is killed here, and the sockets out of it only after that.
     with create(_SOCKMAP, "beside", 4, 8, max(1, len(sockets))) as made:
         yield made
-
-
-@contextmanager
-def _attached(held: Map, program: Program, attach_type: str) -> Iterator[None]:
-    # Detached before the map goes: a socket that leaves a map with a verdict loses its own. A link does so even if this
-    # process is killed; where the kernel has none (before Linux 6.10), who is killed right here leaves sockets without.
-    if SOCKMAP_LINK in features():
-        with Link.attach(program, held.fd, attach_type, f"map {held.info.label}"):
-            yield
-        return
-    place = MapPlace(held.info.id, attach_type)
-    place.put(program)
-    try:
-        yield
-    finally:
-        place.take_off(program)
 
 
 def _add(held: Map, sockets: Sockets, target: Map) -> list[int | None]:
