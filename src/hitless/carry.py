@@ -411,8 +411,6 @@ def _way_of_inner(old: MapSpec, new: MapSpec, rules: MapRules) -> Way | str | No
         return "what they are is not known"
     if diff.verdict == "identical":
         return None
-    if any(spec.value is not None and lock_offset(spec.value) is not None for spec in (before, after)):
-        return "they hold a bpf_spin_lock, and new inner maps are made without the type information that it needs"
     # In batches whatever the kernel can do: for many small maps, the programs would take longer than the copy.
     return way(before, after, inner_rules(rules), ())
 

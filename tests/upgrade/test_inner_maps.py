@@ -9,14 +9,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 import hitless
 from hitless.compare import compare
-from hitless.kernel.maps import Map, create
+from hitless.kernel.maps import Map, create_as
 from hitless.layout.codec import decode, encode
-from hitless.layout.elf import MAP_TYPES
+from hitless.layout.diff import diff_map
+from hitless.layout.members import lock_offset
 from hitless.layout.model import MapSpec
 from hitless.upgrade.inner_maps import slots_of
 from hitless.upgrade.status import status
@@ -96,11 +98,17 @@ def inner_spec(node: hitless.Node) -> MapSpec:
     return spec
 
 
+def inner_of(release: hitless.Bundle) -> MapSpec:
+    spec = release.maps["ports"].inner
+    assert spec is not None
+    return spec
+
+
 def put(node: hitless.Node, ports: Sequence[int], entries: Mapping[int, int] | None = None) -> Map:
     """What a daemon does: a new inner map, with counts by slot, for these ports of the running release."""
     spec, held = inner_spec(node), outer(node)
     assert spec.value is not None
-    made = create(MAP_TYPES.index(spec.type), "by_daemon", 4, spec.value_size, spec.max_entries)
+    made = create_as(spec)
     for slot, count in (entries or {}).items():
         made.update(number(slot), encode(spec.value, {"count": count}))
     for port in ports:
@@ -143,6 +151,35 @@ def test_inner_maps_and_outer_keys_are_converted(node: hitless.Node, lab: Lab, w
     assert inner_spec(node).value_size == 24
     assert (result.maps[1].action, result.maps[1].kind, result.maps[1].copied) == ("convert", "inner-maps", 3)
     assert status(node).problems == ()
+
+
+def types_of(node: hitless.Node, port: bytes) -> MapSpec:
+    """The inner map of a port as the kernel tells of it."""
+    return Map.by_id(slots_of(outer(node))[port]).spec("ports")
+
+
+def test_converted_inner_maps_have_the_types_of_the_new_release(node: hitless.Node, lab: Lab, write: Write) -> None:
+    hitless.apply(node, load(write("1"), lab))
+    put(node, [7])
+    hitless.apply(node, load(write("2", LARGE), lab))
+    found, wanted = types_of(node, number(7)), msgspec.structs.replace(inner_spec(node), name="ports")
+    assert diff_map(wanted, msgspec.structs.replace(wanted, key=found.key, value=found.value)).verdict == "identical"
+
+
+@pytest.mark.parametrize("inner_kind", ["HASH", "ARRAY"])
+def test_inner_maps_whose_values_a_lock_guards_are_converted_with_it(
+    node: hitless.Node, lab: Lab, write: Write, inner_kind: str
+) -> None:
+    lock = "struct bpf_spin_lock lock;"
+    old, new = (load(write(n, lock + tally, inner=inner_kind), lab) for n, tally in (("1", SMALL), ("2", LARGE)))
+    hitless.apply(node, old)
+    put(node, [7], {0: 70, 5: 75})
+    for release in (new, old):
+        hitless.apply(node, release, BACK)
+        value = types_of(node, number(7)).value
+        assert value is not None
+        assert lock_offset(value) == 0
+        assert {slot: count for slot, count in counts(node)[7].items() if count} == {0: 70, 5: 75}
 
 
 def totals(node: hitless.Node) -> dict[int, int]:
@@ -227,7 +264,8 @@ def test_a_slot_that_the_new_release_set_itself_stays_as_it_set_it(
 ) -> None:
     hitless.apply(node, load(write("1"), lab))
     put(node, [1, 2], {0: 1})
-    own = create(1, "own", 4, 24, 8)
+    new = load(write("2", LARGE, "__u64"), lab)
+    own = create_as(inner_of(new))
 
     def daemons(event: hitless.Progress) -> None:
         if event.step == "catch-up":
@@ -238,7 +276,7 @@ def test_a_slot_that_the_new_release_set_itself_stays_as_it_set_it(
                 outer(node).delete(number(port))
             put(node, [1, 2], {0: 7})
 
-    hitless.apply(node, load(write("2", LARGE, "__u64"), lab), progress=daemons)
+    hitless.apply(node, new, progress=daemons)
     assert slots_of(outer(node)) == {number(1, 8): own.info.id}
 
 
@@ -328,7 +366,7 @@ def test_an_error_after_the_cutover_takes_back_counts_and_slots(node: hitless.No
             if event.step != "commit":
                 return
             after = outer(node, "next")
-            made = create(1, "by_daemon", 4, 24, 8)
+            made = create_as(inner_of(new))
             made.update(number(0), number(0, 8) + number(20 + attempt, 8) + bytes(8))
             after.update(number(20 + attempt, 8), number(made.fd))
             after.delete(number(3, 8))
@@ -475,7 +513,7 @@ def test_hundreds_of_inner_maps_are_carried_where_few_files_may_be_open(
     node: hitless.Node, lab: Lab, write: Write
 ) -> None:
     hitless.apply(node, load(write("1", room=1024), lab))
-    made = [create(1, "by_daemon", 4, 8, 8) for _ in range(300)]
+    made = [create_as(inner_spec(node)) for _ in range(300)]
     for index, inner in enumerate(made):
         inner.update(number(0), number(index) + number(1))
     keys = np.arange(300, dtype=np.uint32).view(np.uint8).reshape(-1, 4)

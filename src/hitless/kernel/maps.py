@@ -18,12 +18,13 @@ from hitless.errors import KernelError, NodeError
 from hitless.kernel.libbpf import Object, check, ffi, lib, options, pinned_kind
 from hitless.kernel.names import in_kernel
 from hitless.layout.btf import Btf
+from hitless.layout.btf_writer import write_btf
 from hitless.layout.elf import MAP_TYPES
 from hitless.layout.model import MapSpec
 
 __all__ = [
-    "ANY", "EXIST", "F_LOCK", "NOEXIST", "Entries", "Map", "MapInfo", "Rows", "btf_bytes", "create", "is_alive",
-    "possible_cpus",
+    "ANY", "EXIST", "F_LOCK", "NOEXIST", "Entries", "Map", "MapInfo", "Rows", "btf_bytes", "create", "create_as",
+    "is_alive", "possible_cpus",
 ]  # fmt: skip
 
 ANY, NOEXIST, EXIST = 0, 1, 2
@@ -293,6 +294,25 @@ def create(kind: int, name: str, key_size: int, value_size: int, max_entries: in
     """A new map of the kernel's numeric type ``kind``; ``name`` is made one that the kernel takes."""
     fd = lib().bpf_map_create(kind, in_kernel(name), key_size, value_size, max_entries, opts)
     return Map(check(fd, "BPF_MAP_CREATE", name))
+
+
+def create_as(spec: MapSpec) -> Map:
+    """A new empty map as ``spec`` says, with the types of its key and value if BTF can tell them.
+
+    Raises KernelError.
+    """
+    opts = options("bpf_map_create_opts", map_flags=spec.flags, map_extra=spec.extra)
+    kind = MAP_TYPES.index(spec.type)
+    written = write_btf(spec.key, spec.value) if spec.key is not None and spec.value is not None else None
+    if written is None:
+        return create(kind, spec.name, spec.key_size, spec.value_size, spec.max_entries, opts)
+    what = f"the types of {spec.name}"
+    types = check(lib().bpf_btf_load(written.data, len(written.data), ffi.NULL), "BPF_BTF_LOAD", what)
+    try:
+        opts.btf_fd, (opts.btf_key_type_id, opts.btf_value_type_id) = types, written.ids
+        return create(kind, spec.name, spec.key_size, spec.value_size, spec.max_entries, opts)
+    finally:
+        os.close(types)
 
 
 @functools.cache

@@ -140,8 +140,9 @@ class Merger:
         self._asked = np.frombuffer(mmap.mmap(self._order.fd, mmap.PAGESIZE), np.uint32)
         code = _merge_code(self._record, leaves, self._records, self._order, new, base, lock)
         what = f"the merge program of map {name}"
-        # SYSCALL programs sleep, and what sleeps may neither use tries nor hold locks; XDP programs do both.
-        sleeps = lock is None and new.info.type != "lpm_trie"
+        # SYSCALL programs sleep, and what sleeps may not use tries, nor before Linux 6.9 maps with locks, even if it
+        # takes none: a section of variables, whose one record needs no sleep, may have one. XDP programs do both.
+        sleeps = lock is None and new.info.type != "lpm_trie" and new.info.max_entries > 1
         kind, flags = (_PROG_TYPE_SYSCALL, _F_SLEEPABLE) if sleeps else (_PROG_TYPE_XDP, 0)
         self._program = load_code(kind, f"merge_{name}", code, what, prog_flags=flags)
 

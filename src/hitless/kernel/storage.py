@@ -9,7 +9,6 @@ value. One run of a program settles one owner, and no kill cuts a run in half.
 from __future__ import annotations
 
 import errno
-import os
 import secrets
 import struct
 from collections.abc import Sequence
@@ -51,10 +50,11 @@ from hitless.kernel.codegen import (
     words,
 )  # fmt: skip
 from hitless.kernel.iterators import Iterator
-from hitless.kernel.libbpf import check, ffi, lib, options
-from hitless.kernel.maps import Map, Rows, create
+from hitless.kernel.libbpf import check, options
+from hitless.kernel.maps import Map, Rows, create, create_as
 from hitless.kernel.merger import _EXTREMES, Mode, _extreme, _merge_leaf, _Record
 from hitless.layout.conversion import Leaf
+from hitless.layout.model import Array, Int, MapSpec
 
 __all__ = ["Settler", "Teller", "Told", "create_base", "create_storage", "probe_storage"]
 
@@ -63,9 +63,8 @@ Flags = npt.NDArray[np.bool_]
 
 
 class _Owner(msgspec.Struct, frozen=True):
-    """A type of storage: its number, the iterator over owners, where that one's context has them, helper numbers."""
+    """A type of storage: the iterator over owners, where that one's context has them, helper numbers."""
 
-    type: int
     target: str
     member: int
     get: int
@@ -73,9 +72,9 @@ class _Owner(msgspec.Struct, frozen=True):
 
 
 _OWNERS = {
-    "sk_storage": _Owner(24, "bpf_sk_storage_map", 16, 107, 108),
-    "task_storage": _Owner(29, "task", 8, 156, 157),
-    "cgrp_storage": _Owner(32, "cgroup", 8, 210, 211),
+    "sk_storage": _Owner("bpf_sk_storage_map", 16, 107, 108),
+    "task_storage": _Owner("task", 8, 156, 157),
+    "cgrp_storage": _Owner("cgroup", 8, 210, 211),
 }
 _COOKIE = 46  # bpf_get_socket_cookie
 _CREATE = 1  # BPF_LOCAL_STORAGE_GET_F_CREATE
@@ -111,23 +110,9 @@ def probe_storage(kind: str) -> None:
 
 def create_storage(kind: str, flags: int, name: str, size: int) -> Map:
     """A map of local storage of this ``kind``, with values of ``size`` bytes and the head of a base before them."""
-    btf = _byte_types(_VALUE + size)
-    types = check(lib().bpf_btf_load(btf, len(btf), ffi.NULL), "BPF_BTF_LOAD", f"the types of {name}")
-    try:
-        opts = options("bpf_map_create_opts", btf_fd=types, btf_key_type_id=1, btf_value_type_id=3)
-        opts.map_flags = flags
-        return create(_OWNERS[kind].type, name, 4, _VALUE + size, 0, opts)
-    finally:
-        os.close(types)
-
-
-def _byte_types(size: int) -> bytes:
-    """BTF, which the kernel wants of every storage map: 1 is an int, 3 an array of ``size`` bytes."""
-    strings = b"\0int\0byte\0"
-    types = struct.pack("=IIII", 1, 1 << 24, 4, 1 << 24 | 32)
-    types += struct.pack("=IIII", 5, 1 << 24, 1, 8)
-    types += struct.pack("=IIIIII", 0, 3 << 24, 0, 2, 1, size)
-    return struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(strings)) + types + strings
+    size += _VALUE
+    value = Array(Int("byte", 1, False), size)  # the kernel wants types of every storage map
+    return create_as(MapSpec(name, kind, 4, size, 0, flags, key=Int("int", 4, True), value=value))
 
 
 class Told(msgspec.Struct, frozen=True):

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import errno
 import mmap
-import os
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -59,17 +57,18 @@ from hitless.kernel.codegen import (
 )  # fmt: skip
 from hitless.kernel.elders import bind_elders
 from hitless.kernel.iterators import Iterator
-from hitless.kernel.libbpf import check, ffi, lib, options
-from hitless.kernel.maps import Map, create
+from hitless.kernel.libbpf import options
+from hitless.kernel.maps import Map, create, create_as
 from hitless.kernel.per_entry import Scratch, count
 from hitless.kernel.programs import Program, load_code
 from hitless.kernel.vmlinux import offsets
+from hitless.layout.model import Int, MapSpec
 
 __all__ = ["KINDS", "PARTS", "WITNESSES", "Kind", "Left", "Switchboard"]
 
 _TAIL_CALL, _FULLSOCK, _STORAGE_GET = 12, 95, 107  # bpf_tail_call, bpf_sk_fullsock, bpf_sk_storage_get
 _F_CREATE = 1  # BPF_SK_STORAGE_GET_F_CREATE
-_ARRAY, _PROG_ARRAY, _SK_STORAGE = 2, 3, 24  # BPF_MAP_TYPE_*
+_ARRAY, _PROG_ARRAY = 2, 3  # BPF_MAP_TYPE_*
 _NO_PREALLOC, _MMAPABLE = 1, 1 << 10  # BPF_F_*
 _CLOSED, _LISTENING = 7, 10  # BPF_TCP_*, and a socket of datagrams that is not connected is closed
 _STREAM = 1  # SOCK_STREAM
@@ -362,17 +361,9 @@ class Switchboard:
 
 
 def _create_storage() -> Map:
-    # BTF, which the kernel wants of every storage map: here of one type, an int.
-    strings = b"\0int\0"
-    types = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, 16, 16, len(strings))
-    types += struct.pack("=IIII", 1, 1 << 24, 4, 32) + strings
-    btf = check(lib().bpf_btf_load(types, len(types), ffi.NULL), "BPF_BTF_LOAD", "the types of board_storage")
-    try:
-        opts = options("bpf_map_create_opts", btf_fd=btf, btf_key_type_id=1, btf_value_type_id=1)
-        opts.map_flags = _NO_PREALLOC  # and not BPF_F_CLONE: a listener is older than the connections it takes
-        return create(_SK_STORAGE, "board_storage", 4, 4, 0, opts)
-    finally:
-        os.close(btf)
+    """Connections by their switch. No BPF_F_CLONE: a listener is older than the connections it takes."""
+    word = Int("int", 4, True)  # the kernel wants types of every storage map
+    return create_as(MapSpec("board_storage", "sk_storage", 4, 4, 0, _NO_PREALLOC, key=word, value=word))
 
 
 def _number(number: int) -> bytes:

@@ -29,8 +29,7 @@ import numpy as np
 from hitless.carry import way
 from hitless.errors import KernelError, NodeError, VerifyError
 from hitless.kernel.bpffs import make_directory, remove_tree
-from hitless.kernel.libbpf import options
-from hitless.kernel.maps import Map, Rows, create
+from hitless.kernel.maps import Map, Rows, create, create_as
 from hitless.layout.conversion import Conversion
 from hitless.layout.diff import MapDiff, diff_inner, diff_map
 from hitless.layout.elf import MAP_TYPES
@@ -80,13 +79,11 @@ class Trade(msgspec.Struct, frozen=True):
         )
 
     def target(self, source: Map) -> Map:
-        """A new empty inner map to take the place of ``source``; it has no BTF. Raises KernelError."""
+        """A new empty inner map to take the place of ``source``. Raises KernelError."""
         spec, room = self.new, self.new.max_entries
         if source.info.max_entries != self.old.max_entries:  # whoever made it chose a size of its own
             room = source.info.max_entries
-        opts = options("bpf_map_create_opts", map_flags=spec.flags, map_extra=spec.extra)
-        kind = MAP_TYPES.index(spec.type)
-        return create(kind, spec.name, spec.key_size, spec.value_size, room, opts)
+        return create_as(msgspec.structs.replace(spec, max_entries=room))
 
     def back(self) -> Trade:
         """The same with the sides changed. What the old layout cannot hold stays behind."""
