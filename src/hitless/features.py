@@ -17,11 +17,12 @@ from hitless.hooks import SLEEPABLE, SOCKMAP_LINK, TCX
 from hitless.layout.answers import ANSWERS
 
 __all__ = [
-    "CGROUP_UNIX", "FEATURES", "FILTERS", "KERNEL_MEMORY", "MEMBARRIER", "NETFILTER_LINK", "STRUCT_OPS_LINK", "Feature",
-    "require",
+    "CGROUP_UNIX", "EVENT_INFO", "FEATURES", "FILTERS", "KERNEL_MEMORY", "MEMBARRIER", "NETFILTER_LINK",
+    "STRUCT_OPS_LINK", "Feature", "require",
 ]  # fmt: skip
 
 CGROUP_UNIX = "cgroup unix hooks"
+EVENT_INFO = "perf_event link info"
 FILTERS = "tc filters"
 KERNEL_MEMORY = "reading kernel memory"
 MEMBARRIER = "membarrier"
@@ -97,6 +98,12 @@ FEATURES: tuple[Feature, ...] = (
         _REFUSED % "netfilter hooks",
     ),
     Feature(
+        EVENT_INFO,
+        "Linux 6.6 with CONFIG_PERF_EVENTS, CAP_PERFMON",
+        "one is attached and asked what it is attached to",
+        _REFUSED % "hooks of tracepoints, probes or perf events",
+    ),
+    Feature(
         SOCKMAP_LINK,
         "Linux 6.10",
         "a link is asked for on a map that does not exist",
@@ -125,8 +132,9 @@ FEATURES: tuple[Feature, ...] = (
 """All that can be tried, in the order in which they are told."""
 
 _HOOKS: Mapping[str, str] = {
-    "netfilter": NETFILTER_LINK, "sk_msg": KERNEL_MEMORY, "sk_skb": KERNEL_MEMORY, "struct_ops": STRUCT_OPS_LINK,
-    "tc-egress": FILTERS, "tc-ingress": FILTERS,
+    "netfilter": NETFILTER_LINK, "perf_event": EVENT_INFO, "sk_msg": KERNEL_MEMORY, "sk_skb": KERNEL_MEMORY,
+    "struct_ops": STRUCT_OPS_LINK, "tc-egress": FILTERS, "tc-ingress": FILTERS, "tracepoint": EVENT_INFO,
+    "uprobe": EVENT_INFO, "uretprobe": EVENT_INFO,
 }  # fmt: skip
 
 

@@ -321,6 +321,7 @@ char _license[] SEC("license") = "GPL";
 """
 
 
+@pytest.mark.needs("cgroup unix hooks")
 def test_a_hook_where_no_connection_can_be_told_is_refused_by_name(lab: Lab, tmp_path: Path) -> None:
     write_release(tmp_path, "1.0", UNIX, manifest(1, ("count",)))
     node = hitless.Node(lab.bpffs / "store")

@@ -22,6 +22,7 @@ from hitless.upgrade.record import read_record, write_record
 from hitless.upgrade.status import status
 from meshd.demo.lab import Lab
 from tests.cli.test_commands import as_json, hitless_command
+from tests.patience import often
 from tests.releases import ATTACH, COUNTING, write_release
 from tests.upgrade import test_globals, test_map_types, test_sockets
 from tests.upgrade.conftest import Make, Release, everything
@@ -105,8 +106,8 @@ def test_no_increment_is_lost_or_gained_while_it_goes_back_and_forth(
         while time.monotonic() < until:
             hitless.rollback(node, allow_loss=LOST)
             turns += 1
-    assert turns > 10
-    assert sum(tries.values()) > 5_000
+    assert turns >= often(10)
+    assert sum(tries.values()) > often(5_000)
     assert counted(node) == tries
 
 

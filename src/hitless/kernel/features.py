@@ -13,7 +13,15 @@ from pathlib import Path
 
 from hitless.carry import ITERATE_HASH, VISITED, visiting
 from hitless.errors import KernelError, UnsupportedError
-from hitless.features import CGROUP_UNIX, FILTERS, KERNEL_MEMORY, MEMBARRIER, NETFILTER_LINK, STRUCT_OPS_LINK
+from hitless.features import (
+    CGROUP_UNIX,
+    EVENT_INFO,
+    FILTERS,
+    KERNEL_MEMORY,
+    MEMBARRIER,
+    NETFILTER_LINK,
+    STRUCT_OPS_LINK,
+)
 from hitless.hooks import SLEEPABLE, SOCKMAP_LINK, TCX
 from hitless.kernel.barrier import call_membarrier, wait_for_sleepable_programs
 from hitless.kernel.codegen import EXIT, FP, MOV_IMM, R0, R1, R2, R3, Assembler
@@ -25,6 +33,7 @@ from hitless.kernel.names import attach_number, program_number
 from hitless.kernel.programs import Program, load_code
 from hitless.kernel.sockets import probe_sockets
 from hitless.kernel.storage import create_storage, probe_storage
+from hitless.kernel.tracing import attach_event
 from hitless.layout.answers import ANSWERS, answer
 
 __all__ = ["absence", "boot_id", "features", "is_known", "release"]
@@ -34,6 +43,7 @@ _F_NO_PREALLOC, _F_MMAPABLE = 1, 1 << 10  # BPF_F_*
 _PROBE_READ_KERNEL = 113  # bpf_probe_read_kernel
 _NO_INTERFACE = 0x7FFFFFFF
 _NO_FILE = -1
+_NEVER = 1 << 62  # a period that no count reaches
 _WITH_ELDERS = (TCX, SOCKMAP_LINK)  # what else would be done because of who asks, and be said to be for the kernel
 _TRACE_FENTRY = 24  # BPF_TRACE_FENTRY: libbpf looks for a function by its own name
 
@@ -134,6 +144,13 @@ def _link(program: str, attach_type: str, loaded_as: str, target: int, answered:
         check(fd, "BPF_LINK_CREATE", f"{attach_type} of what does not exist")
 
 
+def _tell_of_an_event() -> None:
+    cpu = min(os.sched_getaffinity(0))
+    with _load("perf_event", "") as loaded, attach_event(loaded, "page-faults", _NEVER, cpu) as link:
+        if not link.info.attach_type:
+            raise UnsupportedError("the kernel does not tell what such a link is attached to", feature=EVENT_INFO)
+
+
 def _search(function: str) -> None:
     what = f"{function} of the kernel's BTF (/sys/kernel/btf/vmlinux)"
     check(lib().libbpf_find_vmlinux_btf_id(function.encode(), _TRACE_FENTRY), "libbpf_find_vmlinux_btf_id", what)
@@ -155,6 +172,7 @@ _PROBES: Mapping[str, Callable[[], None]] = {
     TCX: functools.partial(_link, "sched_cls", "tcx_ingress", "", _NO_INTERFACE, errno.ENODEV),
     FILTERS: probe_filters,
     NETFILTER_LINK: functools.partial(_load_only, "netfilter", "netfilter"),
+    EVENT_INFO: _tell_of_an_event,
     SOCKMAP_LINK: functools.partial(_link, "sk_msg", "sk_msg_verdict", "sk_msg_verdict", _NO_FILE, errno.EBADF),
     KERNEL_MEMORY: _read_kernel_memory,
     STRUCT_OPS_LINK: functools.partial(_search, "bpf_struct_ops_link_create"),
