@@ -15,15 +15,17 @@ from hitless.carry import ITERATE_HASH, VISITED, visiting
 from hitless.errors import UnsupportedError
 from hitless.hooks import SLEEPABLE, SOCKMAP_LINK, TCX
 from hitless.layout.answers import ANSWERS
+from hitless.layout.members import lock_offset
 
 __all__ = [
-    "CGROUP_UNIX", "EVENT_INFO", "FEATURES", "FILTERS", "KERNEL_MEMORY", "MEMBARRIER", "NETFILTER_LINK",
+    "CGROUP_UNIX", "EVENT_INFO", "FEATURES", "FILTERS", "INNER_LOCK", "KERNEL_MEMORY", "MEMBARRIER", "NETFILTER_LINK",
     "STRUCT_OPS_LINK", "Feature", "require",
 ]  # fmt: skip
 
 CGROUP_UNIX = "cgroup unix hooks"
 EVENT_INFO = "perf_event link info"
 FILTERS = "tc filters"
+INNER_LOCK = "bpf_spin_lock in an inner map"
 KERNEL_MEMORY = "reading kernel memory"
 MEMBARRIER = "membarrier"
 NETFILTER_LINK = "netfilter link"
@@ -127,6 +129,12 @@ FEATURES: tuple[Feature, ...] = (
         "a program that does nothing is loaded",
         _REFUSED % "hooks of Unix sockets",
     ),
+    Feature(
+        INNER_LOCK,
+        "Linux 6.2",
+        "an array with one is put into a map of maps",
+        _REFUSED % "such inner maps",
+    ),
     *(Feature(f"map/{kind}", since, "one is made and let go", _REFUSED % "such maps") for kind, since in _MAPS.items()),
 )
 """All that can be tried, in the order in which they are told."""
@@ -152,6 +160,9 @@ def require(bundle: Bundle, features: Container[str], running_may_sleep: bool) -
     for spec in bundle.maps.values():
         if spec.type in _MAPS and f"map/{spec.type}" not in features:
             raise _missing(f"map/{spec.type}", f"map {spec.name} ({spec.type})")
+        inner = spec.inner.value if spec.inner is not None else None
+        if inner is not None and lock_offset(inner) is not None and INNER_LOCK not in features:
+            raise _missing(INNER_LOCK, f"map {spec.name} ({spec.type})")
     sleeping = [program.name for program in bundle.programs.values() if program.may_sleep]
     if (sleeping or running_may_sleep) and SLEEPABLE not in features:
         who = f"waiting for {', '.join(sleeping) or 'programs of what runs'}, which may sleep,"

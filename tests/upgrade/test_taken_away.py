@@ -18,7 +18,7 @@ import pytest
 import hitless
 from hitless.carry import ITERATE_HASH
 from hitless.errors import KernelError, UnsupportedError
-from hitless.features import FEATURES, MEMBARRIER
+from hitless.features import EVENT_INFO, FEATURES, INNER_LOCK, MEMBARRIER
 from hitless.hooks import SLEEPABLE
 from hitless.kernel import barrier
 from hitless.kernel.features import features
@@ -39,6 +39,14 @@ char _license[] SEC("license") = "GPL";
 """
 ASLEEP = 'SEC("iter.s/task") int asleep(void *ctx) { return 0; }\n'
 BLOOM = 'struct { __uint(type, 30); __uint(max_entries, 8); __type(value, __u32); } seen SEC(".maps");\n'
+GUARDED = """
+struct guarded { struct bpf_spin_lock lock; __u32 count; };
+MAP(whole, ARRAY, 1, __u32, struct guarded);  // and it makes the compiler tell the layout
+struct inner { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 1); __type(key, __u32);
+               __type(value, struct guarded); };
+struct { __uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS); __uint(max_entries, 1); __type(key, __u32);
+         __array(values, struct inner); } outer SEC(".maps");
+"""
 ENTRY = '[[attach]]\nprogram = "early"\nhook = "netfilter"\ntarget = "${netns}"\nlink = "early"\n'
 POINT = 'family = "ipv4"\npoint = "input"\npriority = 7\n'
 LOCAL = '[[attach]]\nprogram = "local"\nhook = "cgroup"\ntarget = "${cgroup}"\nlink = "local"\n'
@@ -58,7 +66,8 @@ BLIND = "mount -t tmpfs none /sys/kernel/btf && exec "
         ("cgroup unix hooks", "", LOCAL),
         ("map/bloom_filter", BLOOM, ""),
         ("tc filters", "", FILTER),
-        ("perf_event link info", "", TRACED),
+        (INNER_LOCK, GUARDED, ""),
+        (EVENT_INFO, "", TRACED),
         (SLEEPABLE, ASLEEP, ""),
     ],
 )

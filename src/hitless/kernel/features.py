@@ -17,6 +17,7 @@ from hitless.features import (
     CGROUP_UNIX,
     EVENT_INFO,
     FILTERS,
+    INNER_LOCK,
     KERNEL_MEMORY,
     MEMBARRIER,
     NETFILTER_LINK,
@@ -28,17 +29,18 @@ from hitless.kernel.codegen import EXIT, FP, MOV_IMM, R0, R1, R2, R3, Assembler
 from hitless.kernel.filters import probe_filters
 from hitless.kernel.iterators import Iterator
 from hitless.kernel.libbpf import PASSING, check, ffi, lib, options
-from hitless.kernel.maps import create
+from hitless.kernel.maps import create, create_as
 from hitless.kernel.names import attach_number, program_number
 from hitless.kernel.programs import Program, load_code
 from hitless.kernel.sockets import probe_sockets
 from hitless.kernel.storage import create_storage, probe_storage
 from hitless.kernel.tracing import attach_event
 from hitless.layout.answers import ANSWERS, answer
+from hitless.layout.model import Field, Int, MapSpec, Record
 
 __all__ = ["absence", "boot_id", "features", "is_known", "release"]
 
-_HASH, _BLOOM_FILTER, _USER_RINGBUF, _ARENA = 1, 30, 31, 33  # BPF_MAP_TYPE_*
+_HASH, _ARRAY_OF_MAPS, _BLOOM_FILTER, _USER_RINGBUF, _ARENA = 1, 12, 30, 31, 33  # BPF_MAP_TYPE_*
 _F_NO_PREALLOC, _F_MMAPABLE = 1, 1 << 10  # BPF_F_*
 _PROBE_READ_KERNEL = 113  # bpf_probe_read_kernel
 _NO_INTERFACE = 0x7FFFFFFF
@@ -156,6 +158,14 @@ def _search(function: str) -> None:
     check(lib().libbpf_find_vmlinux_btf_id(function.encode(), _TRACE_FENTRY), "libbpf_find_vmlinux_btf_id", what)
 
 
+def _put_lock_into_inner_map() -> None:
+    word = Int("__u32", 4, False)
+    lock = Record("bpf_spin_lock", 4, (Field("val", word, 0),))
+    spec = MapSpec("probe", "array", 4, 4, 1, key=word, value=Record("held", 4, (Field("lock", lock, 0),)))
+    with create_as(spec) as inner:
+        create(_ARRAY_OF_MAPS, "probe", 4, 4, 1, options("bpf_map_create_opts", inner_map_fd=inner.fd)).close()
+
+
 def _make(kind: int, value_size: int, max_entries: int, flags: int = 0) -> None:
     create(kind, "probe", 0, value_size, max_entries, options("bpf_map_create_opts", map_flags=flags)).close()
 
@@ -177,6 +187,7 @@ _PROBES: Mapping[str, Callable[[], None]] = {
     KERNEL_MEMORY: _read_kernel_memory,
     STRUCT_OPS_LINK: functools.partial(_search, "bpf_struct_ops_link_create"),
     CGROUP_UNIX: functools.partial(_load_only, "cgroup_sock_addr", "cgroup_unix_connect"),
+    INNER_LOCK: _put_lock_into_inner_map,
     "map/bloom_filter": functools.partial(_make, _BLOOM_FILTER, 4, 1),
     "map/user_ringbuf": functools.partial(_make, _USER_RINGBUF, 0, os.sysconf("SC_PAGE_SIZE")),
     "map/cgrp_storage": functools.partial(_make_storage, "cgrp_storage"),
