@@ -19,7 +19,7 @@ from tests.matrix import HOUSE, STATE, MatrixError
 from tests.matrix.environments import ENVIRONMENTS, Elsewhere, prepare
 from tests.matrix.image import write_base, write_initrd
 from tests.matrix.machine import Guest, Here, Run, look_for_qemu, settings
-from tests.matrix.packages import KERNELS, Kernel, obtain
+from tests.matrix.packages import KERNELS, NEWEST, Kernel, obtain, obtain_newest
 from tests.matrix.report import Results, Row, document, load, read, save, table
 from tests.matrix.selection import LESS, SAMPLE, SLOWNESS, TESTS
 
@@ -32,7 +32,7 @@ _REST = 300.0  # s: booting, and imports before the first test
 
 def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description="Run kernel tests on other kernels.")
-    parser.add_argument("--kernel", choices=KERNELS, help="only this one (all of them)")
+    parser.add_argument("--kernel", choices=(*KERNELS, NEWEST), help="only this one (all of them)")
     parser.add_argument("--sample", action="store_true", help="a few tests on the oldest kernel, in three minutes")
     parser.add_argument("--host", action="store_true", help="no kernels, only the Pythons and libbpfs on this one's")
     parser.add_argument(
@@ -114,27 +114,45 @@ def _environments(matrix: _Matrix, objects: Path) -> list[Elsewhere]:
 def _run(chosen: argparse.Namespace) -> Results:
     objects = STATE / "objects"
     objects.mkdir(parents=True, exist_ok=True)
-    matrix = _Matrix()
-    kernels = [] if chosen.host else _obtained(chosen)
+    matrix, wanted = _Matrix(), _wanted(chosen)
+    if wanted:
+        look_for_qemu()
+    kernels = [_told(obtain(name, STATE / "packages")) for name in wanted if name != NEWEST]
+    newest = _newest(matrix) if NEWEST in wanted else None
     if not chosen.sample and not chosen.kernel:
         matrix.run(_environments(matrix, objects))
-    if kernels:
-        _guests(kernels, chosen, matrix, objects)
+    if kernels or newest:
+        _guests(kernels, newest, chosen, matrix, objects)
     return Results(tuple(matrix.rows), matrix.problems, matrix.doctor)
 
 
-def _obtained(chosen: argparse.Namespace) -> list[Kernel]:
-    """The kernels that are wanted; that they cannot be had is said before anything runs."""
-    look_for_qemu()
-    kernels = []
-    for name in KERNELS[:1] if chosen.sample else (chosen.kernel,) if chosen.kernel else KERNELS:
-        kernels.append(obtain(name, STATE / "packages"))
-        _say(f"Linux {name} is Debian's {kernels[-1].release}.")
-    return kernels
+def _wanted(chosen: argparse.Namespace) -> tuple[str, ...]:
+    if chosen.host:
+        return ()
+    if chosen.kernel:
+        return (chosen.kernel,)
+    return KERNELS[:1] if chosen.sample else (*KERNELS, NEWEST)
 
 
-def _guests(kernels: Sequence[Kernel], chosen: argparse.Namespace, matrix: _Matrix, objects: Path) -> None:
-    tests = SAMPLE if chosen.sample else TESTS
+def _told(kernel: Kernel) -> Kernel:
+    _say(f"Linux {kernel.name} is Debian's {kernel.release}.")
+    return kernel
+
+
+def _newest(matrix: _Matrix) -> Kernel | None:
+    """The newest kernel, if it can be had; why not is a problem of the matrix, whose other rows have no part in it."""
+    try:
+        return _told(obtain_newest(STATE / "packages"))
+    except MatrixError as error:
+        matrix.problems["newest Linux"] = error.message
+        _say(f"  {error.message}")
+        return None
+
+
+def _guests(
+    kernels: Sequence[Kernel], newest: Kernel | None, chosen: argparse.Namespace, matrix: _Matrix, objects: Path
+) -> None:
+    tests = TESTS if kernels and not chosen.sample else SAMPLE
     _say("The same tests on this machine first, which compiles what guests have no compiler for.")
     matrix.run([Here(STATE / "here", tests, objects)])
     here = next((row.seconds for row in matrix.rows if row.name == "here"), None)
@@ -144,15 +162,17 @@ def _guests(kernels: Sequence[Kernel], chosen: argparse.Namespace, matrix: _Matr
     base = STATE / "base.cpio"
     write_base(base, objects)
     _say(f"The root of guests has {base.stat().st_size >> 20} MiB. They emulate, and take about ten times as long.")
-    guests = []
-    for kernel in kernels:
-        initrd, folder, limit = STATE / f"{kernel.name}.cpio", STATE / kernel.name, _REST + SLOWNESS * here
+
+    def guest(kernel: Kernel, place: str, tests: tuple[str, ...], parameters: str = "", what: str = "") -> Guest:
+        initrd, limit = STATE / f"{place}.cpio", _REST + SLOWNESS * here
         write_initrd(initrd, base, kernel, settings(tests, objects))
-        guests.append(Guest(kernel, initrd, folder, limit, chosen.accel))
-    if not chosen.sample:
-        initrd, folder = STATE / "less.cpio", STATE / "less"
-        write_initrd(initrd, base, kernels[-1], settings(SAMPLE, objects))
-        guests.append(Guest(kernels[-1], initrd, folder, limit, chosen.accel, LESS, ", locked down"))
+        return Guest(kernel, initrd, STATE / place, limit, chosen.accel, parameters, what)
+
+    guests = [guest(kernel, kernel.name, tests) for kernel in kernels]
+    if kernels and not chosen.sample:
+        guests.append(guest(kernels[-1], "less", SAMPLE, LESS, ", locked down"))
+    if newest:
+        guests.append(guest(newest, "newest", SAMPLE, what=", newest"))
     matrix.run(guests)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -16,15 +15,14 @@ import msgspec
 
 from hitless.kernel.libbpf import lib
 from tests.matrix import HOUSE, MatrixError
+from tests.matrix.debian import know, run
 from tests.matrix.machine import Brought, Run
 from tests.matrix.selection import ENVIRONMENT_TESTS, arguments
 
 __all__ = ["ENVIRONMENTS", "Elsewhere", "Environment", "find_python", "libbpf_of", "prepare", "venv_of"]
 
 _LONGEST = 1800.0  # s
-_PATIENCE = 900.0  # s for a registry, or for a compiler
 _OLDEST = (1, 1)
-_KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 
 class Environment(msgspec.Struct, frozen=True):
@@ -129,12 +127,12 @@ def venv_of(python: Path, folder: Path) -> Path:
     log = folder.with_name(f"{folder.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
-    _run([python, "-m", "venv", folder], log, f"{python} cannot make a venv in {folder}")
+    run([python, "-m", "venv", folder], log, f"{python} cannot make a venv in {folder}")
     pip: list[str | Path] = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     packages = [*pip, "--require-hashes", "--only-binary", ":all:", "-r", HOUSE / "requirements.txt"]
     refused = f"{inside} could not install requirements.txt, so see whether the registry answers"
-    _run(packages, log, refused)
-    _run([*pip, "--no-deps", "--no-build-isolation", "-e", HOUSE], log, f"{inside} could not install the project")
+    run(packages, log, refused)
+    run([*pip, "--no-deps", "--no-build-isolation", "-e", HOUSE], log, f"{inside} could not install the project")
     done.write_text(wanted)
     return inside
 
@@ -154,13 +152,13 @@ def libbpf_of(debian: str, state: Path) -> Path:
         return folder
     work = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(work, ignore_errors=True)
-    (work / "lists" / "partial").mkdir(parents=True)
+    work.mkdir(parents=True)
     log = folder.with_name(f"{folder.name}.log")
     log.write_text("")
     source = _source(debian, work, log)
     made = work / "made"
     flags = ["CFLAGS=-O2 -w -std=gnu89", f"OBJDIR={made}"]  # a compiler that warns of more than Debian's is no error
-    _run(["make", "-s", "-C", source, *flags, made / "libbpf.so.1"], log, f"libbpf of {debian} cannot be compiled")
+    run(["make", "-s", "-C", source, *flags, made / "libbpf.so.1"], log, f"libbpf of {debian} cannot be compiled")
     shutil.rmtree(made / "sharedobjs")
     made.rename(folder)
     shutil.rmtree(work)
@@ -169,51 +167,12 @@ def libbpf_of(debian: str, state: Path) -> Path:
 
 def _source(debian: str, work: Path, log: Path) -> Path:
     """Download and unpack libbpf's source; return where its Makefile is."""
-    (work / "sources.list").write_text(f"deb-src [signed-by={_KEYRING}] {_mirror(log)} {debian} main\n")
-    own = {
-        "Dir::Etc::SourceList": work / "sources.list", "Dir::Etc::SourceParts": "/dev/null",
-        "Dir::State::Lists": work / "lists", "Dir::Cache": work, "APT::Sandbox::User": "root",
-        "APT::Update::Error-Mode": "any",
-    }  # fmt: skip
-    apt = ["apt-get", "-qq", *(part for name, value in own.items() for part in ("-o", f"{name}={value}"))]
     refused = f"libbpf's source is not to be had from Debian {debian}"
-    _run([*apt, "update"], log, refused)
-    _run([*apt, "source", "--download-only", "--only-source", "libbpf"], log, refused, work)
+    options = know("deb-src", [debian], work, log, refused)
+    run(["apt-get", *options, "-qq", "source", "--download-only", "--only-source", "libbpf"], log, refused, work)
     archives = sorted(work.glob("libbpf_*.orig.tar.*"))
     if not archives:
         raise MatrixError(f"{refused}: what apt-get downloaded has no libbpf_*.orig.tar; see {log}")
-    _run(["tar", "-xf", archives[0]], log, f"{archives[0]} could not be unpacked", work)
+    run(["tar", "-xf", archives[0]], log, f"{archives[0]} could not be unpacked", work)
     (makefile,) = work.glob("*/src/Makefile")
     return makefile.parent
-
-
-def _mirror(log: Path) -> str:
-    """Where this machine has Debian from."""
-    wanted = ["Created-By: Packages", "Origin: Debian", "Label: Debian"]
-    asked = ["apt-get", "indextargets", "--format", "$(SITE)", *wanted]
-    said = _run(asked, log, "apt-get does not say where this machine has Debian from")
-    found = said.split()
-    if not found:
-        raise MatrixError("apt knows no mirror of Debian on this machine: run apt-get update")
-    return found[0]
-
-
-def _run(command: Sequence[str | Path], log: Path, otherwise: str, folder: Path | None = None) -> str:
-    """What a command printed, which is in ``log`` too. Raises MatrixError, which begins with ``otherwise``."""
-    try:
-        done = subprocess.run(
-            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-            check=False, timeout=_PATIENCE,
-        )  # fmt: skip
-    except FileNotFoundError as error:
-        raise MatrixError(f"{otherwise}: {command[0]} is not installed") from error
-    except subprocess.TimeoutExpired as error:
-        raise MatrixError(f"{otherwise}: {command[0]} gave no answer in {_PATIENCE:g} s") from error
-    with log.open("a") as file:
-        file.write(done.stdout + done.stderr)
-    if done.returncode:
-        lines = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
-        errors = [line for line in lines if re.match(r"E: |ERROR: |.*\berror:", line)] or lines[-1:]
-        said = re.sub(r"^(E|ERROR): ", "", errors[0])
-        raise MatrixError(f"{otherwise}: {said}; see {log}")
-    return done.stdout

@@ -162,13 +162,13 @@ class Here(Run):
 class Guest(Run):
     """A kernel in a virtual machine, which boots, runs its tests and switches itself off.
 
-    ``parameters`` are for its command line, and ``less`` is what the name of the row says of them.
+    ``parameters`` are for its command line, and ``what`` it is besides its version is in the name of its row.
     """
 
     def __init__(
-        self, kernel: Kernel, initrd: Path, folder: Path, limit: float, accel: str, parameters: str = "", less: str = ""
+        self, kernel: Kernel, initrd: Path, folder: Path, limit: float, accel: str, parameters: str = "", what: str = ""
     ) -> None:
-        super().__init__(f"Linux {kernel.name}{less}", folder, limit)
+        super().__init__(f"Linux {kernel.name}{what}", folder, limit)
         self._kernel = kernel
         self._parameters = parameters
         self._initrd = initrd

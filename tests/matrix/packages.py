@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from tests.matrix import MatrixError
+from tests.matrix.debian import know, run
 
-__all__ = ["KERNELS", "Kernel", "obtain"]
+__all__ = ["KERNELS", "NEWEST", "Kernel", "obtain", "obtain_newest"]
 
 KERNELS = ("6.1", "6.12")
 """The lines of kernels that the matrix has."""
 
-_PATIENCE = 600.0  # s for the registry
+NEWEST = "newest"
+"""The name of a line that has no number: it has the newest kernel, whichever that is today."""
+
+_RELEASES = ("trixie-backports", "unstable")  # of Debian; now one and now the other has the newer kernel
+_GENERAL = "linux-image-cloud-amd64"
 
 
 class Kernel(msgspec.Struct, frozen=True):
@@ -43,50 +47,75 @@ def obtain(name: str, folder: Path) -> Kernel:
 
     Raises MatrixError.
     """
-    package = _find(name)
-    kernel = Kernel(name, package.removeprefix("linux-image-"), folder / package)
+    log = _log(folder, name)
+    generals = (f"linux-image-{name}-cloud-amd64", _GENERAL)
+    refused = (
+        f"Linux {name} is not to be had here, so run apt-get update, or take Debian 12, whose registry has it: "
+        f"apt was asked for {' and '.join(generals)}"
+    )
+    known = [each for each in _depends(generals, (), log, refused) if each.startswith("linux-image-")]
+    for package in known:
+        if re.match(rf"linux-image-{re.escape(name)}[.-]", package):
+            gone = f"apt-get could not download {package}, so see whether the registry answers, and run apt-get update"
+            return _unpacked(name, package, folder, (), log, gone)
+    raise MatrixError(f"{refused}, and knows {' and '.join(known) or 'no kernel by them'}; see {log}")
+
+
+def obtain_newest(folder: Path) -> Kernel:
+    """The newest kernel that Debian has today, likewise. Raises MatrixError."""
+    log = _log(folder, NEWEST)
+    refused = f"The newest kernel is not to be had from Debian {' and '.join(_RELEASES)}"
+    options = know("deb", _RELEASES, folder / "debian", log, refused)
+    for package in _depends([_GENERAL], options, log, refused):
+        if line := re.match(r"linux-image-(\d+\.\d+)", package):
+            return _unpacked(line[1], package, folder, options, log, refused)
+    raise MatrixError(f"{refused}: {_GENERAL} depends on no kernel there; see {log}")
+
+
+def _log(folder: Path, name: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"{name}.log"
+    log.write_text("")
+    return log
+
+
+def _depends(packages: Sequence[str], options: Sequence[str], log: Path, otherwise: str) -> list[str]:
+    """What these depend on, as far as apt knows them."""
+    said = run(["apt-cache", *options, "depends", "--important", *packages], log, otherwise)
+    return re.findall(r"Depends: ([^\s<]\S*)", said)
+
+
+def _unpacked(
+    name: str, package: str, folder: Path, options: Sequence[str], log: Path, otherwise: str
+) -> Kernel:
+    """Newer kernels are in several packages: one depends on the others, whose names end in its release."""
+    release = package.removeprefix("linux-image-")
+    kernel = Kernel(name, release, folder / package)
     if kernel.root.exists():
         return kernel
-    folder.mkdir(parents=True, exist_ok=True)
-    refused = f"apt-get could not download {package}, so see whether the registry answers, and run apt-get update"
-    _run(["apt-get", "download", package], folder, refused)
-    (archive,) = folder.glob(f"{package}_*.deb")
-    unpacked = folder / f"{package}.part"
-    shutil.rmtree(unpacked, ignore_errors=True)
-    _run(["dpkg-deb", "-x", archive.name, unpacked.name], folder, f"{archive} could not be unpacked")
-    archive.unlink()
-    _run(["depmod", "-b", unpacked.name, kernel.release], folder, f"the modules of {package} are not as depmod wants")
-    unpacked.rename(kernel.root)
+    work = folder / f"{package}.part"
+    shutil.rmtree(work, ignore_errors=True)
+    unpacked = Kernel(name, release, work / "root")
+    unpacked.root.mkdir(parents=True)
+    others = [each for each in _depends([package], options, log, otherwise) if each.endswith(f"-{release}")]
+    run(["apt-get", *options, "download", package, *others], log, otherwise, work)
+    for archive in sorted(work.glob("*.deb")):
+        run(["dpkg-deb", "-x", archive, unpacked.root], log, f"{archive.name} could not be unpacked")
+    _arrange(unpacked)
+    if not unpacked.image.exists() or not unpacked.modules.exists():
+        raise MatrixError(f"{' and '.join([package, *others])}: no kernel is where Debian puts them; see {work}")
+    run(["depmod", "-b", unpacked.root, release], log, f"the modules of {package} are not as depmod wants")
+    unpacked.root.rename(kernel.root)
+    shutil.rmtree(work)
     return kernel
 
 
-def _find(name: str) -> str:
-    """The package that a package without a version depends on, whatever that version is today."""
-    tried = []
-    for general in (f"linux-image-{name}-cloud-amd64", "linux-image-cloud-amd64"):
-        shown = _run(["apt-cache", "depends", "--important", general], Path("/"), None)
-        found = re.findall(r"Depends: (linux-image-\S+)", shown)
-        for package in found:
-            if re.match(rf"linux-image-{re.escape(name)}[.-]", package):
-                return str(package)
-        tried.append(f"{general} ({found[0] if found else 'unknown to apt'})")
-    raise MatrixError(
-        f"Linux {name} is not to be had here: apt was asked for {' and '.join(tried)}; run apt-get update, or take "
-        f"Debian 12, whose registry has it"
-    )
-
-
-def _run(command: Sequence[str], folder: Path, otherwise: str | None) -> str:
-    """What a command printed; if it fails an error that begins with ``otherwise``, or nothing printed without one."""
-    try:
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, errors="replace", check=False, timeout=_PATIENCE
-        )
-    except FileNotFoundError as error:
-        raise MatrixError(f"{command[0]} is not installed: kernels are taken from Debian's packages") from error
-    except subprocess.TimeoutExpired as error:
-        raise MatrixError(f"{otherwise or command[0]}: it gave no answer in {_PATIENCE:g} s") from error
-    if done.returncode and otherwise:
-        said = re.findall(r"^(?:E: )?(\S.*)", done.stderr, re.MULTILINE) or [f"exit code {done.returncode}"]
-        raise MatrixError(f"{otherwise}: {said[-1]}", command=list(command))
-    return done.stdout
+def _arrange(kernel: Kernel) -> None:
+    """Put what newer packages have below /usr where older ones have it, and where depmod looks."""
+    usual = kernel.root / "lib"
+    if not usual.exists():
+        usual.symlink_to("usr/lib")
+    image = kernel.modules / "vmlinuz"
+    if image.exists():
+        kernel.image.parent.mkdir(exist_ok=True)
+        image.rename(kernel.image)

@@ -108,7 +108,8 @@ def document(results: Results) -> str:
         "`make matrix` boots Debian's kernels in virtual machines and runs the same tests in each and on the machine",
         "itself, whose kernel is the row *here*; `python -m tests.matrix --docs` then writes this page of what came of",
         "it, and nobody else does. A test skips only where a feature is missing that it names. *Locked down* was",
-        f"booted with `{LESS}`.",
+        f"booted with `{LESS}`,",
+        "and *newest* is what Debian had as its newest kernel on that day: these two ran a few of the tests.",
         "",
         *_markdown(
             ("", "kernel", "Python", "libbpf", "passed", "skipped", "failed"),
