@@ -33,7 +33,7 @@ _REST = 300.0  # s: booting, and imports before the first test
 def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description="Run kernel tests on other kernels.")
     parser.add_argument("--kernel", choices=(*KERNELS, NEWEST), help="only this one (all of them)")
-    parser.add_argument("--sample", action="store_true", help="a few tests, in three minutes, on the oldest (or that) kernel")
+    parser.add_argument("--sample", action="store_true", help="a few tests on that or the oldest kernel: three minutes")
     parser.add_argument("--host", action="store_true", help="no kernels, only the Pythons and libbpfs on this one's")
     parser.add_argument(
         "--accel",

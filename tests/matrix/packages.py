@@ -85,9 +85,7 @@ def _depends(packages: Sequence[str], options: Sequence[str], log: Path, otherwi
     return re.findall(r"Depends: ([^\s<]\S*)", said)
 
 
-def _unpacked(
-    name: str, package: str, folder: Path, options: Sequence[str], log: Path, otherwise: str
-) -> Kernel:
+def _unpacked(name: str, package: str, folder: Path, options: Sequence[str], log: Path, otherwise: str) -> Kernel:
     """Newer kernels are in several packages: one depends on the others, whose names end in its release."""
     release = package.removeprefix("linux-image-")
     kernel = Kernel(name, release, folder / package)
