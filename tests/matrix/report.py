@@ -118,7 +118,7 @@ def document(results: Results) -> str:
     ]
     for row in results.rows:
         lines += [f"- {row.name} failed `{test}`" for test in row.failed]
-    lines += [f"- no results: {problem}" for problem in results.problems.values()]
+    lines += [f"- no results of {name}" for name in results.problems]  # why has paths and addresses of one machine
     doctors = results.doctor.items()
     told = {name: {each["name"]: each for each in doctor.get("features", ())} for name, doctor in doctors}
     features = {name: feature for each in told.values() for name, feature in each.items()}

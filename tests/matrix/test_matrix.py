@@ -298,6 +298,12 @@ def test_the_page_says_which_kernel_has_which_feature_and_what_happens_without_i
     assert "| `tcx` | yes | no | Linux 6.6 | programs are attached with tc |" in page
 
 
+def test_the_page_names_a_kernel_that_was_not_to_be_had_and_nothing_of_one_machine() -> None:
+    page = document(Results((HERE, THERE), {"newest Linux": "Failed to fetch a:b; see /here/newest.log"})).splitlines()
+    assert "- no results of newest Linux" in page
+    assert not any("newest.log" in line for line in page)
+
+
 def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     results = Results((HERE, THERE), {"x": "y"}, {"here": {"features": []}})
     save(results, tmp_path / "results.json")
