@@ -119,10 +119,14 @@ def _run(chosen: argparse.Namespace) -> Results:
         look_for_qemu()
     kernels = [_told(obtain(name, STATE / "packages")) for name in wanted if name != NEWEST]
     newest = _newest(matrix) if NEWEST in wanted else None
-    if not chosen.sample and not chosen.kernel:
-        matrix.run(_environments(matrix, objects))
-    if kernels or newest:
-        _guests(kernels, newest, chosen, matrix, objects)
+    tests = TESTS if kernels and not chosen.sample else SAMPLE
+    here: list[Run] = [Here(STATE / "here", tests, objects)] if kernels or newest else []
+    others = _environments(matrix, objects) if not chosen.sample and not chosen.kernel else []
+    if here:
+        _say("The same tests on this machine first, which compiles what guests have no compiler for.")
+    matrix.run([*here, *others])
+    if here:
+        _guests(kernels, newest, chosen, matrix, tests)
     return Results(tuple(matrix.rows), matrix.problems, matrix.doctor)
 
 
@@ -150,11 +154,13 @@ def _newest(matrix: _Matrix) -> Kernel | None:
 
 
 def _guests(
-    kernels: Sequence[Kernel], newest: Kernel | None, chosen: argparse.Namespace, matrix: _Matrix, objects: Path
+    kernels: Sequence[Kernel],
+    newest: Kernel | None,
+    chosen: argparse.Namespace,
+    matrix: _Matrix,
+    tests: tuple[str, ...],
 ) -> None:
-    tests = TESTS if kernels and not chosen.sample else SAMPLE
-    _say("The same tests on this machine first, which compiles what guests have no compiler for.")
-    matrix.run([Here(STATE / "here", tests, objects)])
+    objects = STATE / "objects"
     here = next((row.seconds for row in matrix.rows if row.name == "here"), None)
     if here is None:
         return  # guests could only say the same, and later

@@ -10,14 +10,14 @@ TESTS = (
         f"tests/hooks/test_{name}.py"
         for name in (
             "adopted_sockets", "cgroup", "interfaces", "iterators", "namespaces", "old_attachments", "sleepable",
-            "sockets", "struct_ops", "without_links", "without_tcx",
+            "slots", "sockets", "struct_ops", "without_links", "without_tcx",
         )
     ),
     *(
         f"tests/upgrade/test_{name}.py"
         for name in (
-            "apply", "cgroup_storage", "copy_errors", "folds", "map_types", "mirror", "plans", "program_types",
-            "recover", "secure", "sockets", "split_maps", "taken_away", "taken_back", "under_fire",
+            "apply", "cgroup_storage", "copy_errors", "folds", "inner_maps", "map_types", "mirror", "plans",
+            "program_types", "recover", "secure", "sockets", "split_maps", "taken_away", "taken_back", "under_fire",
             "verify",
         )
     ),
