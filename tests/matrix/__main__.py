@@ -60,13 +60,20 @@ class _Matrix:
     """What has come of it so far."""
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
+        self._begun: list[str] = []
+        self._rows: list[Row] = []
         self.problems: dict[str, str] = {}
         self.doctor: dict[str, object] = {}
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """In the order in which they were to begin, whichever ended first."""
+        return tuple(sorted(self._rows, key=lambda row: self._begun.index(row.name)))
 
     def run(self, waiting: Sequence[Run]) -> None:
         """Run them, some side by side, and tell now and then how far they are."""
         queue, told = list(waiting), time.monotonic()
+        self._begun += [run.name for run in waiting]
         with contextlib.ExitStack() as stack:
             running: list[Run] = []
             while queue or running:
@@ -90,7 +97,7 @@ class _Matrix:
             self.problems[run.name] = told
             _say(f"  {told}")
             return True
-        self.rows.append(row)
+        self._rows.append(row)
         if brought.doctor is not None:
             self.doctor[run.name] = msgspec.json.decode(brought.doctor)
         skipped = sum(row.skipped.values())
@@ -127,7 +134,7 @@ def _run(chosen: argparse.Namespace) -> Results:
     matrix.run([*here, *others])
     if here:
         _guests(kernels, newest, chosen, matrix, tests)
-    return Results(tuple(matrix.rows), matrix.problems, matrix.doctor)
+    return Results(matrix.rows, matrix.problems, matrix.doctor)
 
 
 def _wanted(chosen: argparse.Namespace) -> tuple[str, ...]:
