@@ -96,3 +96,19 @@ def test_a_map_of_unknown_types_has_none() -> None:
     with create_as(MapSpec("untyped", "hash", 4, 8, 8, key=U32, value=Opaque("", 8))) as made:
         assert isinstance(made, Map)
         assert made.info.btf_id == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("array", Enum("slot", 4, False, (("FIRST", 0),)), U64),  # it wants a number
+        ("percpu_array", Record("slot", 4, (Field("at", U32, 0),)), U64),
+        ("lpm_trie", U64, U64),  # it wants a struct
+        ("devmap", U32, U32),  # it takes none
+        ("percpu_hash", U32, Record("late", 16, (Field("timer", Record("bpf_timer", 16, ()), 0),))),  # no timers there
+    ],
+)
+def test_a_map_whose_types_the_kernel_refuses_has_none(kind: str, key: Type, value: Type) -> None:
+    flags = 1 if kind == "lpm_trie" else 0  # BPF_F_NO_PREALLOC
+    with create_as(MapSpec("refused", kind, key.size, value.size, 8, flags, key=key, value=value)) as made:
+        assert made.info.btf_id == 0

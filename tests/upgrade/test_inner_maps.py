@@ -31,8 +31,9 @@ from tests.upgrade.test_under_fire import CLIENT, STEPS, clients
 # Counts connects in the inner map of their port, if it has one.
 SOURCE = """
 struct tally {{ {tally} }};
+enum slot {{ ZERO, FIVE = 5 }};
 MAP(whole, ARRAY, 1, __u32, struct tally);  // and it makes the compiler tell the layout
-struct per_port {{ __uint(type, BPF_MAP_TYPE_{inner}); __uint(max_entries, 8); __type(key, __u32);
+struct per_port {{ __uint(type, BPF_MAP_TYPE_{inner}); __uint(max_entries, 8); __type(key, {slot});
                   __type(value, struct tally); }};
 struct {{ __uint(type, BPF_MAP_TYPE_{outer}); __uint(max_entries, {room}); __type(key, {key});
          __array(values, struct per_port); }} ports SEC(".maps");
@@ -70,9 +71,9 @@ def write(tmp_path: Path) -> Write:
 
     def release(
         version: str, tally: str = SMALL, key: str = "__u32", outer: str = "HASH_OF_MAPS", inner: str = "HASH",
-        room: int = 64, manifest: str = ATTACH,
+        room: int = 64, manifest: str = ATTACH, slot: str = "__u32",
     ) -> Path:  # fmt: skip
-        source = SOURCE.format(tally=tally, key=key, outer=outer, inner=inner, room=room)
+        source = SOURCE.format(tally=tally, key=key, outer=outer, inner=inner, room=room, slot=slot)
         return write_release(tmp_path / version, version, source, manifest)
 
     return release
@@ -164,6 +165,18 @@ def test_converted_inner_maps_have_the_types_of_the_new_release(node: hitless.No
     hitless.apply(node, load(write("2", LARGE), lab))
     found, wanted = types_of(node, number(7)), msgspec.structs.replace(inner_spec(node), name="ports")
     assert diff_map(wanted, msgspec.structs.replace(wanted, key=found.key, value=found.value)).verdict == "identical"
+
+
+def test_inner_maps_whose_types_the_kernel_refuses_are_converted_without_them(
+    node: hitless.Node, lab: Lab, write: Write
+) -> None:
+    made = (write(version, tally, inner="ARRAY", slot="enum slot") for version, tally in (("1", SMALL), ("2", LARGE)))
+    old, new = (load(path, lab) for path in made)
+    hitless.apply(node, old)
+    put(node, [7], {0: 70, 5: 75})
+    for release in (new, old):
+        hitless.apply(node, release, BACK)
+        assert {slot: count for slot, count in counts(node)[7].items() if count} == {0: 70, 5: 75}
 
 
 @pytest.mark.parametrize("inner_kind", ["HASH", "ARRAY"])
@@ -294,7 +307,7 @@ def test_slots_that_share_an_inner_map_keep_sharing_one(node: hitless.Node, lab:
 
 def test_a_map_in_two_outer_maps_stays_one_map(node: hitless.Node, lab: Lab, tmp_path: Path) -> None:
     for version, tally in (("1", SMALL), ("2", LARGE)):
-        source = SOURCE.format(tally=tally, key="__u32", outer="HASH_OF_MAPS", inner="HASH", room=64)
+        source = SOURCE.format(tally=tally, key="__u32", outer="HASH_OF_MAPS", inner="HASH", room=64, slot="__u32")
         another = "struct {{ __uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS); __uint(max_entries, 4); __type(key, __u32);"
         another += ' __array(values, struct per_port); }} others SEC(".maps");\nSEC("cgroup'
         source = source.replace('SEC("cgroup', another.format(), 1)
@@ -497,7 +510,8 @@ def test_an_inner_map_with_another_layout_than_recorded_stops_the_upgrade(
     node: hitless.Node, lab: Lab, write: Write, tmp_path: Path
 ) -> None:
     hitless.apply(node, load(write("1"), lab))
-    twisted = SOURCE.format(tally="__u32 last; __u32 count;", key="__u32", outer="HASH_OF_MAPS", inner="HASH", room=4)
+    tally = "__u32 last; __u32 count;"
+    twisted = SOURCE.format(tally=tally, key="__u32", outer="HASH_OF_MAPS", inner="HASH", room=4, slot="__u32")
     twisted = twisted.replace("MAP(whole, ARRAY, 1,", "MAP(whole, HASH, 8,")  # of the size that inner maps have
     stranger = hitless.Node(lab.bpffs / "stranger")
     hitless.apply(stranger, load(write_release(tmp_path / "twisted", "1", twisted), lab))

@@ -8,17 +8,17 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from hitless.errors import KernelError, NodeError
-from hitless.kernel.libbpf import Object, check, ffi, lib, options, pinned_kind
+from hitless.kernel.libbpf import ENOTSUPP, Object, check, ffi, lib, options, pinned_kind
 from hitless.kernel.names import in_kernel
 from hitless.layout.btf import Btf
-from hitless.layout.btf_writer import write_btf
+from hitless.layout.btf_writer import Written, write_btf
 from hitless.layout.elf import MAP_TYPES
 from hitless.layout.model import MapSpec
 
@@ -35,6 +35,7 @@ Rows = npt.NDArray[np.uint8]
 _BATCH = 4096
 F_LOCK = 4  # BPF_F_LOCK
 _RDONLY = 8  # BPF_F_RDONLY
+_TYPES_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP, ENOTSUPP)
 _HASH_ENTRY = 48  # struct htab_elem, without key and value
 
 
@@ -299,20 +300,34 @@ def create(kind: int, name: str, key_size: int, value_size: int, max_entries: in
 def create_as(spec: MapSpec) -> Map:
     """A new empty map as ``spec`` says, with the types of its key and value if BTF can tell them.
 
-    Raises KernelError.
+    It has none where the kernel refuses those, as what libbpf makes has none then: an array wants a number as its key,
+    a trie a struct, a devmap nothing. Raises KernelError.
     """
     opts = options("bpf_map_create_opts", map_flags=spec.flags, map_extra=spec.extra)
-    kind = MAP_TYPES.index(spec.type)
     written = write_btf(spec.key, spec.value) if spec.key is not None and spec.value is not None else None
-    if written is None:
-        return create(kind, spec.name, spec.key_size, spec.value_size, spec.max_entries, opts)
+    if written is not None:
+        try:
+            return _create_typed(spec, opts, written)
+        except KernelError as error:
+            if error.facts["errno"] not in _TYPES_REFUSED:
+                raise
+        opts.btf_fd = opts.btf_key_type_id = opts.btf_value_type_id = 0
+    return _create_from(spec, opts)
+
+
+def _create_typed(spec: MapSpec, opts: Any, written: Written) -> Map:
     what = f"the types of {spec.name}"
     types = check(lib().bpf_btf_load(written.data, len(written.data), ffi.NULL), "BPF_BTF_LOAD", what)
     try:
         opts.btf_fd, (opts.btf_key_type_id, opts.btf_value_type_id) = types, written.ids
-        return create(kind, spec.name, spec.key_size, spec.value_size, spec.max_entries, opts)
+        return _create_from(spec, opts)
     finally:
         os.close(types)
+
+
+def _create_from(spec: MapSpec, opts: object) -> Map:
+    kind = MAP_TYPES.index(spec.type)
+    return create(kind, spec.name, spec.key_size, spec.value_size, spec.max_entries, opts)
 
 
 @functools.cache
