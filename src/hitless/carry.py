@@ -9,9 +9,10 @@ from collections.abc import Callable, Container, Mapping
 import msgspec
 
 from hitless.layout.answers import answer
+from hitless.layout.btf_writer import write_btf
 from hitless.layout.conversion import Move, leaves
 from hitless.layout.diff import Change, MapDiff, diff_inner, diff_map, sources_of
-from hitless.layout.members import holds_object, lock_offset
+from hitless.layout.members import holds_object, holds_special, lock_offset
 from hitless.layout.model import MapSpec
 from hitless.layout.rules import FieldRule, MapRules, inner_rules, inner_spec
 from hitless.layout.variables import Pair, Part, SectionDiff, make_part
@@ -411,8 +412,18 @@ def _way_of_inner(old: MapSpec, new: MapSpec, rules: MapRules) -> Way | str | No
         return "what they are is not known"
     if diff.verdict == "identical":
         return None
+    if _is_untold(before) or _is_untold(after):
+        return (
+            "they hold a lock, a timer or the like, which the kernel finds by types that cannot be written anew here: "
+            "beside it is a pointer to something without a tag, or to const"
+        )
     # In batches whatever the kernel can do: for many small maps, the programs would take longer than the copy.
     return way(before, after, inner_rules(rules), ())
+
+
+def _is_untold(spec: MapSpec) -> bool:
+    """Whether new maps of it would be made without the types by which the kernel finds what is its own in them."""
+    return spec.value is not None and holds_special(spec.value) and write_btf(spec.value) is None
 
 
 def _words_to_merge(spec: MapSpec, rules: MapRules) -> int:

@@ -476,6 +476,18 @@ def test_inner_maps_that_cannot_be_carried_are_named_with_the_reason(
     assert checked.losses[0] == why
 
 
+@pytest.mark.parametrize("held", ["struct bpf_spin_lock lock;", "struct bpf_timer timer;"])
+def test_inner_maps_that_could_not_be_made_with_what_is_the_kernels_are_named_with_the_reason(
+    node: hitless.Node, lab: Lab, write: Write, held: str
+) -> None:
+    old, new = (load(write(n, f"{held} const char *name; {tally}"), lab) for n, tally in (("1", SMALL), ("2", LARGE)))
+    hitless.apply(node, old)
+    (planned,) = [entry for entry in hitless.plan(node, new).maps if entry.name == "ports"]
+    assert planned.action == "discard"
+    assert "which the kernel finds by types that cannot be written anew" in planned.loss[0]
+    hitless.apply(node, new, BACK)
+
+
 def test_a_value_of_an_inner_map_that_does_not_fit_is_counted_once_it_is_allowed(
     node: hitless.Node, lab: Lab, write: Write
 ) -> None:

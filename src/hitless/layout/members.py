@@ -9,8 +9,8 @@ from typing import NamedTuple
 from hitless.layout.model import Array, Field, Int, Pointer, Record, Type
 
 __all__ = [
-    "SPECIAL", "Member", "holds_object", "inside", "is_bytes", "is_text", "join", "lock_offset", "members",
-    "overlapping", "repeated", "singles",
+    "SPECIAL", "Member", "holds_object", "holds_special", "inside", "is_bytes", "is_text", "join", "lock_offset",
+    "members", "overlapping", "repeated", "singles",
 ]  # fmt: skip
 
 #: Records whose bytes belong to the kernel, and what is lost when an entry moves to another map (None: nothing).
@@ -48,10 +48,23 @@ class Member(NamedTuple):
 
 def holds_object(layout: Type) -> bool:
     """Whether some bytes of it belong to the kernel: a lock, a timer, a list head, a pointer to one of its objects."""
+    return holds_special(layout) or _holds_pointer(layout)
+
+
+def holds_special(layout: Type) -> bool:
+    """Whether some of its bytes are one of ``SPECIAL``."""
     if isinstance(layout, Array):
-        return holds_object(layout.element)
+        return holds_special(layout.element)
+    return isinstance(layout, Record) and (
+        layout.name in SPECIAL or any(holds_special(field.type) for field in layout.fields)
+    )
+
+
+def _holds_pointer(layout: Type) -> bool:
+    if isinstance(layout, Array):
+        return _holds_pointer(layout.element)
     if isinstance(layout, Record):
-        return layout.name in SPECIAL or any(holds_object(field.type) for field in layout.fields)
+        return any(_holds_pointer(field.type) for field in layout.fields)
     return isinstance(layout, Pointer) and layout.kernel
 
 
