@@ -535,6 +535,23 @@ def test_an_inner_map_with_another_layout_than_recorded_stops_the_upgrade(
     assert node.observe() == before
 
 
+def test_so_does_one_beside_others_of_the_same_object_that_have_the_recorded_layout(
+    node: hitless.Node, lab: Lab, write: Write, tmp_path: Path
+) -> None:
+    hitless.apply(node, load(write("1"), lab))
+    own = SOURCE.format(tally=SMALL, key="__u32", outer="HASH_OF_MAPS", inner="HASH", room=4, slot="__u32")
+    right = [f"right{index}" for index in range(6)]
+    more = "".join(f"MAP({name}, HASH, 8, __u32, struct tally);\n" for name in right)
+    twisted = "struct twisted { __u32 last; __u32 count; };\nMAP(wrong, HASH, 8, __u32, struct twisted);\n"
+    stranger = hitless.Node(lab.bpffs / "stranger")
+    hitless.apply(stranger, load(write_release(tmp_path / "many", "1", own + more + twisted), lab))
+    for port, name in enumerate([*right, "wrong"]):
+        with Map.open(stranger.root / "maps" / name) as held:
+            outer(node).update(number(port), number(held.fd))
+    with pytest.raises(hitless.NodeError, match=r"inner map wrong \(id \d+\) has another layout"):
+        hitless.apply(node, load(write("2", LARGE), lab))
+
+
 def test_hundreds_of_inner_maps_are_carried_where_few_files_may_be_open(
     node: hitless.Node, lab: Lab, write: Write
 ) -> None:

@@ -156,7 +156,7 @@ class InnerMaps:
         self._going_back = going_back
         self._lanes: dict[int, Lane] = {}
         self._followed = 0  # slots that differed since the copy
-        self._checked: set[int] = set()  # ids of BTF in which the inner maps' layouts are as recorded
+        self._checked: set[tuple[int, int, int]] = set()  # types, as BTF and ids in it, that are as recorded
 
     # The interface
 
@@ -277,9 +277,10 @@ class InnerMaps:
         trade, source = self._trade, _by_id(inner)
         if trade is None or source is None:
             return
-        if source.info.btf_id not in self._checked:
+        types = (source.info.btf_id, source.info.key_type_id, source.info.value_type_id)
+        if types not in self._checked:
             trade.check(source)
-            self._checked.add(source.info.btf_id)
+            self._checked.add(types)
         place = self._pin / str(inner)
         remove_tree(place)
         make_directory(place)
