@@ -32,7 +32,7 @@ PROGRAMS = """
 MAP(tally, ARRAY, 1, __u32, __u64);
 SEC("netfilter") int early(void *ctx) { return 1; }
 SEC("cgroup/connect_unix") int local(struct bpf_sock_addr *ctx) { return 1; }
-SEC("tp/task/task_rename") int traced(void *ctx) { return 0; }
+SEC("perf_event") int sampled(void *ctx) { return 0; }
 SEC("tc") int late(struct __sk_buff *ctx) { return -1; }
 SEC("cgroup/connect4") int count4(struct bpf_sock_addr *ctx) { return 1; }
 char _license[] SEC("license") = "GPL";
@@ -51,7 +51,7 @@ ENTRY = '[[attach]]\nprogram = "early"\nhook = "netfilter"\ntarget = "${netns}"\
 POINT = 'family = "ipv4"\npoint = "input"\npriority = 7\n'
 LOCAL = '[[attach]]\nprogram = "local"\nhook = "cgroup"\ntarget = "${cgroup}"\nlink = "local"\n'
 FILTER = '[[attach]]\nprogram = "late"\nhook = "tc-ingress"\ntarget = "lo"\nnetns = "${netns}"\nlink = "late"\n'
-TRACED = '[[attach]]\nprogram = "traced"\nhook = "tracepoint"\ntarget = "task/task_rename"\nlink = "traced"\n'
+SAMPLED = '[[attach]]\nprogram = "sampled"\nhook = "perf_event"\ntarget = "page-faults:1000"\nlink = "sampled"\n'
 TYPES = '[object.program.early]\ntype = "netfilter"\n[object.program.local]\ntype = "cgroup/connect_unix"\n'
 Take = Callable[[str], None]
 
@@ -67,7 +67,7 @@ BLIND = "mount -t tmpfs none /sys/kernel/btf && exec "
         ("map/bloom_filter", BLOOM, ""),
         ("tc filters", "", FILTER),
         (INNER_LOCK, GUARDED, ""),
-        (EVENT_INFO, "", TRACED),
+        (EVENT_INFO, "", SAMPLED),
         (SLEEPABLE, ASLEEP, ""),
     ],
 )
