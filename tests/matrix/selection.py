@@ -24,7 +24,7 @@ TESTS = (
     "tests/adopt",
     "tests/cli/test_doctor.py",
 )  # fmt: skip
-"""What a whole matrix runs, chosen for what differs between kernels and for what an emulated one does in 25 minutes.
+"""What a whole matrix runs, chosen for what differs between kernels and for what an emulated one does in half an hour.
 
 The main job, an upgrade under traffic with exact counters, is test_under_fire.py. Left out is test_storage.py, whose
 own programs neither kernel takes: they have storage of tasks at a hook of cgroups.
