@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Generator, Iterator
 
 import pytest
@@ -17,6 +18,9 @@ from tests.patience import SLOWNESS
 if SLOWNESS > 1:  # examples that come slowly are no fault there
     settings.register_profile("slow", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("slow")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background; what tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _before = pytest.StashKey[frozenset[str]]()
 
